@@ -1,0 +1,99 @@
+"""The entry point, top to bottom: capture -> passes -> planning -> running.
+
+``torch.compile(step, backend="mosaic", dynamic=True)`` calls :func:`mosaic` once per captured graph.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+
+from mosaic_compiler.dump import GraphDump
+from mosaic_compiler.errors import GradientError
+from mosaic_compiler.options import MosaicOptions
+from mosaic_compiler.passes.pipeline import run_passes
+from mosaic_compiler.runtime.step import CompiledStep
+from mosaic_compiler.settings import read_settings
+
+_observers = threading.local()
+
+
+def mosaic(
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The Dynamo backend (registered as ``"mosaic"``).
+
+    Args:
+        module: the graph that Dynamo captured.
+        example_inputs: fake inputs, in placeholder order.
+        options: ``torch.compile``'s ``options`` dict; see :class:`MosaicOptions`.
+        mode: must be ``None`` or ``"default"``.
+
+    Raises:
+        OptionsError: for an unknown or malformed option or environment switch.
+        GradientError: if the graph needs gradients.
+        InvariantError, PlanError, CaptureError: if the compiler would otherwise be wrong.
+    """
+    parsed = MosaicOptions.parse(options, mode)
+
+    def compile_graph(graph: fx.GraphModule, inputs: Sequence[Any]) -> CompiledStep:
+        return compile_aten(graph, parsed, static_inputs=_static_inputs())
+
+    backend = aot_autograd(
+        fw_compiler=_refuse_gradients,
+        inference_compiler=compile_graph,
+        keep_inference_input_mutations=True,
+    )
+    return backend(module, example_inputs)
+
+
+def compile_aten(module: fx.GraphModule, options: MosaicOptions, static_inputs: Sequence[int] = ()) -> CompiledStep:
+    """Passes, lives and the callable for one functional ATen graph with fake-tensor metadata.
+
+    Args:
+        module: for example from :func:`mosaic_compiler.passes.trace`.
+        static_inputs: positions of placeholders (weights) whose memory rarely moves.
+    """
+    settings = read_settings()
+    dump = GraphDump(options.dump, module, settings.debug)
+    final, records = run_passes(module, disable=options.disable, observe=dump.after_pass)
+    step = CompiledStep(final, options, records, static_inputs, on_plan=dump.plan)
+    dump.compiled(step)
+    for observe in getattr(_observers, "stack", ()):
+        observe(step)
+    return step
+
+
+@contextmanager
+def observing(observe: Callable[[CompiledStep], None]) -> Iterator[None]:
+    """Call ``observe`` with every step that this thread compiles inside the ``with`` block."""
+    stack = _observers.__dict__.setdefault("stack", [])
+    stack.append(observe)
+    try:
+        yield
+    finally:
+        stack.remove(observe)
+
+
+def _refuse_gradients(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    raise GradientError(
+        "backend 'mosaic' is for inference, and this graph needs gradients: call the compiled function "
+        "under torch.no_grad() or torch.inference_mode(), or set requires_grad_(False) on the weights"
+    )
+
+
+def _static_inputs() -> Sequence[int]:
+    """Positions of parameters and buffers among the graph's placeholders."""
+    context = torch._guards.TracingContext.try_get()
+    metadata = context.fw_metadata if context is not None else None
+    return tuple(metadata.static_input_indices) if metadata is not None else ()

@@ -1,0 +1,151 @@
+"""What a compilation leaves behind for people: numbered runnable graphs, ``plan.json``, debug lines.
+
+``options={"dump": DIR}`` writes one folder per graph::
+
+    DIR/graph-000/00-captured.py   01-canonicalize.py   02-in-place.py   plan.json
+
+Each ``.py`` file runs by itself: it rebuilds the graph and calls it on random inputs.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from mosaic_compiler import ir
+from mosaic_compiler.passes.pipeline import PassRecord
+from mosaic_compiler.planning.plan import MemoryPlan
+
+if TYPE_CHECKING:
+    from mosaic_compiler.runtime.step import CompiledStep
+
+_lock = threading.Lock()
+
+_HEADER = '''"""{title}
+
+Constructed by {name} (took {milliseconds:.1f} ms, verified in {verify:.1f} ms).
+{nodes} nodes.  Run me: I call the graph on random inputs and print what comes out.
+"""
+
+import torch
+from torch import device, inf, nan  # noqa: F401
+
+CONSTANTS = torch.load(__file__ + ".pt") if {has_constants} else {{}}
+
+
+class Graph(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        for name, value in CONSTANTS.items():
+            setattr(self, name, value)
+
+'''
+
+_FOOTER = """
+
+def example_inputs(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def tensor(shape, stride, dtype, high):
+        if dtype.is_floating_point or dtype.is_complex:
+            value = torch.randn(shape, generator=generator).to(dtype)
+        else:
+            value = torch.randint(0, high, shape, generator=generator).to(dtype)
+        return torch.empty_strided(shape, stride, dtype=dtype).copy_(value)
+
+    return [
+{inputs}
+    ]
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        outputs = Graph()(*example_inputs())
+    for index, value in enumerate(outputs if isinstance(outputs, (tuple, list)) else [outputs]):
+        print(index, tuple(value.shape) if isinstance(value, torch.Tensor) else value)
+"""
+
+
+class GraphDump:
+    """Writes one graph's folder, and prints the lines of ``MOSAIC_DEBUG``."""
+
+    def __init__(self, folder: str | None, module: fx.GraphModule, level: int) -> None:
+        self._level = level
+        self._number = 1
+        self._folder = _next_folder(Path(folder)) if folder else None
+        if self._folder is not None:
+            record = PassRecord("capture", 0.0, 0.0, len(module.graph.nodes), len(module.graph.nodes))
+            (self._folder / "00-captured.py").write_text(render(module, record, self._folder / "00-captured.py"))
+
+    def after_pass(self, module: fx.GraphModule, record: PassRecord) -> None:
+        if self._level >= 2:
+            _say(
+                f"pass {record.name}: {record.nodes_before} -> {record.nodes_after} nodes, "
+                f"{record.seconds * 1e3:.1f} ms + {record.verify_seconds * 1e3:.1f} ms verified"
+            )
+        if self._folder is not None:
+            path = self._folder / f"{self._number:02d}-{record.name}.py"
+            path.write_text(render(module, record, path))
+            self._number += 1
+
+    def compiled(self, step: CompiledStep) -> None:
+        if self._level >= 1:
+            _say(f"compiled a graph of {len(step.lives.schedule)} nodes, {len(step.fallbacks)} fallbacks")
+        if self._level >= 3:
+            for fallback in step.fallbacks:
+                _say(f"fallback {fallback.name}: {fallback.node} {fallback.op}: {fallback.reason} {fallback.source}")
+
+    def plan(self, plan: MemoryPlan) -> None:
+        if self._level >= 1:
+            _say(f"plan {dict(plan.symbols)}: height {plan.height}, bound {plan.lower_bound}, peak {plan.peak}")
+        if self._folder is not None:
+            (self._folder / "plan.json").write_text(plan.to_json())
+
+
+def _say(text: str) -> None:
+    print(f"mosaic: {text}", file=sys.stderr, flush=True)
+
+
+def _next_folder(root: Path) -> Path:
+    with _lock:
+        root.mkdir(parents=True, exist_ok=True)
+        number = len(list(root.glob("graph-*")))
+        folder = root / f"graph-{number:03d}"
+        folder.mkdir()
+    return folder
+
+
+def render(module: fx.GraphModule, record: PassRecord, path: Path) -> str:
+    """The graph as a Python file that runs; constants go to ``<path>.pt`` beside it."""
+    constants = {
+        str(node.target): getattr(module, str(node.target))
+        for node in module.graph.nodes
+        if node.op == "get_attr" and isinstance(getattr(module, str(node.target), None), torch.Tensor)
+    }
+    if constants:
+        torch.save(constants, f"{path}.pt")
+    header = _HEADER.format(
+        title=path.stem, name=record.name, milliseconds=record.seconds * 1e3, verify=record.verify_seconds * 1e3,
+        nodes=record.nodes_after, has_constants=bool(constants),
+    )  # fmt: skip
+    code = "\n".join("    " + line if line else "" for line in module.code.strip().splitlines())
+    inputs = "\n".join(f"        {_example(node)}," for node in module.graph.nodes if node.op == "placeholder")
+    return header + code + _FOOTER.format(inputs=inputs)
+
+
+def _example(node: fx.Node) -> str:
+    """An expression for an input: sizes are the hints that the graph was traced with."""
+    value = ir.value_of(node)
+    if not isinstance(value, torch.Tensor):
+        return f"{_hint(value)!r}  # {node.name}"
+    shape, stride = ([_hint(n) for n in numbers] for numbers in (value.shape, value.stride()))
+    return f"tensor({shape}, {stride}, {value.dtype}, 8)  # {node.name}".replace(",  #", "  #")
+
+
+def _hint(value: Any) -> Any:
+    return value.node.hint if ir.is_symbolic_number(value) else value

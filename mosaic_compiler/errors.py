@@ -1,0 +1,50 @@
+"""Every error this project raises.
+
+All of them derive from :class:`MosaicError`, and each message says what to do next.  An error
+raised while a graph is being compiled reaches the caller inside Dynamo's ``BackendCompilerFailed``
+(its ``inner_exception``), with the message printed in full.
+"""
+
+from __future__ import annotations
+
+
+class MosaicError(Exception):
+    """Base class: catch this to catch everything the compiler raises on purpose."""
+
+
+class OptionsError(MosaicError, ValueError):
+    """An option or environment switch is unknown or malformed."""
+
+
+class GradientError(MosaicError):
+    """The captured graph needs gradients; this compiler is for inference only."""
+
+
+class CaptureError(MosaicError):
+    """A graph uses something that the compiler cannot represent."""
+
+
+class InvariantError(MosaicError):
+    """A pass broke one of the graph invariants of ``passes/verifier.py``."""
+
+    def __init__(self, pass_name: str, invariant: str, detail: str) -> None:
+        super().__init__(f"pass {pass_name!r} broke the invariant {invariant!r}: {detail}")
+        self.pass_name = pass_name
+        self.invariant = invariant
+        self.detail = detail
+
+
+class PlanError(MosaicError):
+    """A memory plan is not valid: overlap, out of bounds, or a malformed plan file."""
+
+
+class ArenaError(MosaicError):
+    """The virtual-memory arena cannot provide the memory a plan asks for."""
+
+
+class CanaryError(MosaicError):
+    """Poison mode found a write outside of a planned buffer."""
+
+
+class FallbackError(MosaicError):
+    """Strict mode: something would have run in a slower or fatter way than planned."""

@@ -1,0 +1,272 @@
+"""Questions that every room asks of an FX node: sizes, storage, aliasing, effects, provenance.
+
+The IR is the ATen graph that AOTAutograd hands over: functional, except for trailing ``copy_`` into
+mutated inputs and for the in-place writes that our own pass introduces.  Nothing here knows a model;
+aliasing and mutation are read from operator schemas.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import sympy
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+Root: TypeAlias = "tuple[fx.Node, int]"
+"""A storage: the node that creates it and which of its outputs it is (0 for a single output)."""
+
+
+# ---------------------------------------------------------------------------------------- values
+def value_of(node: fx.Node) -> Any:
+    """What the node produces under fake tensors: a FakeTensor, SymInt, number, or tuple of them."""
+    return node.meta.get("val")
+
+
+def tensors_of(node: fx.Node) -> tuple[torch.Tensor | None, ...]:
+    """The node's outputs, one entry each; ``None`` where an output is not a tensor."""
+    value = value_of(node)
+    if isinstance(value, (tuple, list)):
+        return tuple(v if isinstance(v, torch.Tensor) else None for v in value)
+    return (value if isinstance(value, torch.Tensor) else None,)
+
+
+def tensor_of(node: fx.Node) -> torch.Tensor | None:
+    """The node's single tensor output, or ``None``."""
+    value = value_of(node)
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def is_symbolic_number(value: object) -> bool:
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def expr_of(size: Any) -> sympy.Expr:
+    """The sympy expression of an int or SymInt, after the shape environment's replacements."""
+    if is_symbolic_number(size):
+        return size.node.expr
+    return sympy.sympify(size)
+
+
+def storage_extent(tensor: torch.Tensor) -> sympy.Expr:
+    """Bytes from the tensor's first to its last element; 0 where a size is 0.
+
+    A dense tensor of ``[rows, D]`` float32 has ``4 * rows * D``.
+    """
+    last: sympy.Expr = sympy.Integer(0)
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        extent = expr_of(size)
+        if extent == 0:
+            return sympy.Integer(0)
+        last += (extent - 1) * expr_of(stride)
+    return sympy.expand((last + 1) * tensor.dtype.itemsize)
+
+
+def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal dtype, device, sizes and strides, compared as expressions (so no guard is added)."""
+    if a.dtype != b.dtype or a.device != b.device or a.dim() != b.dim():
+        return False
+    pairs = zip((*a.shape, *a.stride()), (*b.shape, *b.stride()), strict=True)
+    return all(expr_of(x) == expr_of(y) for x, y in pairs)
+
+
+def free_symbols(node: fx.Node) -> set[sympy.Symbol]:
+    """Symbols in the sizes, strides and offsets of everything the node produces."""
+    found: set[sympy.Symbol] = set()
+    for number in numbers_in(value_of(node)):
+        if is_symbolic_number(number):
+            found |= expr_of(number).free_symbols
+    return found
+
+
+def numbers_in(value: Any) -> Iterator[Any]:
+    if isinstance(value, torch.Tensor):
+        yield from value.shape
+        yield from value.stride()
+        yield value.storage_offset()
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from numbers_in(item)
+    else:
+        yield value
+
+
+# -------------------------------------------------------------------------------------- operators
+def is_random(node: fx.Node) -> bool:
+    """Draws from a random generator: may be neither merged, dropped nor reordered."""
+    return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Output element i depends on element i of each (broadcast) operand only."""
+    return isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
+
+
+def mutated_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
+    """Nodes whose storage this node writes, by its operator schema."""
+    if not isinstance(node.target, OpOverload):
+        return ()
+    written: list[fx.Node] = []
+    for index, argument in enumerate(node.target._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = node.kwargs.get(argument.name, node.args[index] if index < len(node.args) else None)
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        written.extend(v for v in values if isinstance(v, fx.Node))
+    return tuple(written)
+
+
+def has_effect(node: fx.Node) -> bool:
+    """Must run even if nobody reads its result."""
+    if node.op in ("placeholder", "output"):
+        return True
+    if node.op != "call_function":
+        return False
+    return is_random(node) or bool(mutated_arguments(node)) or node.is_impure()
+
+
+def is_composite(op: OpOverload) -> bool:
+    """An op that is a composition of others; whether its result is a view is decided at run time."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+
+
+def alias_base(node: fx.Node) -> fx.Node | None:
+    """The operand whose storage the node's outputs share (view or in-place), or ``None``.
+
+    ``getitem`` is not handled here: it forwards one output of its operand (see :class:`StorageMap`).
+    """
+    if not isinstance(node.target, OpOverload):
+        return None
+    schema = node.target._schema
+    names: set[str] = set()
+    for result in schema.returns:
+        if result.alias_info is not None:
+            names |= result.alias_info.before_set
+    if not names:
+        return None
+    for index, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and names & argument.alias_info.before_set:
+            value = node.kwargs.get(argument.name, node.args[index] if index < len(node.args) else None)
+            if isinstance(value, fx.Node):
+                return value
+    return None
+
+
+def is_view(node: fx.Node) -> bool:
+    """A view that allocates nothing and writes nothing."""
+    if not isinstance(node.target, OpOverload) or mutated_arguments(node):
+        return False
+    return alias_base(node) is not None and not is_composite(node.target)
+
+
+class StorageMap:
+    """Which storage each node's outputs live in.
+
+    ``roots(node)`` has one :data:`Root` (or ``None`` for a non-tensor) per output.  A view, an
+    in-place write and a ``getitem`` have the root of what they alias; everything else is its own.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._roots: dict[fx.Node, tuple[Root | None, ...]] = {}
+        for node in graph.nodes:
+            self.add(node)
+
+    def add(self, node: fx.Node) -> None:
+        self._roots[node] = self._compute(node)
+
+    def roots(self, node: fx.Node) -> tuple[Root | None, ...]:
+        return self._roots[node]
+
+    def root(self, node: fx.Node) -> Root | None:
+        """The root of a single-output node."""
+        return self._roots[node][0] if len(self._roots[node]) == 1 else None
+
+    def alias(self, node: fx.Node, root: Root) -> None:
+        """Record that ``node`` (single output) now lives in ``root``."""
+        self._roots[node] = (root,)
+
+    def _compute(self, node: fx.Node) -> tuple[Root | None, ...]:
+        if node.op == "output":
+            return ()
+        if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+            source, index = self._roots[node.args[0]], node.args[1]
+            if isinstance(index, int) and tensor_of(node) is not None and index < len(source):
+                return (source[index],)
+        base = alias_base(node) if node.op == "call_function" else None
+        if base is not None and len(self._roots[base]) == 1:
+            return tuple(self._roots[base][0] for _ in tensors_of(node))
+        return tuple(
+            (node, index) if tensor is not None else None for index, tensor in enumerate(tensors_of(node))
+        )
+
+
+def escaping_roots(graph: fx.Graph, storage: StorageMap) -> set[Root]:
+    """Storages that outlive the step because an output lives in them."""
+    output = next(node for node in graph.nodes if node.op == "output")
+    return {root for node in output.all_input_nodes for root in storage.roots(node) if root is not None}
+
+
+def written_roots(graph: fx.Graph, storage: StorageMap) -> set[Root]:
+    """Storages that some node of the graph writes in place."""
+    return {
+        root
+        for node in graph.nodes
+        for argument in mutated_arguments(node)
+        for root in storage.roots(argument)
+        if root is not None
+    }
+
+
+# ------------------------------------------------------------------------------------- provenance
+@dataclass(frozen=True)
+class Provenance:
+    """Where a node comes from: the module path (``model.layers.3.mlp``) and ``file:line``."""
+
+    module: str = ""
+    source: str = ""
+
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_PREFIX = re.compile(r"^L\['[^']*'\]\.?")
+
+
+def provenance(node: fx.Node) -> Provenance:
+    """Read the module path and the innermost source line that Dynamo recorded."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [str(entry[0]) for entry in stack.values() if isinstance(entry, (tuple, list))]
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    source = ""
+    if frames:
+        path, line = frames[-1]
+        source = f"{'/'.join(path.split('/')[-2:])}:{line}"
+    return Provenance(module=_PREFIX.sub("", paths[-1]) if paths else "", source=source)
+
+
+def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy with its own graph (names and metadata kept) over the same attributes."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(module.graph, mapping)
+    old_output = module.graph.output_node()
+    output = graph.output(result)
+    output.meta = dict(old_output.meta)
+    for old, new in mapping.items():
+        new.meta = dict(old.meta)
+    copy = fx.GraphModule(module, graph)
+    copy.meta = dict(module.meta)
+    return copy
+
+
+def fake_mode_of(module: fx.GraphModule) -> Any:
+    """The FakeTensorMode under which the graph's metadata was made, or ``None``."""
+    values = [v for node in module.graph.nodes for v in tensors_of(node) if v is not None]
+    return torch._guards.detect_fake_mode(values)
+
+
+def as_nodes(values: Sequence[object]) -> list[fx.Node]:
+    return [value for value in values if isinstance(value, fx.Node)]

@@ -1,0 +1,98 @@
+"""``MosaicOptions``: the one validated object behind ``torch.compile(..., options={...})``."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from mosaic_compiler.errors import OptionsError
+from mosaic_compiler.settings import Settings, read_settings
+
+PLACEMENTS = ("auto", "naive", "size", "live-total")
+
+
+def nearest(name: str, valid: tuple[str, ...]) -> str:
+    """`` (did you mean 'x'?)`` for the valid name closest to ``name``, with the full list behind."""
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.0)
+    return f" (did you mean {close[0]!r}? valid: {', '.join(valid)})" if close else ""
+
+
+@dataclass(frozen=True)
+class MosaicOptions:
+    """Options of the ``mosaic`` backend.
+
+    Attributes:
+        dump: folder that receives numbered runnable graphs per pass and ``plan.json``.
+        poison: fill dead buffers with NaN bytes and keep canaries between buffers (slow; for tests).
+        strict: raise :class:`~mosaic_compiler.errors.FallbackError` where a fallback would be named.
+        disable: names of passes to leave out.
+        placement: ``auto`` (best of the portfolio) or one algorithm by name; ``naive`` never reuses.
+        program_cache: how many bound programs (one per length and set of weights) a graph keeps.
+    """
+
+    dump: str | None = None
+    poison: bool = False
+    strict: bool = False
+    disable: tuple[str, ...] = ()
+    placement: str = "auto"
+    program_cache: int = 64
+
+    def __post_init__(self) -> None:
+        from mosaic_compiler.passes.pipeline import pass_names
+
+        _expect(self.dump is None or isinstance(self.dump, str), "dump", "a folder path", self.dump)
+        _expect(isinstance(self.poison, bool), "poison", "True or False", self.poison)
+        _expect(isinstance(self.strict, bool), "strict", "True or False", self.strict)
+        _expect(isinstance(self.disable, tuple), "disable", "a list of pass names", self.disable)
+        for name in self.disable:
+            if name not in pass_names():
+                raise OptionsError(f"disable: no pass is called {name!r}{nearest(str(name), pass_names())}")
+        if self.placement not in PLACEMENTS:
+            raise OptionsError(f"placement={self.placement!r}{nearest(str(self.placement), PLACEMENTS)}")
+        count = self.program_cache
+        valid_count = isinstance(count, int) and not isinstance(count, bool) and count >= 1
+        _expect(valid_count, "program_cache", "a whole number from 1", count)
+
+    @classmethod
+    def parse(
+        cls, given: Mapping[str, Any] | None, mode: str | None = None, settings: Settings | None = None
+    ) -> MosaicOptions:
+        """Build options from ``torch.compile``'s ``options`` dict and the environment switches.
+
+        Raises :class:`OptionsError` naming the nearest valid option for an unknown key, and for a
+        ``mode`` (the backend has none).
+        """
+        if mode not in (None, "default"):
+            raise OptionsError(f"backend 'mosaic' has no modes (got mode={mode!r}): use options={{...}}")
+        if given is not None and not isinstance(given, Mapping):
+            raise OptionsError(f"options must be a dict, got {type(given).__name__}")
+        valid = tuple(field.name for field in fields(cls))
+        values = dict(given or {})
+        for key in values:
+            if key not in valid:
+                raise OptionsError(f"unknown option {key!r}{nearest(str(key), valid)}")
+        if isinstance(values.get("disable"), str):
+            values["disable"] = tuple(filter(None, map(str.strip, values["disable"].split(","))))
+        elif isinstance(values.get("disable"), list):
+            values["disable"] = tuple(values["disable"])
+        if isinstance(values.get("dump"), os.PathLike):
+            values["dump"] = os.fspath(values["dump"])
+        return cls(**values).under(read_settings() if settings is None else settings)
+
+    def under(self, settings: Settings) -> MosaicOptions:
+        """These options with the environment switches applied on top."""
+        return replace(
+            self,
+            dump=settings.dump or self.dump,
+            poison=self.poison if settings.poison is None else settings.poison,
+            strict=self.strict if settings.strict is None else settings.strict,
+            disable=tuple(dict.fromkeys(self.disable + settings.disable)),
+        )
+
+
+def _expect(ok: bool, name: str, wanted: str, got: object) -> None:
+    if not ok:
+        raise OptionsError(f"option {name!r} must be {wanted}, got {got!r}")

@@ -1,0 +1,40 @@
+"""What a pass is, and how to get a toy graph to try one on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
+
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+
+class Pass(Protocol):
+    """One rewrite: a frozen dataclass that maps a GraphModule to a new, equal GraphModule.
+
+    The argument is never changed.  ``name`` is the kebab-case of the file and class name:
+    ``in-place`` is ``InPlacePass`` in ``passes/in_place.py``.
+    """
+
+    name: ClassVar[str]
+
+    def __call__(self, module: fx.GraphModule) -> fx.GraphModule: ...
+
+
+def trace(function: Callable[..., Any], *args: Any) -> fx.GraphModule:
+    """Trace ``function`` into a functional ATen graph with symbolic sizes, ready for any pass.
+
+    Args:
+        function: takes tensors, returns a tensor or a tuple of tensors; must not mutate its inputs.
+        args: example tensors; every size above 1 becomes a symbol.
+
+    Example:
+        >>> module = trace(lambda x: (x + 1).relu(), torch.randn(4, 8))
+        >>> CanonicalizePass()(module)(torch.randn(6, 8)).shape
+        torch.Size([6, 8])
+    """
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    fakes = [mode.from_tensor(arg) for arg in args]
+    return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*fakes)

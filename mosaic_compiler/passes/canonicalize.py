@@ -1,0 +1,318 @@
+"""``canonicalize``: one spelling for each thing, and nothing that does no work."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from mosaic_compiler import ir
+from mosaic_compiler.passes.constants import constant_of
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+
+@dataclass(frozen=True)
+class CanonicalizePass:
+    """Remove what does no work and give every operation one form.
+
+    - dead code and common subexpressions (never random draws, writes, or results that escape);
+    - views and slices that change nothing, additions of integer 0, copies to the same dtype;
+    - ``_unsafe_view`` -> ``view``, ``prims.convert_element_type`` -> ``_to_copy``,
+      ``embedding`` -> ``index_select``;
+    - attention masks that are provably all-true (or all-zero), removed;
+    - keys and values repeated for grouped-query attention: the attention kernels that take fewer
+      key/value heads than query heads get the un-repeated ones.
+
+    Requires: a functional ATen graph with fake-tensor metadata.
+    Guarantees: same outputs, bit for bit; metadata stays true.
+
+    Before::
+
+        a = x[:, 0:9223372036854775807]
+        e = embedding(w, ids)
+        b = mm(a, t(w)); c = mm(a, t(w)); dead = exp(c)
+        return b + c
+
+    After::
+
+        e = view(index_select(w, 0, view(ids, [-1])), ...)      (dead here, so gone too)
+        b = mm(x, t(w))
+        return b + b
+    """
+
+    name: ClassVar[str] = "canonicalize"
+
+    def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
+        module = ir.copy_graph(module)
+        rewriter = _Rewriter(module)
+        for node in list(module.graph.nodes):
+            if node.op == "call_function" and isinstance(node.target, OpOverload):
+                for rule in _RULES:
+                    if rule(rewriter, node):
+                        break
+        _merge_common_subexpressions(module.graph)
+        _remove_dead_code(module.graph)
+        module.graph.lint()
+        module.recompile()
+        return module
+
+
+class _Rewriter:
+    """The graph being rewritten, with the facts that the rules share."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.graph = module.graph
+        self.fake_mode = ir.fake_mode_of(module)
+        storage = ir.StorageMap(module.graph)
+        self._storage = storage
+        self._pinned = ir.escaping_roots(module.graph, storage) | ir.written_roots(module.graph, storage)
+
+    def may_share(self, node: fx.Node, source: fx.Node) -> bool:
+        """Whether ``node`` (a copy) may become ``source`` itself: neither escapes nor is written."""
+        roots = set(self._storage.roots(node)) | set(self._storage.roots(source))
+        return not roots & self._pinned
+
+    def replace(self, node: fx.Node, by: fx.Node) -> None:
+        node.replace_all_uses_with(by, propagate_meta=False)
+        self.graph.erase_node(node)
+
+    def emit(self, origin: fx.Node, target: OpOverload, *args: Any, **kwargs: Any) -> fx.Node:
+        """A new node before ``origin`` with its provenance and fresh metadata."""
+        with self.graph.inserting_before(origin):
+            node = self.graph.call_function(target, args, kwargs)
+        node.meta = {k: v for k, v in origin.meta.items() if k in ("stack_trace", "nn_module_stack")}
+        fake_args, fake_kwargs = fx.node.map_arg((args, kwargs), ir.value_of)
+        with self.fake_mode:
+            node.meta["val"] = target(*fake_args, **fake_kwargs)
+        self._storage.add(node)
+        return node
+
+
+# ---------------------------------------------------------------------------------------- rules
+_NOOP_VIEWS = frozenset(
+    {
+        aten.view.default, aten._unsafe_view.default, aten.slice.Tensor, aten.expand.default, aten.alias.default,
+        aten.detach.default, aten.permute.default, aten.squeeze.dims, aten.as_strided.default,
+    }
+)  # fmt: skip
+
+
+def _drop_noop_view(rewriter: _Rewriter, node: fx.Node) -> bool:
+    """``view(x, x.shape)``, ``x[:]``, ``detach(x)``: x itself."""
+    if node.target not in _NOOP_VIEWS:
+        return False
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    before, after = ir.tensor_of(source), ir.tensor_of(node)
+    if before is None or after is None or not ir.same_layout(before, after):
+        return False
+    if ir.expr_of(before.storage_offset()) != ir.expr_of(after.storage_offset()):
+        return False
+    rewriter.replace(node, source)
+    return True
+
+
+def _drop_noop_copy(rewriter: _Rewriter, node: fx.Node) -> bool:
+    """A copy with the same dtype and layout, when nobody could tell it from its source."""
+    if node.target not in (aten.clone.default, aten._to_copy.default, prims.convert_element_type.default):
+        return False
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    before, after = ir.tensor_of(source), ir.tensor_of(node)
+    if before is None or after is None or not ir.same_layout(before, after):
+        return False
+    if not rewriter.may_share(node, source):
+        return False
+    rewriter.replace(node, source)
+    return True
+
+
+def _drop_add_zero(rewriter: _Rewriter, node: fx.Node) -> bool:
+    """Integer ``x + 0``: x.  (Floating point keeps it: -0.0 + 0 is 0.0.)"""
+    if node.target is not aten.add.Tensor or not isinstance(node.args[1], int) or node.args[1] != 0:
+        return False
+    source = node.args[0]
+    before, after = ir.tensor_of(source) if isinstance(source, fx.Node) else None, ir.tensor_of(node)
+    if before is None or after is None or before.dtype.is_floating_point or before.dtype.is_complex:
+        return False
+    assert isinstance(source, fx.Node)
+    if not ir.same_layout(before, after) or not rewriter.may_share(node, source):
+        return False
+    rewriter.replace(node, source)
+    return True
+
+
+def _spell_unsafe_view(rewriter: _Rewriter, node: fx.Node) -> bool:
+    if node.target is not aten._unsafe_view.default:
+        return False
+    node.target = aten.view.default
+    return True
+
+
+def _spell_convert(rewriter: _Rewriter, node: fx.Node) -> bool:
+    if node.target is not prims.convert_element_type.default:
+        return False
+    source, dtype = node.args
+    node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": dtype}
+    return True
+
+
+def _spell_embedding(rewriter: _Rewriter, node: fx.Node) -> bool:
+    """``embedding(w, ids)`` -> ``index_select(w, 0, ids.view(-1)).view(*ids.shape, D)``: has an ``out=``."""
+    if node.target is not aten.embedding.default:
+        return False
+    weight, indices = node.args[0], node.args[1]
+    assert isinstance(weight, fx.Node) and isinstance(indices, fx.Node)
+    ids, out = ir.tensor_of(indices), ir.tensor_of(node)
+    assert ids is not None and out is not None
+    if not ids.is_contiguous() or ids.dim() == 0:
+        return False
+    if ids.dim() > 1:
+        indices = rewriter.emit(node, aten.view.default, indices, [-1])
+    rows = rewriter.emit(node, aten.index_select.default, weight, 0, indices)
+    if ids.dim() > 1:
+        shape = [*(_size(rewriter, node, node.args[1], dim) for dim in range(ids.dim())), out.shape[-1]]
+        rows = rewriter.emit(node, aten.view.default, rows, shape)
+    rewriter.replace(node, rows)
+    return True
+
+
+def _size(rewriter: _Rewriter, origin: fx.Node, tensor: Any, dim: int) -> Any:
+    """A size as a graph argument: a plain int, or a ``sym_size`` node for a symbolic one."""
+    value = ir.tensor_of(tensor)
+    assert value is not None
+    size = value.shape[dim]
+    return rewriter.emit(origin, aten.sym_size.int, tensor, dim) if ir.is_symbolic_number(size) else size
+
+
+# (op, position of the mask argument)
+_MASKED_ATTENTION: dict[OpOverload, str] = {
+    aten._scaled_dot_product_flash_attention_for_cpu.default: "attn_mask",
+    aten._scaled_dot_product_efficient_attention.default: "attn_bias",
+    aten._scaled_dot_product_cudnn_attention.default: "attn_bias",
+}
+
+
+def _drop_true_mask(rewriter: _Rewriter, node: fx.Node) -> bool:
+    """An attention mask that is True (or, as a bias, 0) everywhere changes nothing."""
+    name = _MASKED_ATTENTION.get(node.target)  # type: ignore[arg-type]
+    if name is None:
+        return False
+    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    position = next(i for i, a in enumerate(arguments) if a.name == name)
+    positional = position < len(node.args)
+    mask = node.args[position] if positional else node.kwargs.get(name)
+    if not isinstance(mask, fx.Node):
+        return False
+    value, tensor = constant_of(mask), ir.tensor_of(mask)
+    assert tensor is not None
+    if value is None or (value is not True if tensor.dtype == torch.bool else value != 0):
+        return False
+    if positional:
+        node.update_arg(position, None)
+    else:
+        node.update_kwarg(name, None)
+    return False  # other rules may still apply to this node
+
+
+_GROUPED_ATTENTION = frozenset({aten._scaled_dot_product_flash_attention_for_cpu.default})
+
+
+def _fold_repeated_heads(rewriter: _Rewriter, node: fx.Node) -> bool:
+    """``attention(q, repeat(k), repeat(v))`` -> ``attention(q, k, v)`` where the kernel groups heads."""
+    if node.target not in _GROUPED_ATTENTION:
+        return False
+    key, value = node.args[1], node.args[2]
+    assert isinstance(key, fx.Node) and isinstance(value, fx.Node)
+    short_key, short_value = _unrepeated(key), _unrepeated(value)
+    if short_key is None or short_value is None:
+        return False
+    shapes = [ir.tensor_of(short_key), ir.tensor_of(short_value)]
+    if shapes[0] is None or shapes[1] is None or shapes[0].shape[1] != shapes[1].shape[1]:
+        return False
+    node.update_arg(1, short_key)
+    node.update_arg(2, short_value)
+    return False
+
+
+def _unrepeated(node: fx.Node) -> fx.Node | None:
+    """k of ``view(clone(expand(unsqueeze(k, 2), [B, H, n, N, D])), [B, H * n, N, D])``, else ``None``."""
+    if node.target is not aten.view.default:
+        return None
+    spread = node.args[0]
+    if isinstance(spread, fx.Node) and spread.target is aten.clone.default:
+        spread = spread.args[0]
+    if not isinstance(spread, fx.Node) or spread.target is not aten.expand.default:
+        return None
+    unsqueeze = spread.args[0]
+    if not isinstance(unsqueeze, fx.Node) or unsqueeze.target is not aten.unsqueeze.default:
+        return None
+    source = unsqueeze.args[0]
+    if unsqueeze.args[1] not in (2, -3) or not isinstance(source, fx.Node):
+        return None
+    inner, wide, outer = ir.tensor_of(source), ir.tensor_of(spread), ir.tensor_of(node)
+    if inner is None or wide is None or outer is None or inner.dim() != 4 or outer.dim() != 4:
+        return None
+    same = [ir.expr_of(inner.shape[i]) == ir.expr_of(outer.shape[i]) for i in (0, 2, 3)]
+    heads = ir.expr_of(wide.shape[1]) == ir.expr_of(inner.shape[1])
+    return source if all(same) and heads else None
+
+
+_RULES: Sequence[Callable[[_Rewriter, fx.Node], bool]] = (
+    _drop_noop_view,
+    _drop_noop_copy,
+    _drop_add_zero,
+    _spell_unsafe_view,
+    _spell_convert,
+    _spell_embedding,
+    _drop_true_mask,
+    _fold_repeated_heads,
+)
+
+
+# ------------------------------------------------------------------------ dead code, common ones
+def _remove_dead_code(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if not node.users and not ir.has_effect(node):
+            graph.erase_node(node)
+
+
+def _hashable(value: Any) -> Any:
+    """A key that tells 1, 1.0, True, -0.0 and 0.0 apart; NaN equals itself."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_hashable(item) for item in value)
+    if isinstance(value, dict):
+        return tuple((key, _hashable(value[key])) for key in sorted(value))
+    if isinstance(value, float):
+        return (float, value.hex() if math.isfinite(value) else repr(value))
+    if ir.is_symbolic_number(value):
+        return (type(value), ir.expr_of(value))
+    return (type(value), value)
+
+
+def _merge_common_subexpressions(graph: fx.Graph) -> None:
+    """Keep the first of equal pure nodes.  Escaping or written storage is left alone: callers may
+    write one of two returned tensors, and must not see it in the other."""
+    storage = ir.StorageMap(graph)
+    pinned = ir.escaping_roots(graph, storage) | ir.written_roots(graph, storage)
+    first: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or ir.has_effect(node):
+            continue
+        if not isinstance(node.target, OpOverload) and node.target is not operator.getitem:
+            continue
+        if any(root in pinned for root in storage.roots(node)) and not ir.is_view(node):
+            continue
+        key = (node.target, _hashable(node.args), _hashable(dict(node.kwargs)))
+        known = first.setdefault(key, node)
+        if known is not node:
+            node.replace_all_uses_with(known, propagate_meta=False)
+            graph.erase_node(node)

@@ -1,0 +1,123 @@
+"""``in-place``: a pointwise result takes over the buffer of an operand that dies there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import sympy
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from mosaic_compiler import ir
+from mosaic_compiler.planning.forms import inplace_twin, native_out
+
+
+@dataclass(frozen=True)
+class InPlacePass:
+    """Rewrite ``c = op(a, b)`` to ``c = op.out(a, b, out=a)`` where nobody can tell the difference.
+
+    Legal when all of these hold (the verifier checks the same list, independently):
+
+    - ``op`` is pointwise: element i of the result is computed from element i of each operand;
+    - ``a`` has the result's dtype, sizes and strides, and covers its whole storage;
+    - ``a``'s storage belongs to the step: it is no input, weight or constant, and no output;
+    - no alias of ``a`` is read later, and no other operand overlaps ``a`` with another layout
+      (``add(x, x)`` is fine, ``add(x, x.flip)`` through a view is not).
+
+    Requires: a canonical graph.  Guarantees: same outputs, bit for bit.
+
+    Before::
+
+        a = mm(x, w)
+        b = mul(a, 2)
+        c = add(b, a)
+
+    After (a is still read by c, so b gets a buffer; b and a both die in c, which takes the first)::
+
+        a = mm(x, w)
+        b = mul(a, 2)
+        c = add.out(b, a, out=b)
+    """
+
+    name: ClassVar[str] = "in-place"
+
+    def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
+        module = ir.copy_graph(module)
+        graph = module.graph
+        order = {node: index for index, node in enumerate(graph.nodes)}
+        storage = ir.StorageMap(graph)
+        escaping = ir.escaping_roots(graph, storage)
+        last_read: dict[ir.Root, int] = {}
+        for node in graph.nodes:
+            for operand in node.all_input_nodes:
+                for root in storage.roots(operand):
+                    if root is not None:
+                        last_read[root] = order[node]
+        for node in list(graph.nodes):
+            operand = self._operand_to_reuse(node, order, storage, escaping, last_read)
+            if operand is None:
+                if node.op == "call_function" and ir.alias_base(node) is not None:
+                    storage.add(node)  # a view of something that was rewritten above
+                continue
+            own, reused = storage.root(node), storage.root(operand)
+            assert own is not None and reused is not None
+            _write_into(node, operand)
+            storage.alias(node, reused)
+            last_read[reused] = max(last_read[reused], last_read.get(own, order[node]))
+            if own in escaping:
+                escaping.add(reused)
+        graph.lint()
+        module.recompile()
+        return module
+
+    def _operand_to_reuse(
+        self,
+        node: fx.Node,
+        order: dict[fx.Node, int],
+        storage: ir.StorageMap,
+        escaping: set[ir.Root],
+        last_read: dict[ir.Root, int],
+    ) -> fx.Node | None:
+        if node.op != "call_function" or not ir.is_pointwise(node) or ir.alias_base(node) is not None:
+            return None
+        assert isinstance(node.target, OpOverload)
+        out = ir.tensor_of(node)
+        native, twin = native_out(node.target), inplace_twin(node.target)
+        if out is None or out.dim() == 0 or (native is None and twin is None):
+            return None
+        for operand in node.all_input_nodes:
+            tensor, root = ir.tensor_of(operand), storage.root(operand)
+            if tensor is None or root is None or root in escaping or root[0].op != "call_function":
+                continue
+            if native is None and operand is not node.args[0]:
+                continue
+            if last_read[root] != order[node] or not ir.same_layout(tensor, out) or not covers_root(tensor, root):
+                continue
+            if any(storage.root(other) == root for other in node.all_input_nodes if other is not operand):
+                continue
+            return operand
+        return None
+
+
+def _write_into(node: fx.Node, operand: fx.Node) -> None:
+    assert isinstance(node.target, OpOverload)
+    native = native_out(node.target)
+    if native is not None:
+        overload, names = native
+        node.target = overload
+        node.kwargs = {**node.kwargs, names[0]: operand}
+    else:
+        twin = inplace_twin(node.target)
+        assert twin is not None
+        node.target = twin
+
+
+def covers_root(tensor: torch.Tensor, root: ir.Root) -> bool:
+    """The tensor is dense and as large as the storage it lives in, so no byte is written twice."""
+    whole = ir.tensors_of(root[0])[root[1]]
+    if whole is None or ir.expr_of(tensor.storage_offset()) != 0:
+        return False
+    elements = sympy.expand(sympy.prod([ir.expr_of(size) for size in tensor.shape]) * tensor.dtype.itemsize)
+    return bool(elements == ir.storage_extent(whole))

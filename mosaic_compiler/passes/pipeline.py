@@ -1,0 +1,67 @@
+"""The one ordered list of passes, and how they are run.
+
+Order matters:
+
+1. ``canonicalize`` first: every later pass matches one spelling per operation.
+2. ``in-place`` last: it introduces writes, and no other pass moves or merges nodes around a write.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from mosaic_compiler.passes.base import Pass
+from mosaic_compiler.passes.canonicalize import CanonicalizePass
+from mosaic_compiler.passes.in_place import InPlacePass
+from mosaic_compiler.passes.verifier import Verifier
+
+PASSES: tuple[Pass, ...] = (CanonicalizePass(), InPlacePass())
+
+
+def pass_names() -> tuple[str, ...]:
+    return tuple(p.name for p in PASSES)
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did: wall time of the pass and of its verification, node counts."""
+
+    name: str
+    seconds: float
+    verify_seconds: float
+    nodes_before: int
+    nodes_after: int
+
+
+def run_passes(
+    module: fx.GraphModule,
+    *,
+    passes: Sequence[Pass] = PASSES,
+    disable: Sequence[str] = (),
+    observe: Callable[[fx.GraphModule, PassRecord], None] = lambda module, record: None,
+) -> tuple[fx.GraphModule, tuple[PassRecord, ...]]:
+    """Run the passes in order, verifying after each; ``observe`` sees every intermediate graph.
+
+    Raises:
+        InvariantError: naming the pass that broke an invariant, and which one.
+    """
+    verifier = Verifier(module)
+    records: list[PassRecord] = []
+    for current in passes:
+        if current.name in disable:
+            continue
+        before = len(module.graph.nodes)
+        started = time.perf_counter()
+        result = current(module)
+        passed = time.perf_counter()
+        verifier.check(result, current.name)
+        checked = time.perf_counter()
+        record = PassRecord(current.name, passed - started, checked - passed, before, len(result.graph.nodes))
+        records.append(record)
+        observe(result, record)
+        module = result
+    return module, tuple(records)

@@ -1,0 +1,40 @@
+"""Planning: lives -> one verified :class:`MemoryPlan`.  Pure functions of their arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from mosaic_compiler.planning.placement import place
+from mosaic_compiler.planning.plan import Buffer, MemoryPlan
+
+__all__ = ["Buffer", "MemoryPlan", "make_plan"]
+
+
+def make_plan(
+    buffers: Sequence[Buffer],
+    schedule: Sequence[str],
+    *,
+    algorithm: str = "auto",
+    symbols: Sequence[tuple[str, int]] = (),
+) -> MemoryPlan:
+    """Place the arena buffers and return the verified plan.
+
+    Args:
+        buffers: lives in bytes and schedule positions, in any order, without offsets.
+        schedule: node names by position.
+        algorithm: ``auto``, ``live-total``, ``size`` or ``naive``.
+        symbols: the sizes that the bytes were computed for, kept for the reader.
+
+    Raises:
+        PlanError: if a life is malformed.
+    """
+    arena = [buffer for buffer in buffers if buffer.kind == "arena"]
+    name, offsets = place(arena, algorithm)
+    placed = (dataclasses.replace(b, offset=offsets[b.name]) if b.kind == "arena" else b for b in buffers)
+    return MemoryPlan(
+        buffers=tuple(sorted(placed, key=lambda b: (b.start, b.end, b.name))),
+        schedule=tuple(schedule),
+        symbols=tuple(symbols),
+        algorithm=name,
+    )

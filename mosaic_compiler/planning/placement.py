@@ -1,0 +1,122 @@
+"""Placement: from lives to offsets.  Pure, deterministic, independent of the order of its input.
+
+Every algorithm has the same signature, ``place(buffers) -> {name: offset}``.  Buffers are the arena
+ones; sizes are multiples of 512, and so every offset is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TypeAlias
+
+from mosaic_compiler.planning.plan import Buffer, live_bytes, lower_bound
+
+Offsets: TypeAlias = "dict[str, int]"
+Placement: TypeAlias = "Callable[[Sequence[Buffer]], Offsets]"
+
+
+def naive(buffers: Sequence[Buffer]) -> Offsets:
+    """No reuse: one buffer behind the other, in order of birth.  The baseline of every report."""
+    offsets: Offsets = {}
+    top = 0
+    for buffer in sorted(buffers, key=lambda b: (b.start, b.name)):
+        offsets[buffer.name] = top
+        top += buffer.size
+    return offsets
+
+
+def by_size(buffers: Sequence[Buffer]) -> Offsets:
+    """First fit in order of decreasing size."""
+    return first_fit(sorted(buffers, key=lambda b: (-b.size, b.start, b.end, b.name)))
+
+
+def by_live_total(buffers: Sequence[Buffer]) -> Offsets:
+    """First fit in order of (max live total over the life, lifetime, area), each decreasing.
+
+    Buffers that live through the worst moment are placed first, long lives before short ones, so that
+    they stack from the bottom without holes.
+    """
+    worst = _max_live_total(buffers)
+
+    def key(buffer: Buffer) -> tuple[int, int, int, int, str]:
+        lifetime = buffer.end - buffer.start
+        return (-worst[buffer.name], -lifetime, -lifetime * buffer.size, buffer.start, buffer.name)
+
+    return first_fit(sorted(buffers, key=key))
+
+
+def first_fit(ordered: Sequence[Buffer]) -> Offsets:
+    """Place each buffer at the lowest offset that is free over its whole life."""
+    neighbours = overlapping_lives(ordered)
+    offsets: Offsets = {}
+    spans: list[tuple[int, int] | None] = [None] * len(ordered)
+    for index, buffer in enumerate(ordered):
+        size = buffer.size
+        at = 0
+        if size:
+            for low, high in sorted(span for other in neighbours[index] if (span := spans[other]) is not None):
+                if at + size <= low:
+                    break
+                if high > at:
+                    at = high
+            spans[index] = (at, at + size)
+        offsets[buffer.name] = at
+    return offsets
+
+
+def overlapping_lives(buffers: Sequence[Buffer]) -> list[list[int]]:
+    """For each buffer the indices of the others whose lives intersect its own (empty ones left out)."""
+    by_start = sorted((i for i, b in enumerate(buffers) if b.size), key=lambda i: buffers[i].start)
+    result: list[list[int]] = [[] for _ in buffers]
+    live: list[int] = []
+    for index in by_start:
+        start = buffers[index].start
+        live = [other for other in live if buffers[other].end > start]
+        for other in live:
+            result[other].append(index)
+        result[index].extend(live)
+        live.append(index)
+    return result
+
+
+def _max_live_total(buffers: Sequence[Buffer]) -> dict[str, int]:
+    """For each buffer the largest number of live bytes at any time of its life (a sparse table)."""
+    levels = [live_bytes(buffers, max((b.end for b in buffers), default=0))]
+    while len(levels[-1]) > 1 << (len(levels) - 1):
+        previous, half = levels[-1], 1 << (len(levels) - 1)
+        levels.append([max(previous[i], previous[i + half]) for i in range(len(previous) - half)])
+    result = {}
+    for buffer in buffers:
+        level = (buffer.end - buffer.start).bit_length() - 1
+        row = levels[level]
+        result[buffer.name] = max(row[buffer.start], row[buffer.end - (1 << level)])
+    return result
+
+
+ALGORITHMS: Mapping[str, Placement] = MappingProxyType({"live-total": by_live_total, "size": by_size, "naive": naive})
+
+
+def height_of(buffers: Sequence[Buffer], offsets: Mapping[str, int]) -> int:
+    return max((offsets[b.name] + b.size for b in buffers), default=0)
+
+
+def place(buffers: Sequence[Buffer], algorithm: str = "auto") -> tuple[str, Offsets]:
+    """Offsets by one algorithm, or by the best of the portfolio (``auto``).
+
+    ``auto`` stops at the first placement whose height equals the lower bound.  Returns the name of
+    the algorithm that was used, and its offsets.
+    """
+    if algorithm != "auto":
+        return algorithm, ALGORITHMS[algorithm](buffers)
+    bound = lower_bound(buffers)
+    best: tuple[int, str, Offsets] | None = None
+    for name in ("live-total", "size"):
+        offsets = ALGORITHMS[name](buffers)
+        height = height_of(buffers, offsets)
+        if best is None or height < best[0]:
+            best = (height, name, offsets)
+        if height == bound:
+            break
+    assert best is not None
+    return best[1], best[2]

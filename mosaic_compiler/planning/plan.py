@@ -1,0 +1,239 @@
+"""``MemoryPlan``: a value that says where every byte of a step lives, and for how long.
+
+A plan is frozen, comparable, hashable and round-trips through JSON (schema in ``docs/plan-schema.md``).
+It is built by :func:`mosaic_compiler.planning.make_plan` and verified on construction, always.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from mosaic_compiler.errors import PlanError
+
+SCHEMA = "mosaic.plan"
+SCHEMA_VERSION = 1
+ALIGNMENT = 512  # bytes: what CUDA's caching allocator and vectorised kernels expect
+KINDS = ("arena", "transient", "output", "scratch")
+
+
+def align(nbytes: int, alignment: int = ALIGNMENT) -> int:
+    """``nbytes`` rounded up to the alignment: align(1) == 512, align(512) == 512, align(0) == 0."""
+    return -(-nbytes // alignment) * alignment
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One storage of the step.
+
+    Attributes:
+        name: the node that creates it (``mm_3``; ``sort.1`` for the second output).
+        kind: ``arena`` (placed in the arena), ``transient`` (allocated by an opaque op), ``output``
+            (returned to the caller) or ``scratch`` (internal to one op).
+        nbytes: exact bytes.  Planning rounds them up to 512.
+        start, end: half-open life in schedule positions.
+        offset: byte offset in the arena, ``None`` for the other kinds and before placement.
+        op, dtype, shape, module, source: what it is and where it comes from.
+    """
+
+    name: str
+    kind: str
+    nbytes: int
+    start: int
+    end: int
+    dtype: str = "uint8"
+    shape: tuple[int, ...] = ()
+    op: str = ""
+    module: str = ""
+    source: str = ""
+    offset: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes it takes up in a plan: ``nbytes`` rounded up to 512."""
+        return align(self.nbytes)
+
+    def describe(self) -> str:
+        where = f" at {self.offset}" if self.offset is not None else ""
+        origin = ", ".join(part for part in (self.module, self.source) if part)
+        return f"{self.name} [{self.start}, {self.end}) {self.nbytes} bytes{where}" + (f" ({origin})" if origin else "")
+
+
+def live_bytes(buffers: Iterable[Buffer], positions: int) -> list[int]:
+    """Bytes live at each of ``positions`` schedule positions (sizes rounded up to 512)."""
+    delta = [0] * (positions + 1)
+    for buffer in buffers:
+        delta[buffer.start] += buffer.size
+        delta[min(buffer.end, positions)] -= buffer.size
+    total, timeline = 0, []
+    for change in delta[:positions]:
+        total += change
+        timeline.append(total)
+    return timeline
+
+
+def lower_bound(buffers: Iterable[Buffer]) -> int:
+    """No placement can be lower than the most bytes that are live at once."""
+    buffers = list(buffers)
+    return max(live_bytes(buffers, max((b.end for b in buffers), default=0)), default=0)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Offsets and lives of one step for one set of sizes.
+
+    Attributes:
+        buffers: every buffer, in schedule order of birth; arena buffers have offsets.
+        schedule: node names by position.
+        symbols: the sizes this plan was made for, such as ``(("s27", 8192),)``.
+        algorithm: the placement that was chosen.
+    """
+
+    buffers: tuple[Buffer, ...]
+    schedule: tuple[str, ...]
+    symbols: tuple[tuple[str, int], ...] = ()
+    algorithm: str = ""
+
+    def __post_init__(self) -> None:
+        self.verify()
+
+    # ------------------------------------------------------------------------------------ figures
+    def of_kind(self, *kinds: str) -> tuple[Buffer, ...]:
+        return tuple(buffer for buffer in self.buffers if buffer.kind in kinds)
+
+    @cached_property
+    def height(self) -> int:
+        """Arena bytes this plan uses."""
+        return max((b.offset + b.size for b in self.of_kind("arena") if b.offset is not None), default=0)
+
+    @cached_property
+    def lower_bound(self) -> int:
+        """Most arena bytes live at once; ``height`` can never be lower."""
+        return lower_bound(self.of_kind("arena"))
+
+    @cached_property
+    def naive(self) -> int:
+        """Arena bytes without any reuse."""
+        return sum(buffer.size for buffer in self.of_kind("arena"))
+
+    @cached_property
+    def timeline(self) -> tuple[int, ...]:
+        """Live bytes of every kind by schedule position."""
+        return tuple(live_bytes(self.buffers, len(self.schedule)))
+
+    @cached_property
+    def outside(self) -> tuple[int, ...]:
+        """Live bytes outside of the arena (transients, scratch, outputs) by schedule position."""
+        return tuple(live_bytes(self.of_kind("transient", "scratch", "output"), len(self.schedule)))
+
+    @cached_property
+    def peak(self) -> int:
+        """Most bytes the step holds at once besides weights and inputs: arena + what is outside of it."""
+        return self.height + max(self.outside, default=0)
+
+    @cached_property
+    def par(self) -> float:
+        """Peak-to-average ratio of live bytes over the step (1.0 for an empty step)."""
+        average = sum(self.timeline) / max(len(self.timeline), 1)
+        return max(self.timeline) / average if average else 1.0
+
+    # --------------------------------------------------------------------------------- invariants
+    def verify(self) -> None:
+        """Raise :class:`PlanError` naming the buffers if two live ones overlap or a field is off."""
+        names: set[str] = set()
+        for buffer in self.buffers:
+            if buffer.kind not in KINDS:
+                raise PlanError(f"{buffer.describe()}: unknown kind {buffer.kind!r}")
+            if buffer.name in names:
+                raise PlanError(f"two buffers are called {buffer.name}")
+            names.add(buffer.name)
+            if buffer.nbytes < 0 or not 0 <= buffer.start < buffer.end <= len(self.schedule):
+                raise PlanError(f"{buffer.describe()}: not a life within [0, {len(self.schedule)})")
+            if (buffer.kind == "arena") != (buffer.offset is not None):
+                raise PlanError(f"{buffer.describe()}: exactly the arena buffers have an offset")
+            if buffer.offset is not None and (buffer.offset < 0 or buffer.offset % ALIGNMENT):
+                raise PlanError(f"{buffer.describe()}: offset is not a multiple of {ALIGNMENT}")
+        check_overlaps(self.of_kind("arena"))
+
+    # --------------------------------------------------------------------------------------- JSON
+    def to_json(self, *, indent: int | None = 1) -> str:
+        """Serialise; :meth:`from_json` gives back an equal plan."""
+        body = {
+            "schema": SCHEMA,
+            "version": SCHEMA_VERSION,
+            "alignment": ALIGNMENT,
+            "algorithm": self.algorithm,
+            "symbols": dict(self.symbols),
+            "summary": {
+                "height": self.height,
+                "lower_bound": self.lower_bound,
+                "naive": self.naive,
+                "peak": self.peak,
+                "par": round(self.par, 4),
+            },
+            "schedule": list(self.schedule),
+            "buffers": [dataclasses.asdict(buffer) for buffer in self.buffers],
+            "timeline": list(self.timeline),
+        }
+        return json.dumps(body, indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str) -> MemoryPlan:
+        """Parse and verify.  Raises :class:`PlanError` saying what is wrong with the file."""
+        try:
+            body = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"not a plan: no valid JSON ({error})") from None
+        if not isinstance(body, dict) or body.get("schema") != SCHEMA:
+            raise PlanError(f"not a plan: no 'schema': '{SCHEMA}' in it; write one with options={{'dump': DIR}}")
+        if body.get("version") != SCHEMA_VERSION:
+            raise PlanError(
+                f"plan schema version {body.get('version')} is not {SCHEMA_VERSION}: make the plan again with this version"
+            )
+        try:
+            plan = cls(
+                buffers=tuple(_buffer_from(entry) for entry in body["buffers"]),
+                schedule=tuple(body["schedule"]),
+                symbols=tuple((str(k), int(v)) for k, v in body["symbols"].items()),
+                algorithm=str(body["algorithm"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(f"malformed plan: {type(error).__name__}: {error}") from None
+        if list(plan.timeline) != body.get("timeline"):
+            raise PlanError("malformed plan: the timeline does not follow from the buffers")
+        return plan
+
+
+def _buffer_from(entry: dict[str, Any]) -> Buffer:
+    return Buffer(**{**entry, "shape": tuple(entry["shape"])})
+
+
+def check_overlaps(buffers: Sequence[Buffer]) -> None:
+    """Raise :class:`PlanError` with both buffers if two share a byte at a time.
+
+    A sweep over time that keeps the live buffers sorted by offset; each newcomer is compared with its
+    two neighbours only, which suffices because the live ones are disjoint.
+    """
+    from bisect import bisect_left, insort
+
+    placed = [b for b in buffers if b.size > 0]
+    events = sorted([(b.end, 0, i) for i, b in enumerate(placed)] + [(b.start, 1, i) for i, b in enumerate(placed)])
+    live: list[tuple[int, int]] = []
+    for _, is_start, index in events:
+        buffer = placed[index]
+        assert buffer.offset is not None
+        entry = (buffer.offset, index)
+        if not is_start:
+            del live[bisect_left(live, entry)]
+            continue
+        at = bisect_left(live, entry)
+        for neighbour in live[max(at - 1, 0) : at + 1]:
+            other = placed[neighbour[1]]
+            assert other.offset is not None
+            if other.offset < buffer.offset + buffer.size and buffer.offset < other.offset + other.size:
+                raise PlanError(f"buffers overlap: {other.describe()} and {buffer.describe()}")
+        insort(live, entry)

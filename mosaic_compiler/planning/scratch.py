@@ -1,0 +1,67 @@
+"""Bytes that an op allocates while it runs and frees before it returns.
+
+Planned as buffers of kind ``scratch`` that live for one schedule position.  Each formula names the
+code it mirrors; ops that are not listed allocate nothing (checked in ``tests/test_scratch.py``).
+"""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from torch import fx
+
+from mosaic_compiler import ir
+
+aten = torch.ops.aten
+
+
+def scratch_bytes(node: fx.Node) -> sympy.Expr:
+    """Scratch of one node in bytes, as an expression in the graph's symbols."""
+    if node.target is aten._scaled_dot_product_flash_attention_for_cpu.default:
+        return _cpu_flash_attention(node)
+    if ir.is_pointwise(node):
+        return _cpu_casts(node)
+    return sympy.Integer(0)
+
+
+def _cpu_flash_attention(node: fx.Node) -> sympy.Expr:
+    """ATen/native/cpu/FlashAttentionKernel.cpp: one [threads, elements] float buffer.
+
+    Per thread: a score tile (query block x key block), running max and sum, and an accumulator
+    (query block x head dim); reduced types keep a reduced copy of the tile beside it.  The query
+    block is at most 256 and the key block at most 512, whatever the length; low-precision kernels may
+    also pack keys and values, which is bounded by their own bytes.
+    """
+    query, key = node.args[0], node.args[1]
+    assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
+    q, k = ir.tensor_of(query), ir.tensor_of(key)
+    assert q is not None and k is not None
+    head_dim = ir.expr_of(q.shape[-1])
+    tile = 256 * 512 + 2 * 256 + 256 * head_dim
+    scratch = 4 * tile * torch.get_num_threads()
+    if q.dtype.itemsize < 4:
+        scratch += 2 * 256 * 512 * torch.get_num_threads() + 2 * ir.storage_extent(k)
+    return scratch
+
+
+def _cpu_casts(node: fx.Node) -> sympy.Expr:
+    """ATen/TensorIterator.cpp: on the CPU, operands of another dtype are cast into temporaries."""
+    out = ir.tensor_of(node)
+    if out is None or out.device.type != "cpu":
+        return sympy.Integer(0)
+    operands = [t for n in node.all_input_nodes if (t := ir.tensor_of(n)) is not None]
+    if len(operands) < 2:
+        return sympy.Integer(0)
+    packet = str(getattr(node.target, "_opname", ""))
+    values = operands[1:] if packet == "where" else operands
+    common = values[0].dtype
+    for operand in values[1:]:
+        common = torch.promote_types(common, operand.dtype) if operand.dim() or common.is_floating_point else common
+    total = sympy.Integer(0)
+    for operand in values:
+        if operand.dtype != common and operand.dim() > 0:
+            elements = sympy.prod([ir.expr_of(size) for size in operand.shape])
+            total += elements * common.itemsize
+    return total
+
+

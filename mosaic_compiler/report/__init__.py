@@ -1,0 +1,1 @@
+"""Reports: what was planned, what ran, what was measured."""

@@ -1,0 +1,140 @@
+"""``explain()``: compile and run a function once, and say what was done and why."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from mosaic_compiler.backend import mosaic, observing
+from mosaic_compiler.options import MosaicOptions
+from mosaic_compiler.passes.pipeline import PassRecord
+from mosaic_compiler.planning.plan import MemoryPlan
+from mosaic_compiler.report import tables
+from mosaic_compiler.runtime.step import CompiledStep, Fallback
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One compiled graph: its plan (``None`` if it never ran), passes with times, fallbacks by name."""
+
+    plan: MemoryPlan | None
+    passes: tuple[PassRecord, ...]
+    fallbacks: tuple[Fallback, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`explain` returns; ``print`` it.
+
+    Attributes:
+        graphs: one entry per captured graph (more than one after a graph break).
+        result: what the function returned.
+    """
+
+    graphs: tuple[GraphReport, ...]
+    result: Any
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """The plan with the highest peak.  Raises :class:`ValueError` if nothing was compiled."""
+        plans = [graph.plan for graph in self.graphs if graph.plan is not None]
+        if not plans:
+            raise ValueError("nothing was compiled: the function ran no tensor operation")
+        return max(plans, key=lambda plan: plan.peak)
+
+    @property
+    def fallbacks(self) -> tuple[Fallback, ...]:
+        return tuple(fallback for graph in self.graphs for fallback in graph.fallbacks)
+
+    @property
+    def passes(self) -> tuple[PassRecord, ...]:
+        return tuple(record for graph in self.graphs for record in graph.passes)
+
+    def __str__(self) -> str:
+        console = Console(width=118, no_color=True, highlight=False)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for number, graph in enumerate(self.graphs):
+            yield Text(f"graph {number + 1} of {len(self.graphs)}", style="bold underline")
+            if graph.plan is not None:
+                yield tables.summary(graph.plan)
+                yield Text()
+                yield tables.timeline(graph.plan.timeline)
+                yield Text()
+                yield tables.largest_buffers(graph.plan)
+                yield Text()
+            yield _pass_table(graph.passes)
+            yield Text()
+            yield _fallback_table(graph.fallbacks)
+
+
+def _pass_table(passes: tuple[PassRecord, ...]) -> Table:
+    table = Table(title="passes", title_justify="left", box=None, padding=(0, 1))
+    for column in ("pass", "nodes", "ms", "verified in ms"):
+        table.add_column(column)
+    for record in passes:
+        nodes = f"{record.nodes_before} -> {record.nodes_after}"
+        table.add_row(record.name, nodes, f"{record.seconds * 1e3:.1f}", f"{record.verify_seconds * 1e3:.1f}")
+    return table
+
+
+def _fallback_table(fallbacks: tuple[Fallback, ...]) -> Table | Text:
+    if not fallbacks:
+        return Text("fallbacks: none")
+    table = Table(title="fallbacks", title_justify="left", box=None, padding=(0, 1))
+    for column in ("name", "node", "op", "reason", "source"):
+        table.add_column(column, overflow="fold")
+    for f in fallbacks:
+        table.add_row(f.name, f.node, f.op, f.reason, f.source)
+    return table
+
+
+def explain(fn: Callable[..., Any], *args: Any, **options: Any) -> Report:
+    """Compile ``fn`` with the ``mosaic`` backend, run it once on ``args``, and report.
+
+    Args:
+        fn: a function or module (already compiled ones are unwrapped).
+        args: its arguments; tensor sizes become symbols.
+        options: as in ``torch.compile(..., options={...})``; see :class:`MosaicOptions`.
+
+    Returns:
+        A :class:`Report`: ``.plan``, ``.fallbacks``, ``.passes``, ``.graphs``, ``.result``.
+
+    Raises:
+        OptionsError: for an unknown or malformed option.
+    """
+    MosaicOptions.parse(options)  # a clear error before anything is traced
+    steps: list[CompiledStep] = []
+
+    def backend(module: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        return mosaic(module, example_inputs, options=options)
+
+    compiled = torch.compile(_fresh_caller(), backend=backend, dynamic=True)
+    with observing(steps.append), torch.no_grad():
+        result = compiled(_unwrap(fn), *args)
+    return Report(tuple(GraphReport(step.plan, step.passes, step.fallbacks) for step in steps), result)
+
+
+def _unwrap(fn: Callable[..., Any]) -> Callable[..., Any]:
+    fn = getattr(fn, "_orig_mod", fn)
+    return getattr(fn, "_torchdynamo_orig_callable", fn)  # type: ignore[no-any-return]
+
+
+def _fresh_caller() -> Callable[..., Any]:
+    """``call(fn, *args)`` with a code object of its own: Dynamo's recompile limit counts per code object,
+    so any number of reports can be made of one function."""
+
+    def call(fn: Callable[..., Any], *args: Any) -> Any:
+        return fn(*args)
+
+    return types.FunctionType(call.__code__.replace(), call.__globals__, "explained")

@@ -1,0 +1,74 @@
+"""Rich renderings of a plan: the summary, the largest buffers, the timeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from mosaic_compiler.planning.plan import MemoryPlan
+
+_BARS = " ▁▂▃▄▅▆▇█"
+
+
+def format_bytes(nbytes: float) -> str:
+    """1536 -> ``1.5 KiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(nbytes) < 1024 or unit == "GiB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    raise AssertionError("unreachable")
+
+
+def summary(plan: MemoryPlan) -> Table:
+    """The figures of one plan, one per line."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    bound = plan.height / plan.lower_bound if plan.lower_bound else 1.0
+    outside = max(plan.outside, default=0)
+    rows = (
+        ("peak", format_bytes(plan.peak), "arena + what is live outside of it at the worst moment"),
+        ("arena height", format_bytes(plan.height), f"{bound:.3f} x the lower bound, placed by {plan.algorithm}"),
+        ("without reuse", format_bytes(plan.naive), f"{plan.naive / plan.height:.1f} x the height" if plan.height else ""),
+        ("outside", format_bytes(outside), "outputs, and what opaque ops allocate"),
+        ("peak / average", f"{plan.par:.2f}", "of live bytes over the step"),
+        ("sizes", ", ".join(f"{name}={value}" for name, value in plan.symbols) or "static", ""),
+    )
+    for name, value, remark in rows:
+        table.add_row(name, Text(value, style="bold"), Text(remark, style="dim"))
+    return table
+
+
+def largest_buffers(plan: MemoryPlan, count: int = 12) -> Table:
+    """The largest buffers of a plan, with where they come from."""
+    table = Table(title=f"largest of {len(plan.buffers)} buffers", title_justify="left", box=None, padding=(0, 1))
+    for column in ("buffer", "kind", "shape", "dtype"):
+        table.add_column(column, overflow="fold")
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("life", justify="right", no_wrap=True)
+    table.add_column("from", overflow="fold")
+    for buffer in sorted(plan.buffers, key=lambda b: (-b.size, b.start, b.name))[:count]:
+        table.add_row(
+            buffer.name,
+            buffer.kind,
+            "x".join(map(str, buffer.shape)),
+            buffer.dtype,
+            format_bytes(buffer.size),
+            f"{buffer.start}-{buffer.end}",
+            " ".join(part for part in (buffer.module, buffer.source) if part),
+        )
+    return table
+
+
+def timeline(values: Sequence[int], width: int = 76) -> Text:
+    """Live bytes over the schedule as one line of bars; each bar is the maximum of its positions."""
+    if not values:
+        return Text("(empty step)")
+    columns = min(width, len(values))
+    edges = [len(values) * i // columns for i in range(columns + 1)]
+    peaks = [max(values[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    top = max(peaks) or 1
+    bars = "".join(_BARS[max(1, round(value / top * (len(_BARS) - 1))) if value else 0] for value in peaks)
+    return Text.assemble(
+        ("live bytes over the step", "bold"), f"  (full bar: {format_bytes(top)}, {len(values)} positions)\n", (bars, "cyan")
+    )

@@ -1,0 +1,198 @@
+"""The arena: one reserved address range per device, backed by memory only where a plan needs it.
+
+``HostArena`` reserves addresses with an anonymous no-reserve ``mmap``; pages come when they are first
+written and go back with ``madvise``.  Because the base address never moves, programs bound to it stay
+valid while the arena grows and shrinks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import mmap
+import os
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+
+from mosaic_compiler.errors import ArenaError
+
+_numbers = itertools.count()
+
+
+class Arena(Protocol):
+    """What a program needs of an arena.  All offsets and sizes are in bytes."""
+
+    number: int
+    capacity: int
+    reserved: int
+    """Bytes that the current plan may touch: its height."""
+
+    def ensure(self, height: int) -> None:
+        """Make [0, height) usable and give back what lies above.  Raises :class:`ArenaError`."""
+
+    def tensor(
+        self, offset: int, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int], limit: int
+    ) -> torch.Tensor:
+        """A zero-copy tensor over the arena.  Raises :class:`ArenaError` if it ends above ``limit``."""
+
+    def fill(self, start: int, end: int, byte: int) -> None: ...
+
+    def find_other(self, start: int, end: int, byte: int) -> int | None:
+        """Offset of the first byte in [start, end) that is not ``byte``."""
+
+    def release(self) -> None:
+        """Give all memory back; the address range stays reserved."""
+
+
+class HostArena:
+    """An arena in host memory (see :class:`Arena`).
+
+    Args:
+        capacity: address range in bytes; the default is the machine's memory, which is also the most
+            a plan can ever get.
+
+    Raises:
+        ArenaError: if not even a small address range can be reserved.
+    """
+
+    def __init__(self, capacity: int | None = None) -> None:
+        self.number = next(_numbers)
+        self.capacity, self._memory = _reserve(capacity or machine_memory())
+        self.reserved = 0
+        self._touched = 0
+        self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self._typed: dict[torch.dtype, torch.Tensor] = {}
+
+    def ensure(self, height: int) -> None:
+        if height > self.capacity:
+            raise ArenaError(
+                f"the plan needs {height} bytes of arena, this machine has {self.capacity}: "
+                "use shorter sequences or a smaller batch"
+            )
+        if height < self._touched:
+            self._give_back(height)
+        self.reserved = height
+        self._touched = max(self._touched, height)
+
+    def tensor(
+        self, offset: int, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int], limit: int
+    ) -> torch.Tensor:
+        elements = 1 + sum((s - 1) * t for s, t in zip(shape, stride, strict=True)) if math.prod(shape) else 0
+        end = offset + elements * dtype.itemsize
+        if offset < 0 or end > min(limit, self.capacity) or offset % dtype.itemsize:
+            raise ArenaError(f"a tensor of {list(shape)} {dtype} at {offset} ends at {end}, outside of the plan's {limit}")
+        typed = self._typed.get(dtype)
+        if typed is None:
+            whole = self.capacity - self.capacity % dtype.itemsize
+            typed = self._typed[dtype] = self._bytes[:whole].view(dtype)
+        return torch.as_strided(typed, list(shape), list(stride), offset // dtype.itemsize)
+
+    def fill(self, start: int, end: int, byte: int) -> None:
+        self._bytes[start:end] = byte
+        self._touched = max(self._touched, end)
+
+    def find_other(self, start: int, end: int, byte: int) -> int | None:
+        wrong = (self._bytes[start:end] != byte).nonzero()
+        return start + int(wrong[0]) if len(wrong) else None
+
+    def release(self) -> None:
+        self._give_back(0)
+        self.reserved = 0
+
+    def _give_back(self, height: int) -> None:
+        start = -(-height // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = min(-(-self._touched // mmap.PAGESIZE) * mmap.PAGESIZE, self.capacity) - start
+        if length > 0:
+            self._memory.madvise(mmap.MADV_DONTNEED, start, length)
+        self._touched = min(self._touched, height)
+
+
+def machine_memory() -> int:
+    """Physical memory of this machine in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _reserve(capacity: int) -> tuple[int, mmap.mmap]:
+    """Reserve addresses; an address-space limit (``ulimit -v``) is met by halving the request."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    size = -(-capacity // mmap.PAGESIZE) * mmap.PAGESIZE
+    while size >= mmap.PAGESIZE:
+        try:
+            return size, mmap.mmap(-1, size, flags=flags)
+        except (OSError, ValueError):
+            size = size // 2 // mmap.PAGESIZE * mmap.PAGESIZE
+    raise ArenaError(f"cannot reserve {capacity} bytes of address space: raise the limit (ulimit -v)")
+
+
+class ArenaPool:
+    """The arenas of one device: one for everybody, and one more per level of re-entrance.
+
+    Threads take turns (a step uses all cores or the whole device anyway).  A compiled function that is
+    called from within another one, in the same thread, gets the next arena, because the outer step's
+    buffers are still live.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._arenas: list[Arena] = []
+        self._depth = 0
+        self._users: weakref.WeakSet[object] = weakref.WeakSet()
+
+    @contextmanager
+    def lease(self) -> Iterator[Arena]:
+        with self._lock:
+            if self._depth == len(self._arenas):
+                self._arenas.append(HostArena())
+            arena = self._arenas[self._depth]
+            self._depth += 1
+            try:
+                yield arena
+            finally:
+                self._depth -= 1
+
+    def register(self, user: object) -> None:
+        """Keep memory between calls as long as one registered user is alive."""
+        self._users.add(user)
+        weakref.finalize(user, self._forget)
+
+    def _forget(self) -> None:
+        if not self._users:
+            self.release()
+
+    def release(self) -> int:
+        """Give back the memory of every arena that is not in use; returns the bytes given back."""
+        with self._lock:
+            idle = self._arenas[self._depth :]
+            given = sum(arena.reserved for arena in idle)
+            for arena in idle:
+                arena.release()
+            return given
+
+    def reserved(self) -> int:
+        """Bytes of the plans that the arenas hold memory for."""
+        return sum(arena.reserved for arena in self._arenas)
+
+
+_pools: dict[torch.device, ArenaPool] = {}
+_pools_lock = threading.Lock()
+
+
+def pool_for(device: torch.device) -> ArenaPool:
+    """The process-wide pool of a device.  Every compiled graph of every model shares it."""
+    with _pools_lock:
+        return _pools.setdefault(device, ArenaPool())
+
+
+def release_memory() -> int:
+    """Give the memory of all idle arenas back to the system; returns the bytes given back.
+
+    Compiled functions stay valid: the next call takes memory again.
+    """
+    with _pools_lock:
+        pools = list(_pools.values())
+    return sum(pool.release() for pool in pools)

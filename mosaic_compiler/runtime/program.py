@@ -1,0 +1,360 @@
+"""A program: one step, bound to one arena, one plan and one set of weights.
+
+Binding does all the work that does not depend on the caller's data: views are made, sizes are numbers,
+every call is a ``functools.partial`` with its destination.  A step is then a walk over a flat list.
+
+What cannot be bound is read from ``slots`` when it is needed: the caller's inputs, outputs (fresh
+memory per call, because the caller keeps them) and results of opaque ops.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_map_only
+
+from mosaic_compiler import ir
+from mosaic_compiler.errors import ArenaError, CanaryError
+from mosaic_compiler.planning.forms import Call, Kind
+from mosaic_compiler.planning.lifetimes import Lives, Sizes
+from mosaic_compiler.planning.plan import ALIGNMENT, Buffer, MemoryPlan
+from mosaic_compiler.runtime.arena import Arena
+
+Instruction: TypeAlias = "Callable[[], Any]"
+
+DEAD = 0xFF  # poison: NaN in every floating-point format, -1 in every integer
+CANARY = 0xA5
+GUARD = ALIGNMENT  # poison mode keeps this many bytes of canary behind each buffer
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A value that is only known during a call: ``slots[index]``."""
+
+    index: int
+
+
+@dataclass
+class Program:
+    """A bound step.  Not thread-safe: the arena's lease serialises calls.
+
+    Attributes:
+        plan: the memory plan it runs in.
+        instructions: prebound calls, in schedule order.
+    """
+
+    plan: MemoryPlan
+    instructions: list[Instruction]
+    slots: list[Any]
+    outputs: list[Any]
+    inputs: int
+    fixed: list[tuple[torch.Tensor, int, torch.Size]] = field(default_factory=list)
+    checked: bool = False
+
+    def run(self, inputs: Sequence[Any]) -> list[Any]:
+        """Run the step.  ``inputs`` are the graph's placeholders in order."""
+        slots = self.slots
+        try:
+            slots[: self.inputs] = inputs
+            with torch.no_grad():
+                for instruction in self.instructions:
+                    instruction()
+            if not self.checked:
+                self._check_destinations()
+            return [slots[out.index] if type(out) is Slot else out for out in self.outputs]
+        finally:
+            slots[:] = [None] * len(slots)
+
+    def _check_destinations(self) -> None:
+        """An op that got an ``out=`` of the wrong shape resizes it, with only a warning.  Look once."""
+        for tensor, pointer, shape in self.fixed:
+            if tensor.data_ptr() != pointer or tensor.shape != shape:
+                raise ArenaError(f"an operation resized its destination from {tuple(shape)} to {tuple(tensor.shape)}")
+        self.checked = True
+
+
+def bind(
+    module: fx.GraphModule,
+    lives: Lives,
+    plan: MemoryPlan,
+    sizes: Sizes,
+    inputs: Sequence[Any],
+    static: frozenset[int],
+    arena: Arena,
+    *,
+    poison: bool = False,
+) -> Program:
+    """Bind a graph to an arena.
+
+    Args:
+        module: the graph after all passes.
+        lives: its lives; ``plan`` is their placement for ``sizes``.
+        inputs: this call's inputs; those at the ``static`` positions (weights) are bound for good.
+        poison: fill buffers at birth and death, check canaries (the plan must have been made with
+            :func:`with_guards`).
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        return _Binder(module, lives, plan, sizes, inputs, static, arena, poison).bind()
+
+
+def with_guards(buffers: Sequence[Buffer]) -> tuple[Buffer, ...]:
+    """The same lives with room for a canary behind each arena buffer."""
+    import dataclasses
+
+    return tuple(dataclasses.replace(b, nbytes=b.nbytes + GUARD) if b.kind == "arena" else b for b in buffers)
+
+
+class _Binder:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        lives: Lives,
+        plan: MemoryPlan,
+        sizes: Sizes,
+        inputs: Sequence[Any],
+        static: frozenset[int],
+        arena: Arena,
+        poison: bool,
+    ) -> None:
+        self.module, self.lives, self.plan, self.sizes = module, lives, plan, sizes
+        self.inputs, self.static, self.arena, self.poison = inputs, static, arena, poison
+        self.placed = {buffer.name: buffer for buffer in plan.buffers}
+        self.values: dict[fx.Node, Any] = {}
+        self.slots: list[Any] = [None] * len(inputs)
+        self.root_slots: dict[ir.Root, list[int]] = {}
+        self.instructions: list[Instruction] = []
+        self.fixed: list[tuple[torch.Tensor, int, torch.Size]] = []
+
+    def bind(self) -> Program:
+        deaths = self._deaths()
+        position = 0
+        for node in self.module.graph.nodes:
+            if node.op == "placeholder":
+                self._placeholder(node)
+            elif node.op == "output":
+                outputs = self._outputs(node)
+            else:
+                self._node(node)
+                self._bury(deaths.get(position, ()))
+                position += 1
+        return Program(
+            plan=self.plan,
+            instructions=self.instructions,
+            slots=self.slots,
+            outputs=outputs,
+            inputs=len(self.inputs),
+            fixed=self.fixed,
+        )
+
+    # ------------------------------------------------------------------------------------- inputs
+    def _placeholder(self, node: fx.Node) -> None:
+        index = len(self.values)
+        given = self.inputs[index]
+        if isinstance(given, torch.Tensor):
+            self.values[node] = given.detach() if index in self.static else Slot(index)
+        elif isinstance(given, int) and not self._late_number(node):
+            self.values[node] = given
+        else:
+            self.values[node] = Slot(index)
+
+    def _late_number(self, node: fx.Node) -> bool:
+        value = ir.value_of(node)
+        return ir.is_symbolic_number(value) and not self._bound(value)
+
+    def _bound(self, value: Any) -> bool:
+        return bool(ir.expr_of(value).free_symbols <= self.sizes.symbols.keys())
+
+    def _outputs(self, node: fx.Node) -> list[Any]:
+        flat, _ = torch.utils._pytree.tree_flatten(node.args[0])
+        return [self.values[item] if isinstance(item, fx.Node) else item for item in flat]
+
+    # ------------------------------------------------------------------------------------- nodes
+    def _node(self, node: fx.Node) -> None:
+        form = self.lives.forms[node]
+        if form.kind is Kind.CONSTANT:
+            self.values[node] = operator.attrgetter(str(node.target))(self.module)
+        elif form.kind is Kind.NUMBER:
+            self.values[node] = self._number(node)
+        elif form.kind is Kind.DESTINATION:
+            self._destination(node)
+        else:
+            args, kwargs = self._resolve(node)
+            late = _has_slot((args, kwargs))
+            if form.kind is Kind.VIEW and not late:
+                self.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            elif form.kind is Kind.MUTATION and (base := ir.alias_base(node)) is not None:
+                self._append(Call(node.target, tuple(args), tuple(kwargs.items())))  # type: ignore[arg-type]
+                self.values[node] = self.values[base]
+            else:
+                self._opaque(node, args, kwargs)
+
+    def _number(self, node: fx.Node) -> Any:
+        if node.target is operator.getitem:
+            source, index = node.args
+            return self.values[source][index]  # type: ignore[index]
+        value = ir.value_of(node)
+        if isinstance(value, (bool, float)) or not ir.is_symbolic_number(value):
+            return value
+        return bool(self.sizes(value)) if isinstance(value, torch.SymBool) else self.sizes(value)
+
+    def _resolve(self, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
+        args = fx.node.map_arg(node.args, self.values.__getitem__)
+        kwargs = fx.node.map_arg(dict(node.kwargs), self.values.__getitem__)
+        return list(args), dict(kwargs)
+
+    def _destination(self, node: fx.Node) -> None:
+        outs = tuple(self._output_of(node, index) for index in range(len(ir.tensors_of(node))))
+        self.values[node] = outs if isinstance(ir.value_of(node), (tuple, list)) else outs[0]
+        args, kwargs = self._resolve(node)
+        emit = self.lives.forms[node].emit
+        assert emit is not None
+        for call in emit(outs, args, kwargs):
+            self._append(call)
+
+    def _output_of(self, node: fx.Node, index: int) -> Any:
+        """The destination of one output: a tensor in the arena, or a slot with fresh memory."""
+        tensor = ir.tensors_of(node)[index]
+        assert tensor is not None
+        shape = [self.sizes(size) for size in tensor.shape]
+        stride = [self.sizes(step) for step in tensor.stride()]
+        buffer = self.placed[self.lives.root_buffers[(node, index)].name]
+        if buffer.kind == "arena":
+            assert buffer.offset is not None
+            limit = buffer.offset + buffer.nbytes
+            view = self.arena.tensor(buffer.offset, tensor.dtype, shape, stride, limit)
+            self.fixed.append((view, view.data_ptr(), view.shape))
+            if self.poison:
+                self.instructions.append(functools.partial(self.arena.fill, buffer.offset, limit - GUARD, DEAD))
+                self.instructions.append(functools.partial(self.arena.fill, limit - GUARD, limit, CANARY))
+            return view
+        slot = self._new_slot((node, index))
+        make = functools.partial(torch.empty_strided, shape, stride, dtype=tensor.dtype, device=tensor.device)
+        self.instructions.append(_store(self.slots, slot.index, make))
+        return slot
+
+    def _opaque(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> None:
+        """Run as it is; each tensor result goes to a slot of its own, so that it can die by itself."""
+        run = _call(Call(node.target, tuple(args), tuple(kwargs.items())), self.slots)  # type: ignore[arg-type]
+        roots = self.lives.storage.roots(node)
+        if not isinstance(ir.value_of(node), (tuple, list)):
+            slot = self._new_slot(roots[0])
+            self.instructions.append(_store(self.slots, slot.index, run))
+            self.values[node] = slot
+            return
+        slots = tuple(self._new_slot(root) for root in roots)
+        self.values[node] = slots
+        self.instructions.append(_store_all(self.slots, [slot.index for slot in slots], run))
+
+    def _new_slot(self, root: ir.Root | None) -> Slot:
+        slot = Slot(len(self.slots))
+        self.slots.append(None)
+        if root is not None:
+            self.root_slots.setdefault(root, []).append(slot.index)
+        return slot
+
+    def _append(self, call: Call) -> None:
+        self.instructions.append(_call(call, self.slots))
+
+    # ------------------------------------------------------------------------------------- deaths
+    def _deaths(self) -> dict[int, list[ir.Root]]:
+        """Roots by the position at which they are used for the last time; outputs never die."""
+        nodes = [n for n in self.module.graph.nodes if n.op not in ("placeholder", "output")]
+        escaping = ir.escaping_roots(self.module.graph, self.lives.storage)
+        last: dict[ir.Root, int] = {}
+        for position, node in enumerate(nodes):
+            for user in (node, *node.all_input_nodes):
+                for root in self.lives.storage.roots(user):
+                    if root is not None and root[0].op == "call_function" and root not in escaping:
+                        last[root] = position
+        deaths: dict[int, list[ir.Root]] = {}
+        for root, position in last.items():
+            deaths.setdefault(position, []).append(root)
+        return deaths
+
+    def _bury(self, roots: Sequence[ir.Root]) -> None:
+        indices = [index for root in roots for index in self.root_slots.get(root, ())]
+        if indices:
+            self.instructions.append(functools.partial(_drop, self.slots, indices))
+        if not self.poison:
+            return
+        for root in roots:
+            symbolic = self.lives.root_buffers.get(root)
+            buffer = self.placed[symbolic.name] if symbolic is not None else None
+            if buffer is not None and buffer.kind == "arena":
+                self.instructions.append(functools.partial(_check_canary, self.arena, buffer))
+
+
+# -------------------------------------------------------------------------------------- instructions
+def _drop(slots: list[Any], indices: Sequence[int]) -> None:
+    for index in indices:
+        slots[index] = None
+
+
+def _check_canary(arena: Arena, buffer: Buffer) -> None:
+    assert buffer.offset is not None
+    end = buffer.offset + buffer.nbytes
+    wrong = arena.find_other(end - GUARD, end, CANARY)
+    if wrong is not None:
+        raise CanaryError(f"something wrote {wrong - (end - GUARD)} bytes behind the end of {buffer.describe()}")
+    arena.fill(buffer.offset, end, DEAD)
+
+
+def _store(slots: list[Any], index: int, make: Instruction) -> Instruction:
+    def instruction() -> None:
+        slots[index] = make()
+
+    return instruction
+
+
+def _store_all(slots: list[Any], indices: Sequence[int], make: Instruction) -> Instruction:
+    def instruction() -> None:
+        for index, value in zip(indices, make(), strict=True):
+            slots[index] = value
+
+    return instruction
+
+
+def _has_slot(values: Any) -> bool:
+    if isinstance(values, Mapping):
+        return any(_has_slot(value) for value in values.values())
+    if isinstance(values, (tuple, list)):
+        return any(_has_slot(value) for value in values)
+    return isinstance(values, Slot)
+
+
+def _call(call: Call, slots: list[Any]) -> Instruction:
+    """A prebound call; arguments that are slots are read when it runs and never kept."""
+    kwargs = dict(call.kwargs)
+    if not _has_slot((call.args, kwargs)):
+        return functools.partial(call.function, *call.args, **kwargs)
+    function = call.function
+    nested = any(_has_slot(v) for v in (*call.args, *kwargs.values()) if not isinstance(v, Slot))
+    if nested:
+
+        def general() -> Any:
+            args, named = tree_map_only(Slot, lambda slot: slots[slot.index], (list(call.args), kwargs))
+            return function(*args, **named)
+
+        return general
+    late_args = [(i, v.index) for i, v in enumerate(call.args) if isinstance(v, Slot)]
+    late_kwargs = [(k, v.index) for k, v in kwargs.items() if isinstance(v, Slot)]
+    fixed_args = list(call.args)
+
+    def instruction() -> Any:
+        args = fixed_args.copy()
+        for position, index in late_args:
+            args[position] = slots[index]
+        if not late_kwargs:
+            return function(*args, **kwargs)
+        named = kwargs.copy()
+        for name, index in late_kwargs:
+            named[name] = slots[index]
+        return function(*args, **named)
+
+    return instruction

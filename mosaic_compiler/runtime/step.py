@@ -1,0 +1,187 @@
+"""``CompiledStep``: what ``torch.compile`` gets back for one graph.
+
+A call looks up, or makes, three things of decreasing generality: the plan for these sizes, the program
+bound to these weights and this arena, and then runs the program.  Nothing is ever recompiled for a new
+length.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from mosaic_compiler import ir
+from mosaic_compiler.errors import CaptureError, FallbackError
+from mosaic_compiler.options import MosaicOptions
+from mosaic_compiler.passes.pipeline import PassRecord
+from mosaic_compiler.planning import MemoryPlan, make_plan
+from mosaic_compiler.planning.forms import ACCOUNTED_OPAQUE, Kind
+from mosaic_compiler.planning.lifetimes import Lives, Sizes, find_lives
+from mosaic_compiler.runtime.arena import pool_for
+from mosaic_compiler.runtime.program import Program, bind, with_guards
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """Something that runs in a slower or fatter way than planned memory would allow.
+
+    ``name`` is one of ``opaque-op`` (no ``out=`` form, internal memory unknown),
+    ``data-dependent-size`` and ``other-device`` (both: outside of the plan).
+    """
+
+    name: str
+    node: str
+    op: str
+    reason: str
+    source: str
+
+
+class CompiledStep:
+    """One compiled graph: call it with the list of graph inputs, get the list of outputs.
+
+    Attributes:
+        module: the graph after all passes; it still runs by itself.
+        lives, fallbacks, passes: what planning and ``explain()`` know about it.
+        plan: the plan of the last call, ``None`` before the first.
+    """
+
+    _boxed_call = True
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        options: MosaicOptions,
+        passes: Sequence[PassRecord] = (),
+        static_inputs: Sequence[int] = (),
+        on_plan: Callable[[MemoryPlan], None] = lambda plan: None,
+    ) -> None:
+        self.module, self.options, self.passes = module, options, tuple(passes)
+        self.lives: Lives = find_lives(module)
+        self.fallbacks = find_fallbacks(self.lives)
+        if options.strict and self.fallbacks:
+            raise FallbackError("strict mode: " + "; ".join(f"{f.name}: {f.node} ({f.reason}) {f.source}" for f in self.fallbacks))
+        self.plan: MemoryPlan | None = None
+        self._on_plan = on_plan
+        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        self._static = tuple(i for i in static_inputs if ir.tensor_of(placeholders[i]) is not None)
+        self._readers = _symbol_readers(module, placeholders)
+        self._plans: dict[tuple[int, ...], MemoryPlan] = {}
+        self._programs: OrderedDict[Any, tuple[Program, list[tuple[weakref.ref[Any], int]]]] = OrderedDict()
+        self._pool = pool_for(self.lives.device)
+        self._pool.register(self)
+
+    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
+        pointers = tuple([inputs[i].data_ptr() for i in self._static])
+        numbers = tuple([read(inputs) for _, read in self._readers])
+        with self._pool.lease() as arena:
+            key = (arena.number, numbers, pointers)
+            entry = self._programs.get(key)
+            if entry is None:
+                self._forget_moved_weights()
+                sizes = Sizes(dict(zip([symbol for symbol, _ in self._readers], numbers, strict=True)))
+                plan = self.plan_for(sizes)
+                program = bind(
+                    self.module, self.lives, plan, sizes, inputs, frozenset(self._static), arena, poison=self.options.poison
+                )
+                entry = (program, [(weakref.ref(inputs[i]), inputs[i].data_ptr()) for i in self._static])
+                self._programs[key] = entry
+                while len(self._programs) > self.options.program_cache:
+                    self._programs.popitem(last=False)
+            else:
+                self._programs.move_to_end(key)
+            program = entry[0]
+            self.plan = program.plan
+            arena.ensure(program.plan.height)
+            return program.run(inputs)
+
+    def plan_for(self, sizes: Sizes) -> MemoryPlan:
+        """The verified plan for these sizes, made once."""
+        symbols = self.lives.symbols
+        key = tuple(sizes(symbol) for symbol in symbols)
+        plan = self._plans.get(key)
+        if plan is None:
+            buffers = self.lives.at(sizes)
+            plan = self._plans[key] = make_plan(
+                with_guards(buffers) if self.options.poison else buffers,
+                self.lives.schedule,
+                algorithm=self.options.placement,
+                symbols=[(str(symbol), value) for symbol, value in zip(symbols, key, strict=True)],
+            )
+            if len(self._plans) > 4 * self.options.program_cache:
+                self._plans.pop(next(iter(self._plans)))
+            self._on_plan(plan)
+        return plan
+
+    def _forget_moved_weights(self) -> None:
+        """Drop programs whose weights were freed or moved, so that old weights do not stay in memory."""
+        for key, (_, weights) in list(self._programs.items()):
+            if any((tensor := ref()) is None or tensor.data_ptr() != pointer for ref, pointer in weights):
+                del self._programs[key]
+
+
+def find_fallbacks(lives: Lives) -> tuple[Fallback, ...]:
+    """Name everything that the plan does not fully cover."""
+    found: list[Fallback] = []
+
+    def add(name: str, node: fx.Node, reason: str) -> None:
+        found.append(Fallback(name, node.name, str(node.target), reason, ir.provenance(node).source))
+
+    for node in lives.unsized:
+        add("data-dependent-size", node, "its bytes are known only while the step runs")
+    for node in lives.elsewhere:
+        tensors = [tensor for tensor in ir.tensors_of(node) if tensor is not None]
+        if any(tensor.dim() > 0 for tensor in tensors):
+            add("other-device", node, f"lives on {tensors[0].device}, the plan is for {lives.device}")
+    named = {*lives.unsized, *lives.elsewhere}
+    for node, form in lives.forms.items():
+        if form.kind is Kind.OPAQUE and node not in named and not _is_accounted(node):
+            add("opaque-op", node, "has no out= form; memory that it uses inside is not in the plan")
+    return tuple(found)
+
+
+def _is_accounted(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and (node.target in ACCOUNTED_OPAQUE or not any(ir.tensors_of(node)))
+
+
+def _symbol_readers(
+    module: fx.GraphModule, placeholders: Sequence[fx.Node]
+) -> tuple[tuple[sympy.Symbol, Callable[[Sequence[Any]], int]], ...]:
+    """For every symbol of the graph, where in the inputs its value stands.
+
+    Raises:
+        CaptureError: if a symbol is no input's size, stride or value.
+    """
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    readers: dict[sympy.Symbol, Callable[[Sequence[Any]], int]] = {}
+
+    def offer(number: Any, read: Callable[[Sequence[Any]], int]) -> None:
+        if isinstance(number, torch.SymInt) and isinstance(symbol := ir.expr_of(number), sympy.Symbol):
+            readers.setdefault(symbol, read)
+
+    for index, node in enumerate(placeholders):
+        offer(ir.value_of(node), lambda inputs, i=index: int(inputs[i]))
+    for index, node in enumerate(placeholders):
+        tensor = ir.tensor_of(node)
+        for dim in range(tensor.dim() if tensor is not None else 0):
+            assert tensor is not None
+            offer(tensor.shape[dim], lambda inputs, i=index, d=dim: int(inputs[i].shape[d]))
+            offer(tensor.stride(dim), lambda inputs, i=index, d=dim: int(inputs[i].stride(d)))
+    for node in module.graph.nodes:
+        for number in ir.numbers_in(ir.value_of(node)):
+            if not ir.is_symbolic_number(number) or free_unbacked_symbols(number):
+                continue
+            if isinstance(number, torch.SymFloat):
+                continue
+            missing = ir.expr_of(number).free_symbols - readers.keys()
+            if missing:
+                raise CaptureError(f"{node.name} depends on {missing}, which no input's size says")
+    return tuple(readers.items())

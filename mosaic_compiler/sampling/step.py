@@ -1,0 +1,66 @@
+"""One denoising step: a model forward and the choice of which masked tokens to commit.
+
+Written so that the graph shows which rows are read: everything behind the logits goes through a
+``where`` on the mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class DenoisingStep(nn.Module):
+    """LLaDA's low-confidence remasking at temperature 0, as one compilable module.
+
+    At every masked position of the window the model's most likely token is proposed; the ``count``
+    proposals with the highest softmax probability are committed, the others stay masked.  Ties go to
+    the lower position.
+
+    Source: Nie et al., "Large Language Diffusion Models" (2025), algorithm 5, and its ``generate.py``.
+
+    Args:
+        model: anything with ``model(input_ids).logits`` of shape [B, N, vocabulary] (a transformers
+            masked LM or a bidirectional causal LM), or that returns the logits themselves.
+        mask_token_id: the id of the mask token.
+    """
+
+    def __init__(self, model: nn.Module, mask_token_id: int) -> None:
+        super().__init__()
+        self.model = model
+        self.mask_token_id = mask_token_id
+
+    def forward(self, input_ids: Tensor, window: Tensor, count: Tensor) -> Tensor:
+        """Denoise once.
+
+        Args:
+            input_ids: int64 [B, N].
+            window: bool [B, N] or [1, N], the positions that may change (see :func:`block_window`).
+            count: int64 [B], how many tokens to commit per sequence.
+
+        Returns:
+            int64 [B, N], the new ids.
+        """
+        masked = (input_ids == self.mask_token_id) & window  # [B, N]
+        output: Any = self.model(input_ids)
+        logits: Tensor = output if isinstance(output, Tensor) else output.logits  # [B, N, V]
+        token = logits.argmax(dim=-1)  # [B, N]
+        probability = torch.softmax(logits, dim=-1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
+        confidence = torch.where(masked, probability, float("-inf"))
+        commit = masked & (rank_of(confidence) < count.unsqueeze(-1))
+        return torch.where(commit, token, input_ids)
+
+
+def rank_of(score: Tensor) -> Tensor:
+    """Rank of each score in its row, 0 for the highest; equal scores rank by position.  [B, N] -> int64."""
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    positions = torch.arange(score.shape[-1], device=score.device).expand_as(order)
+    return torch.empty_like(order).scatter(-1, order, positions)
+
+
+def block_window(length: int, start: int, end: int, device: torch.device | str = "cpu") -> Tensor:
+    """bool [1, length], True in [start, end)."""
+    positions = torch.arange(length, device=device)
+    return ((positions >= start) & (positions < end)).unsqueeze(0)
