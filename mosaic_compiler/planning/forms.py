@@ -56,7 +56,7 @@ class Form:
 
 
 # Ops that allocate their outputs and, apart from the scratch that planning/scratch.py knows, nothing
-# else.  An op that is opaque and not in this list is a named fallback.
+# else (random draws do too).  An op that is opaque and not in this list is a named fallback.
 ACCOUNTED_OPAQUE = frozenset(
     {
         aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -65,10 +65,6 @@ ACCOUNTED_OPAQUE = frozenset(
         aten._scaled_dot_product_cudnn_attention.default,
         aten._grouped_mm.default,
         aten.native_layer_norm.default,
-        aten.rand.default,
-        aten.randn.default,
-        aten.randint.low,
-        aten.bernoulli.p,
     }
 )
 

@@ -16,7 +16,6 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
 from mosaic_compiler import ir
 from mosaic_compiler.errors import CaptureError, FallbackError
@@ -148,7 +147,9 @@ def find_fallbacks(lives: Lives) -> tuple[Fallback, ...]:
 
 
 def _is_accounted(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and (node.target in ACCOUNTED_OPAQUE or not any(ir.tensors_of(node)))
+    """Its outputs and scratch are all it allocates, or it makes no tensor at all."""
+    makes_none = all(tensor is None for tensor in ir.tensors_of(node))
+    return makes_none or node.target in ACCOUNTED_OPAQUE or ir.is_random(node)
 
 
 def _symbol_readers(

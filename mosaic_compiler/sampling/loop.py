@@ -67,7 +67,9 @@ def denoise(
             masked = ((input_ids == mask_token_id) & window).sum(dim=1)
             if not int(masked.max()):
                 continue
-            for count in transfer_counts(masked, steps).unbind(dim=1):
+            # [steps, B]; cloned, so that each row has the same strides and nothing recompiles
+            counts = transfer_counts(masked, steps).t().clone(memory_format=torch.contiguous_format)
+            for count in counts.unbind(dim=0):
                 if not int(count.max()):
                     continue
                 input_ids = step(input_ids, window, count)

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.load_profile("default")
+
+TINY_LLADA = Path(__file__).parent.parent / "examples" / "tiny-llada"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test compiles afresh, with one thread per worker and no MOSAIC_ switches set."""
+    torch.set_num_threads(1)
+    for name in ("MOSAIC_DEBUG", "MOSAIC_DISABLE", "MOSAIC_DUMP", "MOSAIC_POISON", "MOSAIC_STRICT"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def tiny_llada() -> torch.nn.Module:
+    """The shipped 7M-parameter masked-diffusion model, float32."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(TINY_LLADA, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def genesis() -> torch.Tensor:
+    """Token ids of the shipped passage, int64 [1, about 7000]."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY_LLADA)
+    return torch.tensor([tokenizer((TINY_LLADA.parent / "genesis.txt").read_text()).input_ids])

@@ -1,0 +1,166 @@
+"""Every invariant of the IR has a pass that breaks it, and is named when it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import fx
+
+from mosaic_compiler import ir
+from mosaic_compiler.errors import InvariantError
+from mosaic_compiler.passes import run_passes, trace
+from mosaic_compiler.passes.verifier import INVARIANTS
+
+aten = torch.ops.aten
+
+
+def toy(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    a = x @ w
+    b = a * 2
+    c = torch.relu(b)
+    return c + a, torch.rand_like(x)
+
+
+@dataclass(frozen=True)
+class BrokenPass:
+    edit: Callable[[fx.GraphModule], None]
+    name: ClassVar[str] = "broken"
+
+    def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
+        module = ir.copy_graph(module)
+        self.edit(module)
+        return module
+
+
+def find(module: fx.GraphModule, target: object) -> fx.Node:
+    return next(node for node in module.graph.nodes if node.target is target)
+
+
+def move_use_before_definition(module: fx.GraphModule) -> None:
+    find(module, aten.mm.default).prepend(find(module, aten.relu.default))
+
+
+def lie_about_dtype(module: fx.GraphModule) -> None:
+    node = find(module, aten.mul.Tensor)
+    node.meta["val"] = node.meta["val"].double()
+
+
+def lie_about_shape(module: fx.GraphModule) -> None:
+    node = find(module, aten.mm.default)
+    node.meta["val"] = node.meta["val"].t()
+
+
+def drop_metadata(module: fx.GraphModule) -> None:
+    del find(module, aten.relu.default).meta["val"]
+
+
+def drop_an_output(module: fx.GraphModule) -> None:
+    output = module.graph.output_node()
+    output.args = (output.args[0][:1],)
+
+
+def return_an_input(module: fx.GraphModule) -> None:
+    output = module.graph.output_node()
+    first = next(iter(module.graph.nodes))
+    output.args = ((output.args[0][0], first),)
+
+
+def drop_a_random_draw(module: fx.GraphModule) -> None:
+    draw = next(node for node in module.graph.nodes if ir.is_random(node))
+    x = next(iter(module.graph.nodes))
+    with module.graph.inserting_before(draw):
+        other = module.graph.call_function(aten.mul.Tensor, (x, 0))
+    other.meta = dict(draw.meta)
+    draw.replace_all_uses_with(other)
+    module.graph.erase_node(draw)
+
+
+def write_an_input(module: fx.GraphModule) -> None:
+    x = next(iter(module.graph.nodes))
+    node = find(module, aten.relu.default)
+    with module.graph.inserting_after(node):
+        write = module.graph.call_function(aten.mul_.Tensor, (x, 1))
+    write.meta["val"] = x.meta["val"]
+
+
+def overwrite_what_is_read_later(module: fx.GraphModule) -> None:
+    node, a = find(module, aten.mul.Tensor), find(module, aten.mm.default)
+    node.target, node.kwargs = aten.mul.out, {"out": a}  # a is added at the end
+
+
+def overwrite_through_another_view(module: fx.GraphModule) -> None:
+    b = find(module, aten.mul.Tensor)
+    c = find(module, aten.relu.default)
+    with module.graph.inserting_before(c):
+        flat = module.graph.call_function(aten.alias.default, (b,))
+        flat.meta["val"] = b.meta["val"]
+        both = module.graph.call_function(aten.add.out, (b, flat), {"out": b})
+        both.meta["val"] = b.meta["val"]
+    c.args = (both,)
+
+
+def matmul_into_its_operand(module: fx.GraphModule) -> None:
+    x = find(module, aten.mul.Tensor)
+    c = find(module, aten.relu.default)
+    with module.graph.inserting_before(c):
+        square = module.graph.call_function(aten.bmm.out, (x, x), {"out": x})
+        square.meta["val"] = x.meta["val"]
+    c.args = (square,)
+
+
+def grow_quadratically(module: fx.GraphModule) -> None:
+    a = find(module, aten.mm.default)
+    relu = find(module, aten.relu.default)
+    mode = ir.fake_mode_of(module)
+    fake = a.meta["val"]
+    with module.graph.inserting_before(relu), mode:
+        rows = module.graph.call_function(aten.unsqueeze.default, (a, 0))
+        rows.meta["val"] = fake.unsqueeze(0)
+        columns = module.graph.call_function(aten.unsqueeze.default, (a, 1))
+        columns.meta["val"] = fake.unsqueeze(1)
+        square = module.graph.call_function(aten.add.Tensor, (rows, columns))
+        square.meta["val"] = rows.meta["val"] + columns.meta["val"]
+
+
+BREAKS = [
+    (move_use_before_definition, "topology"),
+    (lie_about_dtype, "metadata"),
+    (lie_about_shape, "metadata"),
+    (drop_metadata, "metadata"),
+    (drop_an_output, "signature"),
+    (return_an_input, "signature"),
+    (drop_a_random_draw, "effects"),
+    (write_an_input, "effects"),
+    (overwrite_what_is_read_later, "in-place"),
+    (overwrite_through_another_view, "in-place"),
+    (grow_quadratically, "quadratic"),
+]
+
+
+@pytest.mark.parametrize(("edit", "invariant"), BREAKS, ids=[edit.__name__ for edit, _ in BREAKS])
+def test_a_broken_pass_is_caught_by_name(edit, invariant):
+    module = trace(toy, torch.randn(4, 6), torch.randn(6, 6))
+    with pytest.raises(InvariantError) as error:
+        run_passes(module, passes=[BrokenPass(edit)])
+    assert (error.value.pass_name, error.value.invariant) == ("broken", invariant)
+    assert "broken" in str(error.value)
+    assert invariant in str(error.value)
+
+
+def test_non_pointwise_write_into_an_operand_is_refused():
+    module = trace(lambda x: torch.relu((x * 2) @ (x * 3)), torch.randn(2, 4, 4))
+    with pytest.raises(InvariantError, match="in-place"):
+        run_passes(module, passes=[BrokenPass(matmul_into_its_operand)])
+
+
+def test_every_invariant_has_a_pass_that_breaks_it():
+    assert {invariant for _, invariant in BREAKS} == set(INVARIANTS)
+
+
+def test_an_untouched_graph_is_accepted():
+    module = trace(toy, torch.randn(4, 6), torch.randn(6, 6))
+    run_passes(module, passes=[BrokenPass(lambda module: None)])
