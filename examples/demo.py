@@ -1,6 +1,6 @@
 """Fill in a masked passage of real text with a real diffusion LM, in eager PyTorch and with mosaic.
 
-    python examples/demo.py [--tokens 4096] [--steps 8] [--out demo-output]
+python examples/demo.py [--tokens 4096] [--steps 8] [--out demo-output]
 """
 
 from __future__ import annotations
@@ -41,8 +41,15 @@ def mask_spans(ids: torch.Tensor, mask_id: int, share: float, seed: int) -> torc
     return masked
 
 
-def fill(step: torch.nn.Module, masked: torch.Tensor, mask_id: int, steps: int, label: str) -> tuple[torch.Tensor, float]:
-    columns = TextColumn(f"{label:<8}"), BarColumn(), TextColumn("{task.completed}/{task.total} tokens"), TimeElapsedColumn()
+def fill(
+    step: torch.nn.Module, masked: torch.Tensor, mask_id: int, steps: int, label: str
+) -> tuple[torch.Tensor, float]:
+    columns = (
+        TextColumn(f"{label:<8}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} tokens"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         total = int((masked == mask_id).sum())
         task = progress.add_task(label, total=total)
@@ -75,7 +82,9 @@ def main(
     ids = torch.tensor([tokenizer(text).input_ids[:tokens]])
     masked = mask_spans(ids, mask_id, share, seed)
     hidden = masked == mask_id
-    console.print(f"{ids.shape[1]} tokens of Genesis, {int(hidden.sum())} of them masked, {steps} steps, float32 on the CPU\n")
+    console.print(
+        f"{ids.shape[1]} tokens of Genesis, {int(hidden.sum())} of them masked, {steps} steps, float32 on the CPU\n"
+    )
 
     step = DenoisingStep(model, mask_id)
     compiled = torch.compile(step, backend="mosaic", dynamic=True)
@@ -106,7 +115,12 @@ def main(
     table.add_row("peak activations, measured", *map(format_bytes, peaks), f"{peaks[0] / peaks[1]:.2f} x")
     table.add_row("peak activations, planned", "", format_bytes(report.plan.peak), "")
     table.add_row("time per step", *(f"{t * 1e3:.0f} ms" for t in times), f"{times[0] / times[1]:.2f} x")
-    table.add_row("time of the whole fill", f"{eager_seconds:.1f} s", f"{mosaic_seconds:.1f} s", f"{eager_seconds / mosaic_seconds:.2f} x")
+    table.add_row(
+        "time of the whole fill",
+        f"{eager_seconds:.1f} s",
+        f"{mosaic_seconds:.1f} s",
+        f"{eager_seconds / mosaic_seconds:.2f} x",
+    )
     console.print(table)
 
     equal = torch.equal(by_eager, by_mosaic)

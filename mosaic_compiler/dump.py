@@ -134,7 +134,9 @@ def render(module: fx.GraphModule, record: PassRecord, path: Path) -> str:
         nodes=record.nodes_after, has_constants=bool(constants),
     )  # fmt: skip
     code = "\n".join("    " + line if line else "" for line in module.code.strip().splitlines())
-    inputs = "\n".join(f"        {_example(node)}," for node in module.graph.nodes if node.op == "placeholder")
+    inputs = "\n".join(
+        f"        {_example(node)},  # {node.name}" for node in module.graph.nodes if node.op == "placeholder"
+    )
     return header + code + _FOOTER.format(inputs=inputs)
 
 
@@ -142,9 +144,9 @@ def _example(node: fx.Node) -> str:
     """An expression for an input: sizes are the hints that the graph was traced with."""
     value = ir.value_of(node)
     if not isinstance(value, torch.Tensor):
-        return f"{_hint(value)!r}  # {node.name}"
+        return repr(_hint(value))
     shape, stride = ([_hint(n) for n in numbers] for numbers in (value.shape, value.stride()))
-    return f"tensor({shape}, {stride}, {value.dtype}, 8)  # {node.name}".replace(",  #", "  #")
+    return f"tensor({shape}, {stride}, {value.dtype}, 8)"
 
 
 def _hint(value: Any) -> Any:

@@ -7,6 +7,7 @@ aliasing and mutation are read from operator schemas.
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections.abc import Iterator, Sequence
@@ -75,6 +76,17 @@ def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
     return all(expr_of(x) == expr_of(y) for x, y in pairs)
 
 
+def is_contiguous(tensor: torch.Tensor) -> bool:
+    """Row-major without gaps, for every value of the symbols."""
+    expected: sympy.Expr = sympy.Integer(1)
+    for size, stride in reversed(list(zip(tensor.shape, tensor.stride(), strict=True))):
+        extent = expr_of(size)
+        if extent != 1 and sympy.expand(expr_of(stride) - expected) != 0:
+            return False
+        expected = expected * extent
+    return True
+
+
 def free_symbols(node: fx.Node) -> set[sympy.Symbol]:
     """Symbols in the sizes, strides and offsets of everything the node produces."""
     found: set[sympy.Symbol] = set()
@@ -104,7 +116,19 @@ def is_random(node: fx.Node) -> bool:
 
 def is_pointwise(node: fx.Node) -> bool:
     """Output element i depends on element i of each (broadcast) operand only."""
-    return isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
+    return isinstance(node.target, OpOverload) and _is_pointwise_packet(node.target)
+
+
+@functools.cache
+def _is_pointwise_packet(op: OpOverload) -> bool:
+    """Only some overloads of an op carry the tag (``mul.Tensor`` does, ``mul.out`` does not)."""
+    return any(torch.Tag.pointwise in overload.tags for overload in overloads_of(op))
+
+
+def overloads_of(op: OpOverload) -> list[OpOverload]:
+    """All overloads of the op's packet."""
+    packet: Any = op._overloadpacket
+    return [getattr(packet, name) for name in packet.overloads()]
 
 
 def mutated_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
@@ -132,7 +156,8 @@ def has_effect(node: fx.Node) -> bool:
 
 def is_composite(op: OpOverload) -> bool:
     """An op that is a composition of others; whether its result is a view is decided at run time."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+    name: str = op._name
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
 
 
 def alias_base(node: fx.Node) -> fx.Node | None:
@@ -200,9 +225,7 @@ class StorageMap:
         base = alias_base(node) if node.op == "call_function" else None
         if base is not None and len(self._roots[base]) == 1:
             return tuple(self._roots[base][0] for _ in tensors_of(node))
-        return tuple(
-            (node, index) if tensor is not None else None for index, tensor in enumerate(tensors_of(node))
-        )
+        return tuple((node, index) if tensor is not None else None for index, tensor in enumerate(tensors_of(node)))
 
 
 def escaping_roots(graph: fx.Graph, storage: StorageMap) -> set[Root]:

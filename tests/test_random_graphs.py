@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import toys
 from mosaic_compiler.backend import compile_aten
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes import trace
@@ -25,7 +25,9 @@ def assert_same(got: list[torch.Tensor], expected: tuple[torch.Tensor, ...]) -> 
 
 
 @settings(max_examples=120)
-@given(toys.programs, st.lists(shapes, min_size=1, max_size=3), st.sampled_from(["auto", "size", "naive"]), st.booleans())
+@given(
+    toys.programs, st.lists(shapes, min_size=1, max_size=3), st.sampled_from(["auto", "size", "naive"]), st.booleans()
+)
 def test_equals_eager_at_every_shape(program, sizes, placement, poison):
     module = trace(program, *toys.inputs(5, 6, 0))
     step = compile_aten(module, MosaicOptions(placement=placement, poison=poison))
@@ -60,7 +62,7 @@ def test_lives_against_an_oracle_that_watches_storages(program, shape):
     module = trace(program, *toys.inputs(5, 6, 0))
     lives = find_lives(module)
     arguments = toys.inputs(*shape, 2)
-    symbols = {s: v for s, v in zip(*_bind_symbols(module, arguments), strict=True)}
+    symbols = dict(zip(*_bind_symbols(module, arguments), strict=True))
     buffers = {b.name: b for b in lives.at(Sizes(symbols))}
     values, position, first, last, sizes_of, keep = {}, -1, {}, {}, {}, []
     feed = iter(arguments)
@@ -83,7 +85,9 @@ def test_lives_against_an_oracle_that_watches_storages(program, shape):
     inputs_at = {a.untyped_storage().data_ptr() for a in arguments}
     end = position + 1
     expected = sorted(
-        (sizes_of[p], first[p], end if p in returned else last[p] + 1) for p in first if p not in inputs_at and sizes_of[p]
+        (sizes_of[p], first[p], end if p in returned else last[p] + 1)
+        for p in first
+        if p not in inputs_at and sizes_of[p]
     )
     found = sorted((b.nbytes, b.start, b.end) for b in buffers.values() if b.kind != "scratch" and b.nbytes)
     assert found == expected

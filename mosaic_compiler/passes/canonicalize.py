@@ -170,16 +170,21 @@ def _spell_embedding(rewriter: _Rewriter, node: fx.Node) -> bool:
     if node.target is not aten.embedding.default:
         return False
     weight, indices = node.args[0], node.args[1]
-    assert isinstance(weight, fx.Node) and isinstance(indices, fx.Node)
+    assert isinstance(weight, fx.Node)
+    assert isinstance(indices, fx.Node)
     ids, out = ir.tensor_of(indices), ir.tensor_of(node)
-    assert ids is not None and out is not None
-    if not ids.is_contiguous() or ids.dim() == 0:
+    assert ids is not None
+    assert out is not None
+    if ids.dim() == 0:
         return False
+    if not ir.is_contiguous(ids):
+        indices = rewriter.emit(node, aten.clone.default, indices, memory_format=torch.contiguous_format)
     if ids.dim() > 1:
         indices = rewriter.emit(node, aten.view.default, indices, [-1])
     rows = rewriter.emit(node, aten.index_select.default, weight, 0, indices)
     if ids.dim() > 1:
-        shape = [*(_size(rewriter, node, node.args[1], dim) for dim in range(ids.dim())), out.shape[-1]]
+        shape = [_size(rewriter, node, node.args[1], dim) for dim in range(ids.dim())]
+        shape.append(_size(rewriter, node, weight, 1))
         rows = rewriter.emit(node, aten.view.default, rows, shape)
     rewriter.replace(node, rows)
     return True
@@ -203,10 +208,10 @@ _MASKED_ATTENTION: dict[OpOverload, str] = {
 
 def _drop_true_mask(rewriter: _Rewriter, node: fx.Node) -> bool:
     """An attention mask that is True (or, as a bias, 0) everywhere changes nothing."""
-    name = _MASKED_ATTENTION.get(node.target)  # type: ignore[arg-type]
-    if name is None:
+    if not isinstance(node.target, OpOverload) or node.target not in _MASKED_ATTENTION:
         return False
-    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    name = _MASKED_ATTENTION[node.target]
+    arguments = node.target._schema.arguments
     position = next(i for i, a in enumerate(arguments) if a.name == name)
     positional = position < len(node.args)
     mask = node.args[position] if positional else node.kwargs.get(name)
@@ -231,7 +236,8 @@ def _fold_repeated_heads(rewriter: _Rewriter, node: fx.Node) -> bool:
     if node.target not in _GROUPED_ATTENTION:
         return False
     key, value = node.args[1], node.args[2]
-    assert isinstance(key, fx.Node) and isinstance(value, fx.Node)
+    assert isinstance(key, fx.Node)
+    assert isinstance(value, fx.Node)
     short_key, short_value = _unrepeated(key), _unrepeated(value)
     if short_key is None or short_value is None:
         return False

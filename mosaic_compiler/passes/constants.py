@@ -21,7 +21,12 @@ _FILLED: dict[object, Scalar] = {
     aten.zeros_like.default: 0,
     aten.new_zeros.default: 0,
 }
-_FILL_ARGUMENT = {aten.full.default: 1, aten.full_like.default: 1, aten.new_full.default: 2, aten.scalar_tensor.default: 0}
+_FILL_ARGUMENT = {
+    aten.full.default: 1,
+    aten.full_like.default: 1,
+    aten.new_full.default: 2,
+    aten.scalar_tensor.default: 0,
+}
 _SAME_VALUE = frozenset(
     {
         aten.view.default, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim, aten.slice.Tensor,

@@ -62,7 +62,8 @@ class InPlacePass:
                     storage.add(node)  # a view of something that was rewritten above
                 continue
             own, reused = storage.root(node), storage.root(operand)
-            assert own is not None and reused is not None
+            assert own is not None
+            assert reused is not None
             _write_into(node, operand)
             storage.alias(node, reused)
             last_read[reused] = max(last_read[reused], last_read.get(own, order[node]))

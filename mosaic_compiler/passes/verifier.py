@@ -67,7 +67,10 @@ class Verifier:
         for problem in _illegal_writes(module.graph):
             fail("in-place", problem)
         if facts.degree > self._reference.degree:
-            fail("quadratic", f"{_largest(module.graph)} grows with degree {facts.degree}, before {self._reference.degree}")
+            fail(
+                "quadratic",
+                f"{_largest(module.graph)} grows with degree {facts.degree}, before {self._reference.degree}",
+            )
 
     # ----------------------------------------------------------------------------------- metadata
     def _metadata(self, module: fx.GraphModule) -> Iterator[str]:
@@ -76,12 +79,13 @@ class Verifier:
             if node.op != "call_function":
                 continue
             if "val" not in node.meta:
-                yield f"{node.name} has no metadata"
+                if not (isinstance(node.target, OpOverload) and not node.target._schema.returns):
+                    yield f"{node.name} has no metadata"
                 continue
             if mode is None or not isinstance(node.target, OpOverload):
                 if node.target is operator.getitem:
                     source, index = node.args
-                    expected = ir.value_of(source)[index]  # type: ignore[arg-type,index]
+                    expected = ir.value_of(source)[index]
                     if _layout(expected) != _layout(ir.value_of(node)):
                         yield f"{node.name} is {_layout(ir.value_of(node))}, a fake run gives {_layout(expected)}"
                 continue
@@ -155,7 +159,9 @@ def facts_of(module: fx.GraphModule) -> Facts:
     output = graph.output_node()
     flat, _ = torch.utils._pytree.tree_flatten(output.args[0])
     outputs = tuple(_output_fact(item, storage) for item in flat)
-    return Facts(outputs=outputs, effects=tuple(_effects(graph, storage)), degree=max(map(_degree, graph.nodes), default=0))
+    return Facts(
+        outputs=outputs, effects=tuple(_effects(graph, storage)), degree=max(map(_degree, graph.nodes), default=0)
+    )
 
 
 def _output_fact(item: Any, storage: ir.StorageMap) -> Any:
@@ -248,7 +254,7 @@ def _derived_from(node: fx.Node) -> set[fx.Node]:
 def _overlapping_operands(node: fx.Node, written: fx.Node, storage: ir.StorageMap) -> Iterator[str]:
     if not (isinstance(node.target, OpOverload) and any(a.is_out for a in node.target._schema.arguments)):
         return  # ops that mutate by themselves (copy_, index_put_) define their own overlap rules
-    functional = _is_pointwise_packet(node.target)
+    pointwise = ir.is_pointwise(node)
     target, out = ir.tensor_of(written), ir.tensor_of(node)
     if target is None or out is None or not ir.same_layout(target, out):
         yield f"{node.name} writes {written.name}, whose layout is not that of the result"
@@ -257,12 +263,7 @@ def _overlapping_operands(node: fx.Node, written: fx.Node, storage: ir.StorageMa
             continue
         if operand is not written:
             yield f"{node.name} reads {operand.name} while it overwrites {written.name} in the same storage"
-        elif not functional:
+        elif not pointwise:
             reads = sum(1 for argument in node.args if argument is operand)
             if reads:
                 yield f"{node.name} is not pointwise and reads {written.name} while it overwrites it"
-
-
-def _is_pointwise_packet(op: OpOverload) -> bool:
-    packet = op._overloadpacket
-    return any(torch.Tag.pointwise in getattr(packet, name).tags for name in packet.overloads())

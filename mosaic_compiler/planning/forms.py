@@ -69,7 +69,9 @@ ACCOUNTED_OPAQUE = frozenset(
 )
 
 # Native out= overloads that nevertheless allocate temporaries as large as their input.
-_ALLOCATING_OUT = frozenset({aten.logsumexp.default, aten.linalg_vector_norm.default, aten.var.correction, aten.std.correction})
+_ALLOCATING_OUT = frozenset(
+    {aten.logsumexp.default, aten.linalg_vector_norm.default, aten.var.correction, aten.std.correction}
+)
 
 _COPIES = frozenset(
     {
@@ -154,9 +156,7 @@ def native_out(op: OpOverload) -> tuple[OpOverload, tuple[str, ...]] | None:
     """The hand-written ``out=`` overload of a functional op and the names of its out arguments."""
     if op in _ALLOCATING_OUT:
         return None
-    packet = op._overloadpacket
-    for name in packet.overloads():
-        candidate: OpOverload = getattr(packet, name)
+    for candidate in ir.overloads_of(op):
         names = tuple(a.name for a in candidate._schema.arguments if a.is_out)
         if not names or torch.Tag.generated in candidate.tags:
             continue
@@ -177,7 +177,9 @@ def inplace_twin(op: OpOverload) -> OpOverload | None:
     return twin if same and twin._schema.arguments[0].is_write else None
 
 
-def _emit_out(op: OpOverload, names: tuple[str, ...], outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
+def _emit_out(
+    op: OpOverload, names: tuple[str, ...], outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]
+) -> list[Call]:
     return [Call(op, tuple(args), (*kwargs.items(), *zip(names, outs, strict=True)))]
 
 

@@ -186,7 +186,9 @@ def find_lives(module: fx.GraphModule) -> Lives:
 def _scalar_arguments(module: fx.GraphModule, positions: int) -> tuple[SymbolicBuffer, ...]:
     """Dynamo passes Python floats as fresh 0-dim tensors, and operators wrap numbers in some: a few
     bytes each, for the whole step.  They are counted, so that a plan is never below what is measured."""
-    scalars = [n for n in module.graph.nodes if n.op == "placeholder" and (t := ir.tensor_of(n)) is not None and not t.dim()]
+    scalars = [
+        n for n in module.graph.nodes if n.op == "placeholder" and (t := ir.tensor_of(n)) is not None and not t.dim()
+    ]
     if not scalars or not positions:
         return ()
     return (_buffer(scalars[0], "scalar_arguments", "transient", sympy.Integer(64 * len(scalars)), 0, positions, None),)

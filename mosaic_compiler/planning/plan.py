@@ -191,9 +191,7 @@ class MemoryPlan:
         if not isinstance(body, dict) or body.get("schema") != SCHEMA:
             raise PlanError(f"not a plan: no 'schema': '{SCHEMA}' in it; write one with options={{'dump': DIR}}")
         if body.get("version") != SCHEMA_VERSION:
-            raise PlanError(
-                f"plan schema version {body.get('version')} is not {SCHEMA_VERSION}: make the plan again with this version"
-            )
+            raise PlanError(f"plan schema version {body.get('version')} is not {SCHEMA_VERSION}: make the plan again")
         try:
             plan = cls(
                 buffers=tuple(_buffer_from(entry) for entry in body["buffers"]),

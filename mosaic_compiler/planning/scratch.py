@@ -9,6 +9,7 @@ from __future__ import annotations
 import sympy
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from mosaic_compiler import ir
 
@@ -19,6 +20,8 @@ def scratch_bytes(node: fx.Node) -> sympy.Expr:
     """Scratch of one node in bytes, as an expression in the graph's symbols."""
     if node.target is aten._scaled_dot_product_flash_attention_for_cpu.default:
         return _cpu_flash_attention(node)
+    if node.target in (aten.sort.default, aten.sort.stable):
+        return _cpu_sort(node)
     if ir.is_pointwise(node):
         return _cpu_casts(node)
     return sympy.Integer(0)
@@ -33,15 +36,27 @@ def _cpu_flash_attention(node: fx.Node) -> sympy.Expr:
     also pack keys and values, which is bounded by their own bytes.
     """
     query, key = node.args[0], node.args[1]
-    assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
+    assert isinstance(query, fx.Node)
+    assert isinstance(key, fx.Node)
     q, k = ir.tensor_of(query), ir.tensor_of(key)
-    assert q is not None and k is not None
+    assert q is not None
+    assert k is not None
     head_dim = ir.expr_of(q.shape[-1])
     tile = 256 * 512 + 2 * 256 + 256 * head_dim
     scratch = 4 * tile * torch.get_num_threads()
     if q.dtype.itemsize < 4:
         scratch += 2 * 256 * 512 * torch.get_num_threads() + 2 * ir.storage_extent(k)
     return scratch
+
+
+def _cpu_sort(node: fx.Node) -> sympy.Expr:
+    """ATen/native/cpu/SortingKernel.cpp: int64 positions of one row."""
+    values = ir.tensors_of(node)[0]
+    assert values is not None
+    default = node.args[1] if node.target is aten.sort.default and len(node.args) > 1 else -1
+    dim = node.kwargs.get("dim", default)
+    assert isinstance(dim, int)
+    return 8 * ir.expr_of(values.shape[dim]) if values.dim() else sympy.Integer(8)
 
 
 def _cpu_casts(node: fx.Node) -> sympy.Expr:
@@ -52,8 +67,8 @@ def _cpu_casts(node: fx.Node) -> sympy.Expr:
     operands = [t for n in node.all_input_nodes if (t := ir.tensor_of(n)) is not None]
     if len(operands) < 2:
         return sympy.Integer(0)
-    packet = str(getattr(node.target, "_opname", ""))
-    values = operands[1:] if packet == "where" else operands
+    assert isinstance(node.target, OpOverload)
+    values = operands[1:] if node.target._schema.name == "aten::where" else operands
     common = values[0].dtype
     for operand in values[1:]:
         common = torch.promote_types(common, operand.dtype) if operand.dim() or common.is_floating_point else common
@@ -63,5 +78,3 @@ def _cpu_casts(node: fx.Node) -> sympy.Expr:
             elements = sympy.prod([ir.expr_of(size) for size in operand.shape])
             total += elements * common.itemsize
     return total
-
-

@@ -127,7 +127,7 @@ def explain(fn: Callable[..., Any], *args: Any, **options: Any) -> Report:
 
 def _unwrap(fn: Callable[..., Any]) -> Callable[..., Any]:
     fn = getattr(fn, "_orig_mod", fn)
-    return getattr(fn, "_torchdynamo_orig_callable", fn)  # type: ignore[no-any-return]
+    return getattr(fn, "_torchdynamo_orig_callable", fn)
 
 
 def _fresh_caller() -> Callable[..., Any]:

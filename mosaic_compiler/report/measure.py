@@ -76,7 +76,7 @@ def _cpu_peak(function: Callable[[], Any]) -> tuple[Any, int]:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         result = function()
-    kineto = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    kineto = profiler.profiler.kineto_results
     events = [e for e in kineto.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     live = peak = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from rich.table import Table
@@ -29,7 +30,11 @@ def summary(plan: MemoryPlan) -> Table:
     rows = (
         ("peak", format_bytes(plan.peak), "arena + what is live outside of it at the worst moment"),
         ("arena height", format_bytes(plan.height), f"{bound:.3f} x the lower bound, placed by {plan.algorithm}"),
-        ("without reuse", format_bytes(plan.naive), f"{plan.naive / plan.height:.1f} x the height" if plan.height else ""),
+        (
+            "without reuse",
+            format_bytes(plan.naive),
+            f"{plan.naive / plan.height:.1f} x the height" if plan.height else "",
+        ),
         ("outside", format_bytes(outside), "outputs, and what opaque ops allocate"),
         ("peak / average", f"{plan.par:.2f}", "of live bytes over the step"),
         ("sizes", ", ".join(f"{name}={value}" for name, value in plan.symbols) or "static", ""),
@@ -66,9 +71,11 @@ def timeline(values: Sequence[int], width: int = 76) -> Text:
         return Text("(empty step)")
     columns = min(width, len(values))
     edges = [len(values) * i // columns for i in range(columns + 1)]
-    peaks = [max(values[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    peaks = [max(values[a:b]) for a, b in itertools.pairwise(edges)]
     top = max(peaks) or 1
     bars = "".join(_BARS[max(1, round(value / top * (len(_BARS) - 1))) if value else 0] for value in peaks)
     return Text.assemble(
-        ("live bytes over the step", "bold"), f"  (full bar: {format_bytes(top)}, {len(values)} positions)\n", (bars, "cyan")
+        ("live bytes over the step", "bold"),
+        f"  (full bar: {format_bytes(top)}, {len(values)} positions)\n",
+        (bars, "cyan"),
     )

@@ -85,7 +85,9 @@ class HostArena:
         elements = 1 + sum((s - 1) * t for s, t in zip(shape, stride, strict=True)) if math.prod(shape) else 0
         end = offset + elements * dtype.itemsize
         if offset < 0 or end > min(limit, self.capacity) or offset % dtype.itemsize:
-            raise ArenaError(f"a tensor of {list(shape)} {dtype} at {offset} ends at {end}, outside of the plan's {limit}")
+            raise ArenaError(
+                f"a tensor of {list(shape)} {dtype} at {offset} ends at {end}, outside of the plan's {limit}"
+            )
         typed = self._typed.get(dtype)
         if typed is None:
             whole = self.capacity - self.capacity % dtype.itemsize
@@ -141,7 +143,7 @@ class ArenaPool:
         self._lock = threading.RLock()
         self._arenas: list[Arena] = []
         self._depth = 0
-        self._users: weakref.WeakSet[object] = weakref.WeakSet()
+        self._users = 0
 
     @contextmanager
     def lease(self) -> Iterator[Arena]:
@@ -157,12 +159,15 @@ class ArenaPool:
 
     def register(self, user: object) -> None:
         """Keep memory between calls as long as one registered user is alive."""
-        self._users.add(user)
+        with self._lock:
+            self._users += 1
         weakref.finalize(user, self._forget)
 
     def _forget(self) -> None:
-        if not self._users:
-            self.release()
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self.release()
 
     def release(self) -> int:
         """Give back the memory of every arena that is not in use; returns the bytes given back."""

@@ -7,6 +7,7 @@ length.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -66,7 +67,9 @@ class CompiledStep:
         self.lives: Lives = find_lives(module)
         self.fallbacks = find_fallbacks(self.lives)
         if options.strict and self.fallbacks:
-            raise FallbackError("strict mode: " + "; ".join(f"{f.name}: {f.node} ({f.reason}) {f.source}" for f in self.fallbacks))
+            raise FallbackError(
+                "strict mode: " + "; ".join(f"{f.name}: {f.node} ({f.reason}) {f.source}" for f in self.fallbacks)
+            )
         self.plan: MemoryPlan | None = None
         self._on_plan = on_plan
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
@@ -88,7 +91,14 @@ class CompiledStep:
                 sizes = Sizes(dict(zip([symbol for symbol, _ in self._readers], numbers, strict=True)))
                 plan = self.plan_for(sizes)
                 program = bind(
-                    self.module, self.lives, plan, sizes, inputs, frozenset(self._static), arena, poison=self.options.poison
+                    self.module,
+                    self.lives,
+                    plan,
+                    sizes,
+                    inputs,
+                    frozenset(self._static),
+                    arena,
+                    poison=self.options.poison,
                 )
                 entry = (program, [(weakref.ref(inputs[i]), inputs[i].data_ptr()) for i in self._static])
                 self._programs[key] = entry
@@ -152,6 +162,18 @@ def _is_accounted(node: fx.Node) -> bool:
     return makes_none or node.target in ACCOUNTED_OPAQUE or ir.is_random(node)
 
 
+def _read_value(index: int, inputs: Sequence[Any]) -> int:
+    return int(inputs[index])
+
+
+def _read_size(index: int, dim: int, inputs: Sequence[Any]) -> int:
+    return int(inputs[index].shape[dim])
+
+
+def _read_stride(index: int, dim: int, inputs: Sequence[Any]) -> int:
+    return int(inputs[index].stride(dim))
+
+
 def _symbol_readers(
     module: fx.GraphModule, placeholders: Sequence[fx.Node]
 ) -> tuple[tuple[sympy.Symbol, Callable[[Sequence[Any]], int]], ...]:
@@ -169,13 +191,13 @@ def _symbol_readers(
             readers.setdefault(symbol, read)
 
     for index, node in enumerate(placeholders):
-        offer(ir.value_of(node), lambda inputs, i=index: int(inputs[i]))
+        offer(ir.value_of(node), functools.partial(_read_value, index))
     for index, node in enumerate(placeholders):
         tensor = ir.tensor_of(node)
         for dim in range(tensor.dim() if tensor is not None else 0):
             assert tensor is not None
-            offer(tensor.shape[dim], lambda inputs, i=index, d=dim: int(inputs[i].shape[d]))
-            offer(tensor.stride(dim), lambda inputs, i=index, d=dim: int(inputs[i].stride(d)))
+            offer(tensor.shape[dim], functools.partial(_read_size, index, dim))
+            offer(tensor.stride(dim), functools.partial(_read_stride, index, dim))
     for node in module.graph.nodes:
         for number in ir.numbers_in(ir.value_of(node)):
             if not ir.is_symbolic_number(number) or free_unbacked_symbols(number):

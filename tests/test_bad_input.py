@@ -1,0 +1,342 @@
+"""Bad or unusual input: the right result or a clear error, never stale memory."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+import mosaic_compiler
+from mosaic_compiler.backend import observing
+from mosaic_compiler.errors import FallbackError, GradientError, OptionsError
+from mosaic_compiler.runtime.arena import ArenaPool, pool_for
+from mosaic_compiler.sampling import DenoisingStep, block_window
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 16)
+        self.up = nn.Linear(16, 32)
+        self.down = nn.Linear(32, 16)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        x = x + self.down(torch.relu(self.up(x)))
+        return x @ self.embed.weight.t()
+
+
+def compiled(module, **options):
+    return torch.compile(module, backend="mosaic", dynamic=True, options=options or None)
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 5])
+def test_short_sequences(net, length):
+    fast = compiled(net)
+    with torch.no_grad():
+        for ids in (torch.randint(0, 50, (1, 7)), torch.randint(0, 50, (1, length)), torch.randint(0, 50, (2, length))):
+            assert torch.equal(fast(ids), net(ids))
+
+
+def test_one_token_and_no_token_of_a_real_step(tiny_llada):
+    step = DenoisingStep(tiny_llada, 3)
+    arguments = torch.full((1, 1), 3), block_window(1, 0, 1), torch.tensor([1])
+    nothing = torch.full((1, 0), 3), block_window(0, 0, 0), torch.tensor([0])
+    fast = compiled(step)
+    with torch.no_grad():
+        assert torch.equal(fast(*arguments), step(*arguments))
+        for call in (step, fast):  # transformers itself refuses an empty sequence; so does the compiled step
+            with pytest.raises(Exception, match="cannot reshape tensor of 0 elements"):
+                call(*nothing)
+        assert torch.equal(fast(*arguments), step(*arguments))
+
+
+def test_non_contiguous_and_offset_ids(net):
+    fast = compiled(net)
+    base = torch.randint(0, 50, (40, 6))
+    with torch.no_grad():
+        for ids in (base.t(), base[::3], base[5:], base[:, 1:3], base.t()[2:4, 7:], base[:, 0].expand(3, 40)):
+            assert torch.equal(fast(ids), net(ids))
+
+
+def test_wrong_dtype_and_index_are_errors_and_nothing_breaks(net):
+    fast = compiled(net)
+    good = torch.randint(0, 50, (1, 9))
+    with torch.no_grad():
+        fast(good)
+        with pytest.raises(Exception, match=r"(?i)(long|int|indices)"):
+            fast(good.float())
+        with pytest.raises(IndexError):
+            fast(torch.full((1, 9), 99))
+        assert torch.equal(fast(good), net(good))
+        assert torch.equal(fast(good.int()), net(good.int()))
+
+
+def test_wrong_device_is_an_error(net):
+    fast = compiled(net)
+    with torch.no_grad():
+        fast(torch.randint(0, 50, (1, 9)))
+        with pytest.raises(Exception, match=r"(?i)(device|meta)"):
+            fast(torch.randint(0, 50, (1, 9), device="meta")).sum().item()
+
+
+@pytest.mark.parametrize("how", ["data", "assign", "in-place", "roundtrip", "new_parameter", "double"])
+def test_weights_that_change_between_calls(net, how):
+    fast = compiled(net)
+    ids = torch.randint(0, 50, (2, 9))
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(fast(ids), net(ids))
+            if how == "data":
+                net.up.weight.data = torch.randn_like(net.up.weight)
+            elif how == "assign":
+                net.load_state_dict({k: torch.randn_like(v) for k, v in net.state_dict().items()}, assign=True)
+            elif how == "in-place":
+                net.up.weight.mul_(1.5)
+            elif how == "roundtrip":
+                net.half().float()
+            elif how == "new_parameter":
+                net.up.weight = nn.Parameter(torch.randn_like(net.up.weight))
+            else:
+                net.double()
+        assert torch.equal(fast(ids), net(ids))
+
+
+def test_replaced_weights_are_not_kept_in_memory(net):
+    fast = compiled(net)
+    ids = torch.randint(0, 50, (2, 9))
+    with torch.no_grad():
+        fast(ids)
+        fast(torch.randint(0, 50, (2, 30)))
+        old = weakref.ref(net.up.weight.untyped_storage())
+        net.up.weight.data = torch.randn_like(net.up.weight)
+        fast(ids)
+    gc.collect()
+    assert old() is None
+
+
+def test_one_graph_for_many_layers_keeps_a_program_for_each():
+    """Regional compilation: one graph, many sets of weights, no rebinding from call to call."""
+    layers = [nn.Linear(8, 8).eval() for _ in range(4)]
+    steps = []
+    fast = torch.compile(lambda layer, x: torch.relu(layer(x)), backend="mosaic", dynamic=True)
+    x = torch.randn(5, 8)
+    with torch.no_grad(), observing(steps.append):
+        for _ in range(3):
+            for layer in layers:
+                assert torch.equal(fast(layer, x), torch.relu(layer(x)))
+    assert sum(len(step._programs) for step in steps) == 4
+
+
+def test_returned_tensors_stay_valid_and_unchanged(net):
+    fast = compiled(net)
+    kept, copies = [], []
+    with torch.no_grad():
+        for length in (9, 30, 9, 4, 9):
+            out = fast(torch.randint(0, 50, (2, length)))
+            kept.append(out)
+            copies.append(out.clone())
+    mosaic_compiler.release_memory()
+    gc.collect()
+    assert all(torch.equal(a, b) for a, b in zip(kept, copies, strict=True))
+
+
+def test_outputs_that_alias_each_other_and_inputs():
+    def f(x):
+        y = x * 2
+        return y, y.t(), x[1:], y[0], x
+
+    fast = compiled(f)
+    x = torch.randn(4, 3)
+    with torch.no_grad():
+        y, transposed, tail, row, same = fast(x)
+        assert same is x or same.data_ptr() == x.data_ptr()
+        x.zero_()
+        assert tail.abs().sum() == 0
+        y.zero_()
+        assert transposed.abs().sum() == 0
+        assert row.abs().sum() == 0
+
+
+def test_gradients_are_refused_with_advice(net):
+    with pytest.raises(BackendCompilerFailed, match=r"torch\.no_grad\(\)") as error:
+        compiled(net)(torch.randint(0, 50, (1, 9)))
+    assert isinstance(error.value.inner_exception, GradientError)
+
+
+def test_inference_mode_and_no_grad_and_frozen_weights(net):
+    ids = torch.randint(0, 50, (1, 9))
+    expected = net(ids).detach()
+    fast = compiled(net)
+    for _ in range(2):
+        with torch.inference_mode():
+            assert torch.equal(fast(ids), expected)
+        with torch.no_grad():
+            assert torch.equal(fast(ids), expected)
+    net.requires_grad_(False)
+    assert torch.equal(fast(ids), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"posion": True}, "did you mean 'poison'"),
+        ({"poison": 1}, "must be True or False"),
+        ({"placement": "sise"}, "did you mean 'size'"),
+        ({"disable": ["inplace"]}, "did you mean 'in-place'"),
+        ({"program_cache": 0}, "whole number"),
+        ({"dump": 7}, "folder"),
+    ],
+)
+def test_bad_options_name_the_nearest_valid_one(options, message):
+    with pytest.raises(OptionsError, match=message):
+        mosaic_compiler.explain(lambda x: x + 1, torch.zeros(3), **options)
+    with pytest.raises(BackendCompilerFailed, match=message) as error:
+        compiled(lambda x: x + 1, **options)(torch.zeros(3))
+    assert isinstance(error.value.inner_exception, OptionsError)
+
+
+def test_modes_are_refused():
+    with pytest.raises(BackendCompilerFailed, match="no modes"):
+        torch.compile(lambda x: x + 1, backend="mosaic", mode="max-autotune")(torch.zeros(3))
+
+
+def test_strict_mode_refuses_a_fallback_that_explain_names():
+    def f(x):
+        return torch.roll(x * 2, 1, 0) + 1
+
+    x = torch.randn(8, 3)
+    report = mosaic_compiler.explain(f, x)
+    assert [(fallback.name, fallback.op) for fallback in report.fallbacks] == [("opaque-op", "aten.roll.default")]
+    assert "opaque-op" in str(report)
+    assert torch.equal(report.result, f(x))
+    with pytest.raises(BackendCompilerFailed, match="opaque-op") as error:
+        compiled(f, strict=True)(torch.randn(8))
+    assert isinstance(error.value.inner_exception, FallbackError)
+
+
+def test_data_dependent_sizes_run_and_are_named():
+    def f(x):
+        picked = x[x > 0]
+        return picked * 2, picked.sum()
+
+    x = torch.randn(20)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        report = mosaic_compiler.explain(f, x)
+        assert torch.equal(report.result[0], f(x)[0])
+        assert torch.equal(report.result[1], f(x)[1])
+    assert len(report.graphs) == 1
+    assert "data-dependent-size" in {fallback.name for fallback in report.fallbacks}
+
+
+def test_two_threads_take_turns(net):
+    fast = compiled(net)
+    inputs = [torch.randint(0, 50, (1, 5 + i % 7)) for i in range(40)]
+    results: dict[int, torch.Tensor] = {}
+    with torch.no_grad():
+        expected = [net(ids) for ids in inputs]
+        fast(inputs[0])
+
+    def work(start: int) -> None:
+        with torch.no_grad():
+            for i in range(start, 40, 4):
+                results[i] = fast(inputs[i])
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert all(torch.equal(results[i], expected[i]) for i in range(40))
+
+
+def test_re_entrant_use_gets_an_arena_of_its_own():
+    """An operator of the outer step calls another compiled function while its buffers are live."""
+    inner = compiled(lambda x: (x * 3).relu() + 1)
+
+    @torch.library.custom_op("mosaic_test::reenter", mutates_args=())
+    def reenter(x: torch.Tensor) -> torch.Tensor:
+        return inner(x)
+
+    @reenter.register_fake
+    def _(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(x)
+
+    def outer(x):
+        a, b = x * 2, x + 5
+        return reenter(a + b) * a - b
+
+    def plain(x):
+        a, b = x * 2, x + 5
+        return (((a + b) * 3).relu() + 1) * a - b
+
+    x = torch.randn(100)
+    with torch.no_grad():
+        inner(x)
+        assert torch.equal(compiled(outer)(x), plain(x))
+    assert len(pool_for(torch.device("cpu"))._arenas) >= 2
+
+
+def test_an_error_in_the_middle_of_a_step_leaves_everything_usable():
+    calls = []
+
+    @torch.library.custom_op("mosaic_test::maybe_fail", mutates_args=())
+    def maybe_fail(x: torch.Tensor) -> torch.Tensor:
+        calls.append(None)
+        if len(calls) == 2:
+            raise RuntimeError("out of luck")
+        return x + 1
+
+    @maybe_fail.register_fake
+    def _(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(x)
+
+    fast = compiled(lambda x: maybe_fail(x * 2).relu() * 3)
+    x = torch.rand(10)
+    with torch.no_grad():
+        assert torch.equal(fast(x), (x * 2 + 1) * 3)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            fast(x)
+        assert torch.equal(fast(x), (x * 2 + 1) * 3)
+    assert pool_for(torch.device("cpu"))._depth == 0
+
+
+def test_memory_goes_back_when_the_last_compiled_function_dies(net):
+    class User:
+        pass
+
+    pool = ArenaPool()
+    first, second = User(), User()
+    pool.register(first)
+    pool.register(second)
+    with pool.lease() as arena:
+        arena.ensure(4096)
+    del first
+    gc.collect()
+    assert pool.reserved() == 4096
+    del second
+    gc.collect()
+    assert pool.reserved() == 0
+
+
+def test_a_compiled_step_dies_with_its_function(net):
+    steps = []
+    with torch.no_grad(), observing(lambda step: steps.append(weakref.ref(step))):
+        fast = compiled(net)
+        fast(torch.randint(0, 50, (4, 40)))
+    assert steps[0]() is not None
+    del fast
+    torch._dynamo.reset()
+    gc.collect()
+    assert steps[0]() is None
