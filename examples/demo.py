@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the allocation profiler's own log lines
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the allocation profiler's own log lines
 
 import time
 from pathlib import Path

@@ -160,6 +160,10 @@ def is_composite(op: OpOverload) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
 
 
+# Views whose schema does not say so, because autograd must not treat them as views.
+_UNANNOTATED_VIEWS = frozenset({torch.ops.aten._unsafe_view.default})
+
+
 def alias_base(node: fx.Node) -> fx.Node | None:
     """The operand whose storage the node's outputs share (view or in-place), or ``None``.
 
@@ -167,6 +171,8 @@ def alias_base(node: fx.Node) -> fx.Node | None:
     """
     if not isinstance(node.target, OpOverload):
         return None
+    if node.target in _UNANNOTATED_VIEWS:
+        return node.args[0] if isinstance(node.args[0], fx.Node) else None
     schema = node.target._schema
     names: set[str] = set()
     for result in schema.returns:

@@ -24,7 +24,7 @@ def assert_same(got: list[torch.Tensor], expected: tuple[torch.Tensor, ...]) -> 
         assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
 
 
-@settings(max_examples=120)
+@settings(max_examples=80)
 @given(
     toys.programs, st.lists(shapes, min_size=1, max_size=3), st.sampled_from(["auto", "size", "naive"]), st.booleans()
 )
@@ -42,7 +42,7 @@ def test_equals_eager_at_every_shape(program, sizes, placement, poison):
         assert plan.lower_bound <= plan.height <= plan.naive
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(toys.programs, shapes)
 def test_every_pass_output_runs_and_equals(program, shape):
     from mosaic_compiler.passes import run_passes

@@ -1,0 +1,385 @@
+"""Row rules: which rows of its operands an operation needs for some rows of its result.
+
+A *row space* is the tuple of sizes whose index combinations are the rows, such as ``(N,)`` or ``(B, N)``.  A
+*layout* labels each dim of a tensor: ``0 .. k-1`` is that dim of the space, :data:`FLAT` is all of them
+merged (``B * N``), ``None`` is a feature dim.  Dims of size 1 are never labelled: they broadcast.
+
+    x [B, N, D]      (0, 1, None)          x.view(B * N, D)        (FLAT, None)
+    q [B, H, N, d]   (0, None, 1, None)    cos [1, N, d]           (None, 1, None)
+
+:func:`operand_layouts` answers, for one node and the layout of its result, what each tensor operand has to
+provide: a layout (the same rows: a ROW edge) or ``None`` (all of it: a FULL edge).  An op without a rule
+gives no answer, which means: all rows of everything.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import sympy
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from mosaic_compiler import ir
+
+aten = torch.ops.aten
+
+FLAT = -1
+Label: TypeAlias = "int | None"
+Layout: TypeAlias = "tuple[Label, ...]"
+Space: TypeAlias = "tuple[sympy.Expr, ...]"
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor operand: where it stands in the node's arguments, and the layout it needs (None: FULL)."""
+
+    node: fx.Node
+    layout: Layout | None
+
+
+Answer: TypeAlias = "list[Operand] | None"
+Rule: TypeAlias = "Callable[[fx.Node, int, Layout, Space], Answer]"
+
+
+def operand_layouts(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+    """What ``node`` needs of its operands for some rows of its ``output``-th result.
+
+    Returns one :class:`Operand` per tensor operand (in order, repeats included), or ``None`` if the op
+    has no rule or mixes rows.
+    """
+    if node.target is operator.getitem:
+        source, index = node.args
+        assert isinstance(source, fx.Node)
+        assert isinstance(index, int)
+        return operand_layouts(source, index, layout, space)
+    if node.op != "call_function" or not isinstance(node.target, OpOverload) or ir.is_random(node):
+        return None
+    if ir.mutated_arguments(node):
+        return None
+    rule = _pointwise if ir.is_pointwise(node) else _RULES.get(node.target)
+    return rule(node, output, layout, space) if rule is not None else None
+
+
+def is_labelled(layout: Layout) -> bool:
+    return any(label is not None for label in layout)
+
+
+def leading_layout(tensor: torch.Tensor, dims: int) -> tuple[Layout, Space]:
+    """The layout whose rows are the first ``dims`` dims, and its space; dims of size 1 are left out."""
+    labels: list[Label] = []
+    space: list[sympy.Expr] = []
+    for index, size in enumerate(tensor.shape):
+        extent = ir.expr_of(size)
+        if index < dims and extent != 1:
+            labels.append(len(space))
+            space.append(extent)
+        else:
+            labels.append(None)
+    return tuple(labels), tuple(space)
+
+
+# ------------------------------------------------------------------------------------------ helpers
+def argument(node: fx.Node, name: str) -> Any:
+    """A call's argument by schema name, its default if it is not given."""
+    assert isinstance(node.target, OpOverload)
+    for index, formal in enumerate(node.target._schema.arguments):
+        if formal.name == name:
+            if index < len(node.args):
+                return node.args[index]
+            return node.kwargs.get(name, formal.default_value if formal.has_default_value() else None)
+    return None
+
+
+def shape_of(node: Any) -> torch.Size:
+    tensor = ir.tensor_of(node)
+    assert tensor is not None
+    return tensor.shape
+
+
+def normal_dim(dim: int, rank: int) -> int:
+    return dim + rank if dim < 0 else dim
+
+
+def _aligned(operand: fx.Node, layout: Layout) -> Layout:
+    """The layout of a broadcast operand of a pointwise op: aligned at the last dim, 1-sized dims free."""
+    shape = shape_of(operand)
+    skip = len(layout) - len(shape)
+    return tuple(None if ir.expr_of(size) == 1 else layout[skip + dim] for dim, size in enumerate(shape))
+
+
+def _tensors(node: fx.Node) -> list[fx.Node]:
+    return [operand for operand in _operands(node) if ir.tensor_of(operand) is not None]
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg((node.args, dict(node.kwargs)), found.append)
+    return found
+
+
+def _full(nodes: Sequence[Any]) -> list[Operand]:
+    return [Operand(node, None) for node in nodes if isinstance(node, fx.Node)]
+
+
+# -------------------------------------------------------------------------------------------- rules
+def _pointwise(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+    return [Operand(operand, _aligned(operand, layout)) for operand in _tensors(node)]
+
+
+def _same(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+    """One tensor operand with the result's own dims."""
+    return [Operand(operand, layout) for operand in _tensors(node)]
+
+
+def _along(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+    """softmax, sort, cumsum, topk, gather, scatter: independent for each index off the dim."""
+    dim = argument(node, "dim")
+    shape = shape_of(node.args[0])
+    if not isinstance(dim, int) or not shape or layout[normal_dim(dim, len(shape))] is not None:
+        return None
+    for operand in _tensors(node):
+        other = shape_of(operand)
+        if len(other) != len(shape):
+            return None
+        for label, size, expected in zip(layout, other, _shape_at(node, output), strict=True):
+            if label is not None and ir.expr_of(size) != ir.expr_of(expected):
+                return None
+    return [Operand(operand, layout) for operand in _tensors(node)]
+
+
+def _shape_at(node: fx.Node, output: int) -> torch.Size:
+    tensor = ir.tensors_of(node)[output]
+    assert tensor is not None
+    return tensor.shape
+
+
+def _reduction(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    rank = len(shape_of(source))
+    dims = argument(node, "dim")
+    if dims is None or dims == []:
+        return None
+    reduced = {normal_dim(dim, rank) for dim in (dims if isinstance(dims, (list, tuple)) else [dims])}
+    if argument(node, "keepdim"):
+        if any(layout[dim] is not None for dim in reduced):
+            return None
+        return [Operand(source, layout)]
+    rest = iter(layout)
+    return [Operand(source, tuple(None if dim in reduced else next(rest) for dim in range(rank)))]
+
+
+def _mm(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+    left, right = node.args[0], node.args[1]
+    if layout[1] is not None:
+        return None
+    return [Operand(left, (layout[0], None)), Operand(right, None)]  # type: ignore[arg-type]
+
+
+def _addmm(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+    bias, left, right = node.args[:3]
+    if layout[1] is not None:
+        return None
+    assert isinstance(bias, fx.Node)
+    return [Operand(bias, _aligned(bias, layout)), Operand(left, (layout[0], None)), Operand(right, None)]  # type: ignore[arg-type]
+
+
+def _bmm(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+    left, right = node.args[0], node.args[1]
+    if layout[0] is not None or layout[2] is not None:
+        return None
+    return [Operand(left, (None, layout[1], None)), Operand(right, None)]  # type: ignore[arg-type]
+
+
+def _layer_norm(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+    source, normalized = node.args[0], argument(node, "normalized_shape")
+    rank = len(shape_of(source))
+    labels = layout[:rank]
+    if any(label is not None for label in labels[rank - len(normalized) :]):
+        return None
+    return [Operand(source, labels), *_full([argument(node, "weight"), argument(node, "bias")])]  # type: ignore[arg-type]
+
+
+def _attention(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+    """Query rows are independent; keys and values are needed whole.  Queries of different batch entries
+    meet different keys, so rows must not span the batch (or heads)."""
+    query, key, value = node.args[:3]
+    labels = (*layout, None) if output == 1 else layout
+    if output > 1 or len(labels) != 4 or labels[0] is not None or labels[1] is not None or labels[3] is not None:
+        return None
+    operands = [Operand(query, labels), Operand(key, None), Operand(value, None)]  # type: ignore[arg-type]
+    mask = argument(node, "attn_mask") or argument(node, "attn_bias")
+    if isinstance(mask, fx.Node):
+        operands.append(Operand(mask, _aligned(mask, (None, None, labels[2], None))))
+    return operands
+
+
+def _view(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    labels = view_layout(shape_of(node), layout, shape_of(source), space)
+    return None if labels is None else [Operand(source, labels)]
+
+
+def view_layout(shape: Sequence[Any], layout: Layout, other: Sequence[Any], space: Space) -> Layout | None:
+    """The layout of the same elements under another shape, or ``None`` if rows and features mix."""
+    ours = [(dim, ir.expr_of(size)) for dim, size in enumerate(shape) if ir.expr_of(size) != 1]
+    theirs = [(dim, ir.expr_of(size)) for dim, size in enumerate(other) if ir.expr_of(size) != 1]
+    result: list[Label] = [None] * len(other)
+    i = j = 0
+    while i < len(ours) and j < len(theirs):
+        mine, yours = [ours[i]], [theirs[j]]
+        a, b = ours[i][1], theirs[j][1]
+        i, j = i + 1, j + 1
+        while sympy.expand(a - b) != 0:
+            numerator, denominator = sympy.fraction(sympy.cancel(a / b))
+            if denominator == 1 and j < len(theirs):
+                yours.append(theirs[j])
+                b, j = b * theirs[j][1], j + 1
+            elif i < len(ours):
+                mine.append(ours[i])
+                a, i = a * ours[i][1], i + 1
+            else:
+                return None
+        labels = [layout[dim] for dim, _ in mine]
+        if not any(label is not None for label in labels):
+            continue
+        if len(mine) == len(yours) == 1:
+            result[yours[0][0]] = labels[0]
+        elif labels == [FLAT] and tuple(size for _, size in yours) == space:
+            for label, (dim, _) in enumerate(yours):
+                result[dim] = label
+        elif len(yours) == 1 and labels == list(range(len(space))):
+            result[yours[0][0]] = FLAT
+        else:
+            return None
+    if any(layout[dim] is not None for dim, _ in ours[i:]):
+        return None
+    return tuple(result)
+
+
+def _permute(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+    source = node.args[0]
+    rank = len(layout)
+    if node.target is aten.permute.default:
+        order = [normal_dim(dim, rank) for dim in node.args[1]]  # type: ignore[union-attr]
+    else:
+        order = list(range(rank))
+        a, b = (normal_dim(d, rank) for d in (node.args[1:3] if node.target is aten.transpose.int else (0, rank - 1)))  # type: ignore[type-var]
+        order[a], order[b] = order[b], order[a]
+    labels: list[Label] = [None] * rank
+    for position, dim in enumerate(order):
+        labels[dim] = layout[position]
+    return [Operand(source, tuple(labels))]  # type: ignore[arg-type]
+
+
+def _unsqueeze(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+    dim = normal_dim(node.args[1], len(layout))  # type: ignore[arg-type]
+    return [Operand(node.args[0], layout[:dim] + layout[dim + 1 :])]  # type: ignore[arg-type]
+
+
+def _squeeze(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+    shape = shape_of(node.args[0])
+    dims = argument(node, "dim")
+    dims = range(len(shape)) if dims is None else dims if isinstance(dims, (list, tuple)) else [dims]
+    gone = {normal_dim(dim, len(shape)) for dim in dims if ir.expr_of(shape[dim]) == 1}
+    rest = iter(layout)
+    return [Operand(node.args[0], tuple(None if dim in gone else next(rest) for dim in range(len(shape))))]  # type: ignore[arg-type]
+
+
+def _expand(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+    return [Operand(node.args[0], _aligned(node.args[0], layout))]  # type: ignore[arg-type]
+
+
+def _slice(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+    """A slice (or pad) of feature dims."""
+    dim = normal_dim(argument(node, "dim") or 0, len(layout))
+    return None if layout[dim] is not None else [Operand(node.args[0], layout)]  # type: ignore[arg-type]
+
+
+def _select(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+    """``select`` and ``unbind`` take one index of a feature dim away."""
+    dim = normal_dim(argument(node, "dim") or 0, len(layout) + 1)
+    return [Operand(node.args[0], (*layout[:dim], None, *layout[dim:]))]  # type: ignore[arg-type]
+
+
+def _cat(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+    dim = normal_dim(argument(node, "dim") or 0, len(layout))
+    if layout[dim] is not None:
+        return None
+    return [Operand(part, layout) for part in node.args[0]]  # type: ignore[union-attr,misc,arg-type]
+
+
+def _stack(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+    dim = normal_dim(argument(node, "dim") or 0, len(layout))
+    if layout[dim] is not None:
+        return None
+    return [Operand(part, layout[:dim] + layout[dim + 1 :]) for part in node.args[0]]  # type: ignore[union-attr,misc,arg-type]
+
+
+def _index_select(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+    """A table lookup: the indices are rows, the table is needed whole."""
+    table, dim, indices = node.args
+    at = normal_dim(dim, len(layout))  # type: ignore[arg-type]
+    if any(label is not None for position, label in enumerate(layout) if position != at):
+        return None
+    return [Operand(table, None), Operand(indices, (layout[at],))]  # type: ignore[arg-type]
+
+
+def _source(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+    """Constants of any shape; a ``*_like`` operand only lends its shape."""
+    return [Operand(operand, layout) for operand in _tensors(node) if len(shape_of(operand)) == len(layout)]
+
+
+_RULES: dict[OpOverload, Rule] = {
+    **dict.fromkeys((aten.clone.default, aten._to_copy.default, aten.alias.default, aten.detach.default), _same),
+    **dict.fromkeys(
+        (
+            aten._softmax.default, aten._log_softmax.default, aten.cumsum.default, aten.sort.default, aten.sort.stable,
+            aten.topk.default, aten.gather.default, aten.scatter.src, aten.scatter.value, aten.logcumsumexp.default,
+        ),
+        _along,
+    ),
+    **dict.fromkeys(
+        (
+            aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default, aten.any.dim, aten.all.dim,
+            aten.argmax.default, aten.argmin.default, aten.max.dim, aten.min.dim, aten.prod.dim_int,
+            aten.logsumexp.default, aten.var.correction, aten.std.correction,
+        ),
+        _reduction,
+    ),
+    aten.mm.default: _mm,
+    aten.addmm.default: _addmm,
+    aten.bmm.default: _bmm,
+    aten.native_layer_norm.default: _layer_norm,
+    **dict.fromkeys(
+        (
+            aten._scaled_dot_product_flash_attention_for_cpu.default,
+            aten._scaled_dot_product_flash_attention.default,
+            aten._scaled_dot_product_efficient_attention.default,
+            aten._scaled_dot_product_cudnn_attention.default,
+        ),
+        _attention,
+    ),
+    aten.view.default: _view,
+    aten.permute.default: _permute,
+    aten.transpose.int: _permute,
+    aten.t.default: _permute,
+    aten.unsqueeze.default: _unsqueeze,
+    **dict.fromkeys((aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims), _squeeze),
+    aten.expand.default: _expand,
+    aten.slice.Tensor: _slice,
+    aten.select.int: _select,
+    aten.cat.default: _cat,
+    aten.stack.default: _stack,
+    aten.index_select.default: _index_select,
+    **dict.fromkeys((aten.full.default, aten.full_like.default, aten.zeros_like.default, aten.ones_like.default), _source),
+}  # fmt: skip
+
+MATMULS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default})
+ATTENTIONS = frozenset(target for target, rule in _RULES.items() if rule is _attention)
