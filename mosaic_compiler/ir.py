@@ -110,8 +110,24 @@ def numbers_in(value: Any) -> Iterator[Any]:
 
 # -------------------------------------------------------------------------------------- operators
 def is_random(node: fx.Node) -> bool:
-    """Draws from a random generator: may be neither merged, dropped nor reordered."""
-    return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    """Draws from a random generator: may be neither merged, dropped nor reordered.
+
+    Attention is tagged as random because it can drop out; with a dropout of 0 it draws nothing.
+    """
+    if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    return not any(a.name == "dropout_p" for a in node.target._schema.arguments) or argument(node, "dropout_p") != 0
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """A call's argument by its name in the operator's schema; its default if it is not given."""
+    assert isinstance(node.target, OpOverload)
+    for index, formal in enumerate(node.target._schema.arguments):
+        if formal.name == name:
+            if index < len(node.args):
+                return node.args[index]
+            return node.kwargs.get(name, formal.default_value if formal.has_default_value() else None)
+    return None
 
 
 def is_pointwise(node: fx.Node) -> bool:
@@ -249,6 +265,23 @@ def written_roots(graph: fx.Graph, storage: StorageMap) -> set[Root]:
         for root in storage.roots(argument)
         if root is not None
     }
+
+
+# --------------------------------------------------------------------------------------- prologue
+BINDS = "binds_rows"
+"""Metadata key: the symbol for the first size of this node's result, known once the node has run."""
+
+
+def prologue_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """What the nodes that bind a number of rows are computed from, and they themselves, in order."""
+    wanted: set[fx.Node] = set()
+    todo = [node for node in graph.nodes if BINDS in node.meta]
+    while todo:
+        node = todo.pop()
+        if node.op == "call_function" and node not in wanted:
+            wanted.add(node)
+            todo += node.all_input_nodes
+    return [node for node in graph.nodes if node in wanted]
 
 
 # ------------------------------------------------------------------------------------- provenance

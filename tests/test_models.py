@@ -157,11 +157,9 @@ def test_thirty_two_layers_plan_at_the_bound_within_100_ms():
     ids = torch.randint(4, 500, (1, 96))
     with torch.no_grad(), observing(steps.append):
         torch.compile(step, backend="mosaic", dynamic=True)(ids, block_window(96, 0, 96), torch.tensor([4]))
-    from mosaic_compiler.planning.lifetimes import Sizes
-
     times = []
     for length in (97, 1000, 100_000):
-        sizes = Sizes({symbol: length for symbol, _ in steps[0]._readers})
+        sizes = steps[0].sizes([length] * len(steps[0]._readers), [length // 2])
         started = time.perf_counter()
         plan = make_plan(steps[0].lives.at(sizes), steps[0].lives.schedule)
         times.append(time.perf_counter() - started)

@@ -105,7 +105,7 @@ def _bind_symbols(module, arguments):
     from mosaic_compiler.runtime.step import _symbol_readers
 
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    readers = _symbol_readers(module, placeholders)
+    readers = _symbol_readers(module, placeholders, ())
     return [s for s, _ in readers], [read(arguments) for _, read in readers]
 
 

@@ -84,6 +84,18 @@ class _Rewriter:
         node.replace_all_uses_with(by, propagate_meta=False)
         self.graph.erase_node(node)
 
+    def multiple(self, origin: fx.Node, size: Any, factor: int) -> Any:
+        """``size * factor`` as an argument."""
+        if not isinstance(size, fx.Node) or factor == 0:
+            return size * factor if not isinstance(size, fx.Node) else 0
+        if factor == 1:
+            return size
+        with self.graph.inserting_before(origin):
+            node = self.graph.call_function(operator.mul, (size, factor))
+        node.meta["val"] = ir.value_of(size) * factor
+        self._storage.add(node)
+        return node
+
     def emit(self, origin: fx.Node, target: OpOverload, *args: Any, **kwargs: Any) -> fx.Node:
         """A new node before ``origin`` with its provenance and fresh metadata."""
         with self.graph.inserting_before(origin):
@@ -198,6 +210,21 @@ def _size(rewriter: _Rewriter, origin: fx.Node, tensor: Any, dim: int) -> Any:
     return rewriter.emit(origin, aten.sym_size.int, tensor, dim) if ir.is_symbolic_number(size) else size
 
 
+def _split_into_slices(rewriter: _Rewriter, node: fx.Node) -> bool:
+    """``split(x, size)[i]`` -> ``x[i * size : (i + 1) * size]``: one spelling for parts of a tensor."""
+    if node.target is not aten.split.Tensor or not all(user.target is operator.getitem for user in node.users):
+        return False
+    source, size = node.args[:2]
+    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    for user in list(node.users):
+        index = user.args[1]
+        assert isinstance(index, int)
+        start, end = rewriter.multiple(user, size, index), rewriter.multiple(user, size, index + 1)
+        rewriter.replace(user, rewriter.emit(user, aten.slice.Tensor, source, dim, start, end))
+    rewriter.graph.erase_node(node)
+    return True
+
+
 # (op, position of the mask argument)
 _MASKED_ATTENTION: dict[OpOverload, str] = {
     aten._scaled_dot_product_flash_attention_for_cpu.default: "attn_mask",
@@ -279,6 +306,7 @@ _RULES: Sequence[Callable[[_Rewriter, fx.Node], bool]] = (
     _spell_unsafe_view,
     _spell_convert,
     _spell_embedding,
+    _split_into_slices,
     _drop_true_mask,
     _fold_repeated_heads,
 )

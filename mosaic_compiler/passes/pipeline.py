@@ -3,7 +3,8 @@
 Order matters:
 
 1. ``canonicalize`` first: every later pass matches one spelling per operation.
-2. ``in-place`` last: it introduces writes, and no other pass moves or merges nodes around a write.
+2. ``row-demand`` before ``in-place``: it calls ops again on fewer rows, which only pure ops allow.
+3. ``in-place`` last: it introduces writes, and no other pass moves or merges nodes around a write.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from torch import fx
 from mosaic_compiler.passes.base import Pass
 from mosaic_compiler.passes.canonicalize import CanonicalizePass
 from mosaic_compiler.passes.in_place import InPlacePass
+from mosaic_compiler.passes.row_demand import RowDemandPass
 from mosaic_compiler.passes.verifier import Verifier
 
-PASSES: tuple[Pass, ...] = (CanonicalizePass(), InPlacePass())
+PASSES: tuple[Pass, ...] = (CanonicalizePass(), RowDemandPass(), InPlacePass())
 
 
 def pass_names() -> tuple[str, ...]:

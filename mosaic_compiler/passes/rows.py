@@ -14,7 +14,6 @@ gives no answer, which means: all rows of everything.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -52,11 +51,6 @@ def operand_layouts(node: fx.Node, output: int, layout: Layout, space: Space) ->
     Returns one :class:`Operand` per tensor operand (in order, repeats included), or ``None`` if the op
     has no rule or mixes rows.
     """
-    if node.target is operator.getitem:
-        source, index = node.args
-        assert isinstance(source, fx.Node)
-        assert isinstance(index, int)
-        return operand_layouts(source, index, layout, space)
     if node.op != "call_function" or not isinstance(node.target, OpOverload) or ir.is_random(node):
         return None
     if ir.mutated_arguments(node):
@@ -84,17 +78,6 @@ def leading_layout(tensor: torch.Tensor, dims: int) -> tuple[Layout, Space]:
 
 
 # ------------------------------------------------------------------------------------------ helpers
-def argument(node: fx.Node, name: str) -> Any:
-    """A call's argument by schema name, its default if it is not given."""
-    assert isinstance(node.target, OpOverload)
-    for index, formal in enumerate(node.target._schema.arguments):
-        if formal.name == name:
-            if index < len(node.args):
-                return node.args[index]
-            return node.kwargs.get(name, formal.default_value if formal.has_default_value() else None)
-    return None
-
-
 def shape_of(node: Any) -> torch.Size:
     tensor = ir.tensor_of(node)
     assert tensor is not None
@@ -105,7 +88,7 @@ def normal_dim(dim: int, rank: int) -> int:
     return dim + rank if dim < 0 else dim
 
 
-def _aligned(operand: fx.Node, layout: Layout) -> Layout:
+def aligned(operand: fx.Node, layout: Layout) -> Layout:
     """The layout of a broadcast operand of a pointwise op: aligned at the last dim, 1-sized dims free."""
     shape = shape_of(operand)
     skip = len(layout) - len(shape)
@@ -128,7 +111,7 @@ def _full(nodes: Sequence[Any]) -> list[Operand]:
 
 # -------------------------------------------------------------------------------------------- rules
 def _pointwise(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
-    return [Operand(operand, _aligned(operand, layout)) for operand in _tensors(node)]
+    return [Operand(operand, aligned(operand, layout)) for operand in _tensors(node)]
 
 
 def _same(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
@@ -138,7 +121,7 @@ def _same(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
 
 def _along(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     """softmax, sort, cumsum, topk, gather, scatter: independent for each index off the dim."""
-    dim = argument(node, "dim")
+    dim = ir.argument(node, "dim")
     shape = shape_of(node.args[0])
     if not isinstance(dim, int) or not shape or layout[normal_dim(dim, len(shape))] is not None:
         return None
@@ -162,11 +145,11 @@ def _reduction(node: fx.Node, output: int, layout: Layout, space: Space) -> Answ
     source = node.args[0]
     assert isinstance(source, fx.Node)
     rank = len(shape_of(source))
-    dims = argument(node, "dim")
+    dims = ir.argument(node, "dim")
     if dims is None or dims == []:
         return None
     reduced = {normal_dim(dim, rank) for dim in (dims if isinstance(dims, (list, tuple)) else [dims])}
-    if argument(node, "keepdim"):
+    if ir.argument(node, "keepdim"):
         if any(layout[dim] is not None for dim in reduced):
             return None
         return [Operand(source, layout)]
@@ -186,7 +169,7 @@ def _addmm(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     if layout[1] is not None:
         return None
     assert isinstance(bias, fx.Node)
-    return [Operand(bias, _aligned(bias, layout)), Operand(left, (layout[0], None)), Operand(right, None)]  # type: ignore[arg-type]
+    return [Operand(bias, aligned(bias, layout)), Operand(left, (layout[0], None)), Operand(right, None)]  # type: ignore[arg-type]
 
 
 def _bmm(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
@@ -197,12 +180,12 @@ def _bmm(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
 
 
 def _layer_norm(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
-    source, normalized = node.args[0], argument(node, "normalized_shape")
+    source, normalized = node.args[0], ir.argument(node, "normalized_shape")
     rank = len(shape_of(source))
     labels = layout[:rank]
     if any(label is not None for label in labels[rank - len(normalized) :]):
         return None
-    return [Operand(source, labels), *_full([argument(node, "weight"), argument(node, "bias")])]  # type: ignore[arg-type]
+    return [Operand(source, labels), *_full([ir.argument(node, "weight"), ir.argument(node, "bias")])]  # type: ignore[arg-type]
 
 
 def _attention(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
@@ -213,9 +196,9 @@ def _attention(node: fx.Node, output: int, layout: Layout, space: Space) -> Answ
     if output > 1 or len(labels) != 4 or labels[0] is not None or labels[1] is not None or labels[3] is not None:
         return None
     operands = [Operand(query, labels), Operand(key, None), Operand(value, None)]  # type: ignore[arg-type]
-    mask = argument(node, "attn_mask") or argument(node, "attn_bias")
+    mask = ir.argument(node, "attn_mask") or ir.argument(node, "attn_bias")
     if isinstance(mask, fx.Node):
-        operands.append(Operand(mask, _aligned(mask, (None, None, labels[2], None))))
+        operands.append(Operand(mask, aligned(mask, (None, None, labels[2], None))))
     return operands
 
 
@@ -285,7 +268,7 @@ def _unsqueeze(node: fx.Node, output: int, layout: Layout, space: Space) -> Answ
 
 def _squeeze(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     shape = shape_of(node.args[0])
-    dims = argument(node, "dim")
+    dims = ir.argument(node, "dim")
     dims = range(len(shape)) if dims is None else dims if isinstance(dims, (list, tuple)) else [dims]
     gone = {normal_dim(dim, len(shape)) for dim in dims if ir.expr_of(shape[dim]) == 1}
     rest = iter(layout)
@@ -293,30 +276,30 @@ def _squeeze(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer
 
 
 def _expand(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
-    return [Operand(node.args[0], _aligned(node.args[0], layout))]  # type: ignore[arg-type]
+    return [Operand(node.args[0], aligned(node.args[0], layout))]  # type: ignore[arg-type]
 
 
 def _slice(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     """A slice (or pad) of feature dims."""
-    dim = normal_dim(argument(node, "dim") or 0, len(layout))
+    dim = normal_dim(ir.argument(node, "dim") or 0, len(layout))
     return None if layout[dim] is not None else [Operand(node.args[0], layout)]  # type: ignore[arg-type]
 
 
 def _select(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     """``select`` and ``unbind`` take one index of a feature dim away."""
-    dim = normal_dim(argument(node, "dim") or 0, len(layout) + 1)
+    dim = normal_dim(ir.argument(node, "dim") or 0, len(layout) + 1)
     return [Operand(node.args[0], (*layout[:dim], None, *layout[dim:]))]  # type: ignore[arg-type]
 
 
 def _cat(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
-    dim = normal_dim(argument(node, "dim") or 0, len(layout))
+    dim = normal_dim(ir.argument(node, "dim") or 0, len(layout))
     if layout[dim] is not None:
         return None
     return [Operand(part, layout) for part in node.args[0]]  # type: ignore[union-attr,misc,arg-type]
 
 
 def _stack(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
-    dim = normal_dim(argument(node, "dim") or 0, len(layout))
+    dim = normal_dim(ir.argument(node, "dim") or 0, len(layout))
     if layout[dim] is not None:
         return None
     return [Operand(part, layout[:dim] + layout[dim + 1 :]) for part in node.args[0]]  # type: ignore[union-attr,misc,arg-type]

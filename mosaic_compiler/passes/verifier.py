@@ -98,6 +98,8 @@ class Verifier:
 
         if any(free_unbacked_symbols(n) for n in ir.numbers_in(ir.value_of(node)) if ir.is_symbolic_number(n)):
             return None  # a re-run would invent new symbols for the same data-dependent sizes
+        if ir.BINDS in node.meta:
+            return None
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), ir.value_of)
         key = (node.target, _signature_of(args), _signature_of(kwargs))
         if key not in self._known:

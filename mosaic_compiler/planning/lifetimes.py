@@ -22,6 +22,7 @@ import torch
 from torch import fx
 
 from mosaic_compiler import ir
+from mosaic_compiler.ir import prologue_nodes
 from mosaic_compiler.planning.forms import Form, Kind, form_of, has_unbacked, main_device_of
 from mosaic_compiler.planning.plan import Buffer
 from mosaic_compiler.planning.scratch import scratch_bytes
@@ -87,6 +88,9 @@ class Lives:
     Attributes:
         buffers: one per storage the step creates, plus one per op with scratch.
         schedule: node names by position.
+        nodes: the nodes behind the prologue, in schedule order.
+        prologue: the nodes that run before sizes are known (see ``runtime/prologue.py``); they come first in
+            the schedule, and their values live at least until the prologue has ended.
         forms: how each node gets its result.
         root_buffers: the buffer of each storage root (roots of inputs and constants have none).
         unsized: nodes whose bytes depend on data; they run, but outside of the plan.
@@ -96,6 +100,8 @@ class Lives:
     buffers: tuple[SymbolicBuffer, ...]
     schedule: tuple[str, ...]
     device: torch.device
+    nodes: tuple[fx.Node, ...] = field(repr=False)
+    prologue: tuple[fx.Node, ...] = field(repr=False)
     forms: Mapping[fx.Node, Form] = field(repr=False)
     storage: ir.StorageMap = field(repr=False)
     root_buffers: Mapping[ir.Root, SymbolicBuffer] = field(repr=False)
@@ -121,18 +127,21 @@ def find_lives(module: fx.GraphModule) -> Lives:
     """Compute the lives of every storage that the graph creates, in its schedule order."""
     graph = module.graph
     device = main_device_of(module)
-    schedule = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    early = prologue_nodes(graph)
+    first = set(early)
+    schedule = early + [n for n in graph.nodes if n.op not in ("placeholder", "output") and n not in first]
     position = {node: index for index, node in enumerate(schedule)}
     storage = ir.StorageMap(graph)
-    forms = {node: form_of(node, device) for node in schedule}
+    forms = {node: Form(Kind.OPAQUE) if node in first else form_of(node, device) for node in schedule}
     escaping = ir.escaping_roots(graph, storage)
 
     ends: dict[ir.Root, int] = {}
     for node in schedule:
+        done = len(early) if node in first else 0
         touched = [root for operand in node.all_input_nodes for root in storage.roots(operand)]
         for root in (*touched, *storage.roots(node)):
             if root is not None:
-                ends[root] = position[node] + 1
+                ends[root] = max(position[node] + 1, done)
 
     buffers: list[SymbolicBuffer] = []
     root_buffers: dict[ir.Root, SymbolicBuffer] = {}
@@ -174,6 +183,8 @@ def find_lives(module: fx.GraphModule) -> Lives:
     return Lives(
         buffers=tuple(buffers) + arguments,
         schedule=tuple(node.name for node in schedule),
+        nodes=tuple(node for node in schedule if node not in first),
+        prologue=tuple(early),
         device=device,
         forms=forms,
         storage=storage,

@@ -15,6 +15,7 @@ from rich.text import Text
 from mosaic_compiler.backend import mosaic, observing
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.pipeline import PassRecord
+from mosaic_compiler.passes.row_demand import RowDecision
 from mosaic_compiler.planning.plan import MemoryPlan
 from mosaic_compiler.report import tables
 from mosaic_compiler.runtime.step import CompiledStep, Fallback
@@ -27,6 +28,9 @@ class GraphReport:
     plan: MemoryPlan | None
     passes: tuple[PassRecord, ...]
     fallbacks: tuple[Fallback, ...]
+    rows: tuple[RowDecision, ...] = ()
+    """For each matmul and attention that ``row-demand`` shrank: rows computed, and who forced them.  If it
+    shrank none: the largest matmul, and the consumer that demanded all of its rows."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,10 @@ class Report:
         return tuple(fallback for graph in self.graphs for fallback in graph.fallbacks)
 
     @property
+    def rows(self) -> tuple[RowDecision, ...]:
+        return tuple(decision for graph in self.graphs for decision in graph.rows)
+
+    @property
     def passes(self) -> tuple[PassRecord, ...]:
         return tuple(record for graph in self.graphs for record in graph.passes)
 
@@ -73,9 +81,24 @@ class Report:
                 yield Text()
                 yield tables.largest_buffers(graph.plan)
                 yield Text()
+            if graph.rows:
+                yield _row_table(graph.rows)
+                yield Text()
             yield _pass_table(graph.passes)
             yield Text()
             yield _fallback_table(graph.fallbacks)
+
+
+def _row_table(decisions: tuple[RowDecision, ...]) -> Table:
+    table = Table(
+        title="rows computed (M is known when the step starts)", title_justify="left", box=None, padding=(0, 1)
+    )
+    for column in ("operation", "rows", "of", "because of", "in"):
+        table.add_column(column, overflow="fold")
+    for decision in decisions:
+        where = decision.module or decision.source
+        table.add_row(decision.node, decision.rows, decision.total, decision.consumer, where)
+    return table
 
 
 def _pass_table(passes: tuple[PassRecord, ...]) -> Table:
@@ -122,7 +145,11 @@ def explain(fn: Callable[..., Any], *args: Any, **options: Any) -> Report:
     compiled = torch.compile(_fresh_caller(), backend=backend, dynamic=True)
     with observing(steps.append), torch.no_grad():
         result = compiled(_unwrap(fn), *args)
-    return Report(tuple(GraphReport(step.plan, step.passes, step.fallbacks) for step in steps), result)
+    return Report(tuple(_graph_report(step) for step in steps), result)
+
+
+def _graph_report(step: CompiledStep) -> GraphReport:
+    return GraphReport(step.plan, step.passes, step.fallbacks, step.module.meta.get("row_decisions", ()))
 
 
 def _unwrap(fn: Callable[..., Any]) -> Callable[..., Any]:

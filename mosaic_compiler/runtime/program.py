@@ -12,9 +12,10 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import sympy
 import torch
 from torch import fx
 from torch.utils._pytree import tree_map_only
@@ -40,7 +41,6 @@ class Slot:
     index: int
 
 
-@dataclass
 class Program:
     """A bound step.  Not thread-safe: the arena's lease serialises calls.
 
@@ -49,23 +49,33 @@ class Program:
         instructions: prebound calls, in schedule order.
     """
 
-    plan: MemoryPlan
-    instructions: list[Instruction]
-    slots: list[Any]
-    outputs: list[Any]
-    inputs: int
-    fixed: list[tuple[torch.Tensor, int, torch.Size]] = field(default_factory=list)
-    checked: bool = False
+    def __init__(self, binder: _Binder) -> None:
+        self._binder = binder
+        self.plan = binder.plan
+        self.slots = binder.slots
+        self._load()
+
+    def _load(self) -> None:
+        binder = self._binder
+        self.instructions: list[Instruction] = [call for calls in binder.calls.values() for call in calls]
+        self.outputs, self._inputs, self.fixed = binder.outputs, len(binder.inputs), binder.fixed
+        self._checked = False
+
+    def resize(self, sizes: Sizes) -> None:
+        """Bind again what depends on the number of computed rows; the plan must have room for it."""
+        if sizes.symbols != self._binder.sizes.symbols:
+            self._binder.rebind(sizes)
+            self._load()
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
-        """Run the step.  ``inputs`` are the graph's placeholders in order."""
+        """Run the step.  ``inputs`` are the graph's placeholders, then the prologue's results."""
         slots = self.slots
         try:
-            slots[: self.inputs] = inputs
+            slots[: self._inputs] = inputs
             with torch.no_grad():
                 for instruction in self.instructions:
                     instruction()
-            if not self.checked:
+            if not self._checked:
                 self._check_destinations()
             return [slots[out.index] if type(out) is Slot else out for out in self.outputs]
         finally:
@@ -73,10 +83,10 @@ class Program:
 
     def _check_destinations(self) -> None:
         """An op that got an ``out=`` of the wrong shape resizes it, with only a warning.  Look once."""
-        for tensor, pointer, shape in self.fixed:
+        for tensor, pointer, shape in self.fixed.values():
             if tensor.data_ptr() != pointer or tensor.shape != shape:
                 raise ArenaError(f"an operation resized its destination from {tuple(shape)} to {tuple(tensor.shape)}")
-        self.checked = True
+        self._checked = True
 
 
 def bind(
@@ -88,19 +98,25 @@ def bind(
     static: frozenset[int],
     arena: Arena,
     *,
+    varying: frozenset[sympy.Symbol] = frozenset(),
+    early: Sequence[fx.Node] = (),
     poison: bool = False,
 ) -> Program:
     """Bind a graph to an arena.
 
     Args:
         module: the graph after all passes.
-        lives: its lives; ``plan`` is their placement for ``sizes``.
-        inputs: this call's inputs; those at the ``static`` positions (weights) are bound for good.
+        lives: its lives; ``plan`` is their placement for ``sizes`` (or for more rows).
+        inputs: this call's inputs (placeholders, then the results of the prologue); those at the
+            ``static`` positions (weights) are bound for good.
+        varying: symbols that :meth:`Program.resize` may change.
+        early: the prologue nodes whose results follow the placeholders.
         poison: fill buffers at birth and death, check canaries (the plan must have been made with
             :func:`with_guards`).
     """
-    with torch.inference_mode(False), torch.no_grad():
-        return _Binder(module, lives, plan, sizes, inputs, static, arena, poison).bind()
+    binder = _Binder(module, lives, plan, sizes, inputs, static, arena, varying, early, poison)
+    binder.rebind(sizes)
+    return Program(binder)
 
 
 def with_guards(buffers: Sequence[Buffer]) -> tuple[Buffer, ...]:
@@ -111,6 +127,8 @@ def with_guards(buffers: Sequence[Buffer]) -> tuple[Buffer, ...]:
 
 
 class _Binder:
+    """Turns nodes into calls, node by node, so that some of them can be bound again."""
+
     def __init__(
         self,
         module: fx.GraphModule,
@@ -120,42 +138,50 @@ class _Binder:
         inputs: Sequence[Any],
         static: frozenset[int],
         arena: Arena,
+        varying: frozenset[sympy.Symbol],
+        early: Sequence[fx.Node],
         poison: bool,
     ) -> None:
         self.module, self.lives, self.plan, self.sizes = module, lives, plan, sizes
-        self.inputs, self.static, self.arena, self.poison = inputs, static, arena, poison
+        self.static, self.arena, self.poison = static, arena, poison
         self.placed = {buffer.name: buffer for buffer in plan.buffers}
         self.values: dict[fx.Node, Any] = {}
         self.slots: list[Any] = [None] * len(inputs)
-        self.root_slots: dict[ir.Root, list[int]] = {}
-        self.instructions: list[Instruction] = []
-        self.fixed: list[tuple[torch.Tensor, int, torch.Size]] = []
+        self.inputs = [None] * len(inputs)  # only their number is kept, so that no caller's tensor is
+        self.calls: dict[fx.Node, list[Instruction]] = {node: [] for node in lives.nodes}
+        self.fixed: dict[tuple[fx.Node, int], tuple[torch.Tensor, int, torch.Size]] = {}
+        self._slot_of: dict[tuple[fx.Node, int], Slot] = {}
+        self._slots_in: dict[ir.Root, list[int]] = {}
+        self._todo = lives.nodes
+        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        for index, node in enumerate(placeholders):
+            self._placeholder(node, index, inputs[index])
+        for index, node in enumerate(early, len(placeholders)):
+            self.values[node] = Slot(index)
+        self._deaths = self._find_deaths()
+        self._varying = self._find_varying(varying)
 
-    def bind(self) -> Program:
-        deaths = self._deaths()
-        position = 0
-        for node in self.module.graph.nodes:
-            if node.op == "placeholder":
-                self._placeholder(node)
-            elif node.op == "output":
-                outputs = self._outputs(node)
-            else:
+    def rebind(self, sizes: Sizes) -> None:
+        """Bind all nodes the first time, then those that depend on varying sizes."""
+        self.sizes = sizes
+        with torch.inference_mode(False), torch.no_grad():
+            for node in self._todo:
+                self.instructions = self.calls[node] = []
                 self._node(node)
-                self._bury(deaths.get(position, ()))
-                position += 1
-        return Program(
-            plan=self.plan,
-            instructions=self.instructions,
-            slots=self.slots,
-            outputs=outputs,
-            inputs=len(self.inputs),
-            fixed=self.fixed,
-        )
+                self._bury(self._deaths.get(node, ()))
+        flat, _ = torch.utils._pytree.tree_flatten(self.module.graph.output_node().args[0])
+        self.outputs = [self.values[item] if isinstance(item, fx.Node) else item for item in flat]
+        self._todo = self._varying
+
+    def _find_varying(self, symbols: frozenset[sympy.Symbol]) -> tuple[fx.Node, ...]:
+        found: set[fx.Node] = set()
+        for node in self.lives.nodes:
+            if found.intersection(node.all_input_nodes) or ir.free_symbols(node) & symbols:
+                found.add(node)
+        return tuple(node for node in self.lives.nodes if node in found)
 
     # ------------------------------------------------------------------------------------- inputs
-    def _placeholder(self, node: fx.Node) -> None:
-        index = len(self.values)
-        given = self.inputs[index]
+    def _placeholder(self, node: fx.Node, index: int, given: Any) -> None:
         if isinstance(given, torch.Tensor):
             self.values[node] = given.detach() if index in self.static else Slot(index)
         elif isinstance(given, int) and not self._late_number(node):
@@ -169,10 +195,6 @@ class _Binder:
 
     def _bound(self, value: Any) -> bool:
         return bool(ir.expr_of(value).free_symbols <= self.sizes.symbols.keys())
-
-    def _outputs(self, node: fx.Node) -> list[Any]:
-        flat, _ = torch.utils._pytree.tree_flatten(node.args[0])
-        return [self.values[item] if isinstance(item, fx.Node) else item for item in flat]
 
     # ------------------------------------------------------------------------------------- nodes
     def _node(self, node: fx.Node) -> None:
@@ -228,12 +250,12 @@ class _Binder:
             assert buffer.offset is not None
             limit = buffer.offset + buffer.nbytes
             view = self.arena.tensor(buffer.offset, tensor.dtype, shape, stride, limit)
-            self.fixed.append((view, view.data_ptr(), view.shape))
+            self.fixed[node, index] = (view, view.data_ptr(), view.shape)
             if self.poison:
                 self.instructions.append(functools.partial(self.arena.fill, buffer.offset, limit - GUARD, DEAD))
                 self.instructions.append(functools.partial(self.arena.fill, limit - GUARD, limit, CANARY))
             return view
-        slot = self._new_slot((node, index))
+        slot = self._slot(node, index, (node, index))
         make = functools.partial(torch.empty_strided, shape, stride, dtype=tensor.dtype, device=tensor.device)
         self.instructions.append(_store(self.slots, slot.index, make))
         return slot
@@ -243,42 +265,43 @@ class _Binder:
         run = _call(Call(node.target, tuple(args), tuple(kwargs.items())), self.slots)  # type: ignore[arg-type]
         roots = self.lives.storage.roots(node)
         if not isinstance(ir.value_of(node), (tuple, list)):
-            slot = self._new_slot(roots[0])
+            slot = self._slot(node, 0, roots[0])
             self.instructions.append(_store(self.slots, slot.index, run))
             self.values[node] = slot
             return
-        slots = tuple(self._new_slot(root) for root in roots)
+        slots = tuple(self._slot(node, index, root) for index, root in enumerate(roots))
         self.values[node] = slots
         self.instructions.append(_store_all(self.slots, [slot.index for slot in slots], run))
 
-    def _new_slot(self, root: ir.Root | None) -> Slot:
-        slot = Slot(len(self.slots))
-        self.slots.append(None)
-        if root is not None:
-            self.root_slots.setdefault(root, []).append(slot.index)
-        return slot
+    def _slot(self, node: fx.Node, index: int, root: ir.Root | None) -> Slot:
+        """The slot of one output of a node; the same one each time it is bound."""
+        if (node, index) not in self._slot_of:
+            slot = self._slot_of[node, index] = Slot(len(self.slots))
+            self.slots.append(None)
+            if root is not None:
+                self._slots_in.setdefault(root, []).append(slot.index)
+        return self._slot_of[node, index]
 
     def _append(self, call: Call) -> None:
         self.instructions.append(_call(call, self.slots))
 
     # ------------------------------------------------------------------------------------- deaths
-    def _deaths(self) -> dict[int, list[ir.Root]]:
-        """Roots by the position at which they are used for the last time; outputs never die."""
-        nodes = [n for n in self.module.graph.nodes if n.op not in ("placeholder", "output")]
+    def _find_deaths(self) -> dict[fx.Node, list[ir.Root]]:
+        """Roots by the node that uses them last; outputs never die."""
         escaping = ir.escaping_roots(self.module.graph, self.lives.storage)
-        last: dict[ir.Root, int] = {}
-        for position, node in enumerate(nodes):
+        last: dict[ir.Root, fx.Node] = {}
+        for node in self.lives.nodes:
             for user in (node, *node.all_input_nodes):
                 for root in self.lives.storage.roots(user):
                     if root is not None and root[0].op == "call_function" and root not in escaping:
-                        last[root] = position
-        deaths: dict[int, list[ir.Root]] = {}
-        for root, position in last.items():
-            deaths.setdefault(position, []).append(root)
+                        last[root] = node
+        deaths: dict[fx.Node, list[ir.Root]] = {}
+        for root, node in last.items():
+            deaths.setdefault(node, []).append(root)
         return deaths
 
     def _bury(self, roots: Sequence[ir.Root]) -> None:
-        indices = [index for root in roots for index in self.root_slots.get(root, ())]
+        indices = [index for root in roots for index in self._slots_in.get(root, ())]
         if indices:
             self.instructions.append(functools.partial(_drop, self.slots, indices))
         if not self.poison:

@@ -12,7 +12,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -25,8 +25,12 @@ from mosaic_compiler.passes.pipeline import PassRecord
 from mosaic_compiler.planning import MemoryPlan, make_plan
 from mosaic_compiler.planning.forms import ACCOUNTED_OPAQUE, Kind
 from mosaic_compiler.planning.lifetimes import Lives, Sizes, find_lives
-from mosaic_compiler.runtime.arena import pool_for
+from mosaic_compiler.runtime.arena import Arena, pool_for
 from mosaic_compiler.runtime.program import Program, bind, with_guards
+from mosaic_compiler.runtime.prologue import Prologue, capacity
+
+_Entry: TypeAlias = "tuple[Program, list[tuple[weakref.ref[Any], int]]]"
+"""A program, and the weights (with their addresses) that it is bound to."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,10 @@ class CompiledStep:
         self._on_plan = on_plan
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         self._static = tuple(i for i in static_inputs if ir.tensor_of(placeholders[i]) is not None)
-        self._readers = _symbol_readers(module, placeholders)
+        self._prologue = Prologue(module.graph)
+        self._readers = _symbol_readers(module, placeholders, self._prologue.symbols)
         self._plans: dict[tuple[int, ...], MemoryPlan] = {}
-        self._programs: OrderedDict[Any, tuple[Program, list[tuple[weakref.ref[Any], int]]]] = OrderedDict()
+        self._programs: OrderedDict[Any, _Entry] = OrderedDict()
         self._pool = pool_for(self.lives.device)
         self._pool.register(self)
 
@@ -84,32 +89,48 @@ class CompiledStep:
         pointers = tuple([inputs[i].data_ptr() for i in self._static])
         numbers = tuple([read(inputs) for _, read in self._readers])
         with self._pool.lease() as arena:
-            key = (arena.number, numbers, pointers)
+            early, counts = self._prologue.run(inputs)
+            values = [*inputs, *early]
+            del early
+            sizes = self.sizes(numbers, counts)
+            room = tuple([capacity(count) for count in counts])
+            key = (arena.number, numbers, room, pointers)
             entry = self._programs.get(key)
             if entry is None:
-                self._forget_moved_weights()
-                sizes = Sizes(dict(zip([symbol for symbol, _ in self._readers], numbers, strict=True)))
-                plan = self.plan_for(sizes)
-                program = bind(
-                    self.module,
-                    self.lives,
-                    plan,
-                    sizes,
-                    inputs,
-                    frozenset(self._static),
-                    arena,
-                    poison=self.options.poison,
-                )
-                entry = (program, [(weakref.ref(inputs[i]), inputs[i].data_ptr()) for i in self._static])
-                self._programs[key] = entry
-                while len(self._programs) > self.options.program_cache:
-                    self._programs.popitem(last=False)
+                entry = self._programs[key] = self._bind(arena, sizes, self.sizes(numbers, room), values)
             else:
                 self._programs.move_to_end(key)
             program = entry[0]
+            program.resize(sizes)
             self.plan = program.plan
             arena.ensure(program.plan.height)
-            return program.run(inputs)
+            return program.run(values)
+
+    def _bind(self, arena: Arena, sizes: Sizes, room: Sizes, values: Sequence[Any]) -> _Entry:
+        """A program for these sizes, in a plan with room for a few more rows; forgets stale programs."""
+        for key, (_, weights) in list(self._programs.items()):
+            if any((tensor := ref()) is None or tensor.data_ptr() != pointer for ref, pointer in weights):
+                del self._programs[key]  # its weights were freed or moved: do not keep the old ones in memory
+        while len(self._programs) >= self.options.program_cache:
+            self._programs.popitem(last=False)
+        program = bind(
+            self.module,
+            self.lives,
+            self.plan_for(room),
+            sizes,
+            values,
+            frozenset(self._static),
+            arena,
+            varying=frozenset(self._prologue.symbols),
+            early=self._prologue.results,
+            poison=self.options.poison,
+        )
+        return program, [(weakref.ref(values[i]), values[i].data_ptr()) for i in self._static]
+
+    def sizes(self, numbers: Sequence[int], counts: Sequence[int]) -> Sizes:
+        """Values for all symbols: of the inputs' sizes, and of the numbers of computed rows."""
+        values = dict(zip([symbol for symbol, _ in self._readers], numbers, strict=True))
+        return Sizes(values | dict(zip(self._prologue.symbols, counts, strict=True)))
 
     def plan_for(self, sizes: Sizes) -> MemoryPlan:
         """The verified plan for these sizes, made once."""
@@ -129,12 +150,6 @@ class CompiledStep:
             self._on_plan(plan)
         return plan
 
-    def _forget_moved_weights(self) -> None:
-        """Drop programs whose weights were freed or moved, so that old weights do not stay in memory."""
-        for key, (_, weights) in list(self._programs.items()):
-            if any((tensor := ref()) is None or tensor.data_ptr() != pointer for ref, pointer in weights):
-                del self._programs[key]
-
 
 def find_fallbacks(lives: Lives) -> tuple[Fallback, ...]:
     """Name everything that the plan does not fully cover."""
@@ -143,13 +158,13 @@ def find_fallbacks(lives: Lives) -> tuple[Fallback, ...]:
     def add(name: str, node: fx.Node, reason: str) -> None:
         found.append(Fallback(name, node.name, str(node.target), reason, ir.provenance(node).source))
 
-    for node in lives.unsized:
+    for node in set(lives.unsized).difference(lives.prologue):
         add("data-dependent-size", node, "its bytes are known only while the step runs")
     for node in lives.elsewhere:
         tensors = [tensor for tensor in ir.tensors_of(node) if tensor is not None]
         if any(tensor.dim() > 0 for tensor in tensors):
             add("other-device", node, f"lives on {tensors[0].device}, the plan is for {lives.device}")
-    named = {*lives.unsized, *lives.elsewhere}
+    named = {*lives.unsized, *lives.elsewhere, *lives.prologue}
     for node, form in lives.forms.items():
         if form.kind is Kind.OPAQUE and node not in named and not _is_accounted(node):
             add("opaque-op", node, "has no out= form; memory that it uses inside is not in the plan")
@@ -175,9 +190,9 @@ def _read_stride(index: int, dim: int, inputs: Sequence[Any]) -> int:
 
 
 def _symbol_readers(
-    module: fx.GraphModule, placeholders: Sequence[fx.Node]
+    module: fx.GraphModule, placeholders: Sequence[fx.Node], bound: Sequence[sympy.Symbol]
 ) -> tuple[tuple[sympy.Symbol, Callable[[Sequence[Any]], int]], ...]:
-    """For every symbol of the graph, where in the inputs its value stands.
+    """For every symbol of the graph that the prologue does not bind, where in the inputs its value stands.
 
     Raises:
         CaptureError: if a symbol is no input's size, stride or value.
@@ -204,7 +219,7 @@ def _symbol_readers(
                 continue
             if isinstance(number, torch.SymFloat):
                 continue
-            missing = ir.expr_of(number).free_symbols - readers.keys()
+            missing = ir.expr_of(number).free_symbols - readers.keys() - set(bound)
             if missing:
                 raise CaptureError(f"{node.name} depends on {missing}, which no input's size says")
     return tuple(readers.items())

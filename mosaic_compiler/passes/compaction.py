@@ -1,0 +1,248 @@
+"""The rewrite behind ``row-demand``: compute demanded values on gathered rows, scatter results back.
+
+A compact value has the rank of the original: the last dim of the row space becomes M (the number of rows
+computed), its other dims become 1, a flat dim becomes M.  So every op is called again as it is.
+
+    q [B, H, N, d], space (B, N)   ->   [1, H, M, d]
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from mosaic_compiler import ir
+from mosaic_compiler.passes import rows
+from mosaic_compiler.passes.demand import SHAPED, Demand, Demands, Segment, moved_dims
+from mosaic_compiler.passes.rows import FLAT, Layout, Space
+from mosaic_compiler.passes.selectors import Emitter, Selectors
+
+aten = torch.ops.aten
+
+
+class Compactor(Emitter):
+    """Rewrites one graph according to its demands (see the module docstring)."""
+
+    def __init__(self, module: fx.GraphModule, demands: Demands) -> None:
+        super().__init__(module)
+        self.demands = demands
+        self.selectors = Selectors(module, demands)
+        self.compact: dict[fx.Node, fx.Node] = {}
+        self.gathers: dict[Any, fx.Node] = {}
+        self.replaced: list[fx.Node] = []
+
+    def rewrite(self) -> None:
+        exits = set(self.demands.exits)
+        order = {node: i for i, node in enumerate(self.graph.nodes)}
+        for node in sorted({*self.demands.compact, *exits}, key=order.__getitem__):
+            self.origin = node
+            with self.graph.inserting_before(node if node in exits else node.next):
+                if node in exits:
+                    self._rewrite_exit(node)
+                else:
+                    self.compact[node] = self._compact_node(node)
+        self._repropagate()
+
+    def _demand(self, node: fx.Node) -> Demand:
+        demand = self.demands.of[node]
+        assert demand is not None
+        return demand
+
+    # ------------------------------------------------------------------------------ compact nodes
+    def _compact_node(self, node: fx.Node) -> fx.Node:
+        demand = self._demand(node)
+        segments = demand.segments()
+        if node.target is operator.getitem:
+            source, index = node.args
+            assert isinstance(source, fx.Node)
+            if source not in self.compact:  # the producer runs in full
+                return self._gather(node, demand.layout, segments, demand.space)
+            return self.emit_getitem(self.compact[source], index)
+        if node in self.demands.moved:
+            return self._rows_of_base(node, segments)
+        operands = rows.operand_layouts(node, 0, demand.layout, demand.space)
+        assert operands is not None
+        queue = iter(operands)
+
+        def replace(operand: fx.Node) -> Any:
+            if ir.tensor_of(operand) is None:
+                return operand
+            needed = next(queue)
+            assert needed.node is operand
+            if needed.layout is None or not rows.is_labelled(needed.layout):
+                return operand
+            if operand in self.compact:
+                return self._part(operand, segments)
+            row_dim = _row_dim(demand.layout, demand.space) - len(demand.layout) + len(needed.layout)
+            return self._gather(operand, needed.layout, segments, demand.space, row_dim)
+
+        args = fx.node.map_arg(node.args, replace)
+        kwargs = fx.node.map_arg(dict(node.kwargs), replace)
+        if node.target is aten.view.default:
+            return self.emit(aten.reshape.default, args[0], self._compact_shape(node, demand, segments))
+        if node.target in SHAPED:
+            position = 0 if node.target is aten.full.default else 1
+            shape = self._compact_shape(node, demand, segments)
+            args = (*args[:position], shape, *args[position + 1 :])
+        return self.emit(node.target, *args, **kwargs)
+
+    def _rows_of_base(self, node: fx.Node, segments: list[Segment]) -> fx.Node:
+        """Rows of a slice or a shift are rows of what it takes them from."""
+        base, dims = self.demands.moved[node]
+        tensor = ir.tensor_of(base)
+        assert tensor is not None
+        layout, space = rows.leading_layout(tensor, dims)
+        moved = [Segment(space, node, segment, dims) for segment in segments]
+        if base in self.compact:
+            return self._part(base, moved)
+        return self._gather(base, layout, moved, space)
+
+    def _compact_shape(self, node: fx.Node, demand: Demand, segments: list[Segment]) -> list[Any]:
+        count = self.selectors.count(segments)
+        last = (FLAT, len(demand.space) - 1)
+        return [
+            self.selectors.size(ir.expr_of(size)) if label is None else count if label in last else 1
+            for label, size in zip(demand.layout, rows.shape_of(node), strict=True)
+        ]
+
+    def _part(self, source: fx.Node, segments: list[Segment]) -> fx.Node:
+        """Some segments of a compact value: views, unless they do not stand together."""
+        compact, own = self.compact[source], self._demand(source)
+        have = own.segments()
+        if have == segments:
+            return compact
+        dim = _row_dim(own.layout, own.space)
+        parts = []
+        for segment in segments:
+            at = have.index(segment)
+            start = self.selectors.count(have[:at]) if at else 0
+            parts.append(self.emit(aten.slice.Tensor, compact, dim, start, self.selectors.count(have[: at + 1])))
+        return parts[0] if len(parts) == 1 else self.emit(aten.cat.default, parts, dim)
+
+    # ------------------------------------------------------------------------------------- gather
+    def _gather(
+        self, source: fx.Node, layout: Layout, segments: list[Segment], space: Space, row_dim: int | None = None
+    ) -> fx.Node:
+        """Rows of a value that is computed in full; once for all who want the same ones."""
+        key = (source, layout, tuple(segments), space, row_dim if 0 in layout and FLAT not in layout else None)
+        if key not in self.gathers:
+            self.gathers[key] = self._emit_gather(source, layout, self.selectors.index(segments), space, row_dim)
+        return self.gathers[key]
+
+    def _emit_gather(
+        self, source: fx.Node, layout: Layout, index: fx.Node, space: Space, row_dim: int | None
+    ) -> fx.Node:
+        labels = [label for label in layout if label is not None]
+        if labels == [FLAT] or len(space) == 1:
+            return self._select_rows(source, layout.index(labels[0]), index)
+        assert len(space) == 2, "row spaces have one or two dims"
+        inner = self.selectors.size(space[1])
+        if labels == [1]:  # the same for every batch entry
+            column = self.emit(aten.remainder.Scalar, index, inner)
+            return self._select_rows(source, layout.index(1), column)
+        row = self.emit(aten.div.Tensor_mode, index, inner, rounding_mode="floor")
+        if labels == [0]:  # one value per batch entry: [B, 1, ...] -> [1, M, ...]
+            assert row_dim is not None
+            picked = self.emit(aten.index_select.default, source, layout.index(0), row)
+            return self.emit(aten.transpose.int, picked, layout.index(0), row_dim)
+        column = self.emit(aten.remainder.Scalar, index, inner)
+        order = [layout.index(0), layout.index(1)]
+        order += [dim for dim in _memory_order(source) if dim not in order]
+        in_front = order == list(range(len(layout)))
+        front = source if in_front else self.emit(aten.permute.default, source, order)
+        picked = self.emit(aten.index.Tensor, front, [row, column])  # [M, features...]
+        picked = self.emit(aten.unsqueeze.default, picked, 0)  # [1, M, features...]
+        if in_front:
+            return picked
+        return self.emit(aten.permute.default, picked, [order.index(dim) for dim in range(len(layout))])
+
+    def _select_rows(self, source: fx.Node, dim: int, index: fx.Node) -> fx.Node:
+        """``index_select`` that keeps the order of dims in memory, so that whole rows are copied and the
+        views behind it stay views."""
+        order = _memory_order(source)
+        if order == list(range(len(order))):
+            return self.emit(aten.index_select.default, source, dim, index)
+        front = self.emit(aten.permute.default, source, order)
+        picked = self.emit(aten.index_select.default, front, order.index(dim), index)
+        return self.emit(aten.permute.default, picked, [order.index(d) for d in range(len(order))])
+
+    # -------------------------------------------------------------------------------------- exits
+    def _rewrite_exit(self, node: fx.Node) -> None:
+        if node.target is aten.where.self:
+            for position in (1, 2):
+                operand = node.args[position]
+                if isinstance(operand, fx.Node) and operand in self.compact:
+                    node.update_arg(position, self._scatter(operand))
+            return
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if source not in self.compact:
+            return
+        own = self._demand(source)
+        if moved_dims(node) is None:
+            picked = self._rows_of_mask(node, source, own)
+            features = rows.shape_of(source)[_row_dim(own.layout, own.space) + 1 :]
+            count = self.emit(aten.sym_size.int, picked, _row_dim(own.layout, own.space))
+            shape = [count, *(self.selectors.size(ir.expr_of(size)) for size in features)]
+        else:
+            picked = self._part(source, [next(segment for segment in own.moves if segment.move is node)])
+            shape = [self.selectors.size(ir.expr_of(size)) for size in rows.shape_of(node)]
+        result = self.emit(aten.reshape.default, picked, shape)
+        node.replace_all_uses_with(result, propagate_meta=False)
+        self.replaced.append(result)
+
+    def _rows_of_mask(self, node: fx.Node, source: fx.Node, own: Demand) -> fx.Node:
+        """Rows of one mask out of those of the union of all masks on the space."""
+        compact = self._part(source, [Segment(own.space)])
+        indices: Any = node.args[1]
+        positions = self.selectors.positions(indices[0], own.space)
+        if positions is None:
+            return compact
+        return self.emit(aten.index_select.default, compact, _row_dim(own.layout, own.space), positions)
+
+    def _scatter(self, operand: fx.Node) -> fx.Node:
+        """The full-sized value: zeros, with the computed rows put back."""
+        own, tensor = self._demand(operand), ir.tensor_of(operand)
+        assert tensor is not None
+        segment = [Segment(own.space)]
+        shape = [self.selectors.size(ir.expr_of(size)) for size in rows.shape_of(operand)]
+        features = shape[_row_dim(own.layout, own.space) + 1 :]
+        flat = self.emit(aten.reshape.default, self._part(operand, segment), [self.selectors.count(segment), *features])
+        total = self.selectors.size(sympy.prod(own.space))
+        zeros = self.emit(
+            aten.full.default, [total, *features], 0, dtype=tensor.dtype, layout=torch.strided, device=tensor.device,
+            pin_memory=False,
+        )  # fmt: skip
+        full = self.emit(aten.index_copy.default, zeros, 0, self.selectors.index(segment), flat)
+        return self.emit(aten.view.default, full, shape)
+
+    def _repropagate(self) -> None:
+        """Metadata behind a replaced index: its size is the number of rows now."""
+        changed = set(self.replaced)
+        for node in self.graph.nodes:
+            if node.op != "call_function" or not changed.intersection(node.all_input_nodes):
+                continue
+            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), ir.value_of)
+            with self.mode:
+                node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+            changed.add(node)
+
+
+def _memory_order(source: fx.Node) -> list[int]:
+    """Dims from the largest stride to the smallest; dims of size 1 stay where they are."""
+    tensor = ir.tensor_of(source)
+    assert tensor is not None
+    strides = [ir.expr_of(stride) for stride in tensor.stride()]
+    strides = [int(s.xreplace({symbol: sympy.Integer(1009) for symbol in s.free_symbols})) for s in strides]
+    wide = [dim for dim, size in enumerate(tensor.shape) if ir.expr_of(size) != 1]
+    ranked = iter(sorted(wide, key=lambda dim: -strides[dim]))
+    return [next(ranked) if dim in wide else dim for dim in range(tensor.dim())]
+
+
+def _row_dim(layout: Layout, space: Space) -> int:
+    """The dim of a compact value that holds its M rows (for a leading layout, the last dim of its rows)."""
+    return layout.index(FLAT) if FLAT in layout else layout.index(len(space) - 1)

@@ -1,0 +1,483 @@
+"""Backward analysis: at which rows is each value read?  See ``passes/row_demand.py``.
+
+A :class:`Demand` of a node is a set of *conditions* (each a conjunction of boolean masks; a row is needed if
+any of them holds) and a list of *moves* (rows that a slice, an index or a shift of the value picks).
+``ALL`` is no demand object but :data:`None`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import networkx as nx
+import sympy
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from mosaic_compiler import ir
+from mosaic_compiler.passes import rows
+from mosaic_compiler.passes.rows import ATTENTIONS, MATMULS, Layout, Space
+
+aten = torch.ops.aten
+
+_AND = frozenset({aten.bitwise_and.Tensor, aten.logical_and.default})
+_OR = frozenset({aten.bitwise_or.Tensor, aten.logical_or.default})
+_NOT = frozenset({aten.bitwise_not.default, aten.logical_not.default})
+MOVES = frozenset(
+    {aten.slice.Tensor, aten.select.int, aten.index_select.default, aten.index.Tensor, aten.gather.default}
+)
+
+
+@dataclass(frozen=True)
+class Literal:
+    """``mask`` (or its negation) holds; its dims ``kept`` are the space's last ones, its others have size 1."""
+
+    mask: fx.Node
+    positive: bool
+    kept: tuple[int, ...]
+
+
+Condition: TypeAlias = "frozenset[Literal]"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows of a space, in order: where its conditions hold (``move`` is None), or those of the operand of
+    ``move`` that ``source``'s rows of its result need (``source`` None: all rows of the result)."""
+
+    space: Space
+    move: fx.Node | None = None
+    source: Segment | None = None
+    dims: int = 0
+    """How many leading dims of the move's base are its row space."""
+
+
+@dataclass
+class Demand:
+    """Rows of a node's value, in one layout."""
+
+    layout: Layout
+    space: Space
+    conditions: set[Condition] = field(default_factory=set)
+    moves: list[Segment] = field(default_factory=list)
+
+    def on(self, layout: Layout) -> Demand:
+        """The same rows of another value."""
+        return Demand(layout, self.space, set(self.conditions), list(self.moves))
+
+    def segments(self) -> list[Segment]:
+        masked = [Segment(self.space)] if self.conditions else []
+        return masked + self.moves
+
+
+@dataclass
+class Demands:
+    """The result of the analysis.
+
+    Attributes:
+        of: per node its demand, ``None`` for all rows; nodes nobody reads are missing.
+        compact: nodes that can be computed on their demanded rows, in schedule order.
+        exits: nodes that are computed in full but read some operands at some rows only.
+        conditions: per space, the union of all conditions that any exit put on it.
+        blame: for each node the consumer that forced its demand.
+        moved: slices and shifts whose demand was passed on: the value they take their rows from, and how
+            many of its leading dims are rows.
+    """
+
+    graph: fx.Graph
+    of: dict[fx.Node, Demand | None] = field(default_factory=dict)
+    compact: list[fx.Node] = field(default_factory=list)
+    exits: list[fx.Node] = field(default_factory=list)
+    conditions: dict[Space, set[Condition]] = field(default_factory=dict)
+    blame: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    moved: dict[fx.Node, tuple[fx.Node, int]] = field(default_factory=dict)
+
+    @property
+    def heavy(self) -> list[fx.Node]:
+        """Matmuls and attentions that run on some rows only."""
+        return [node for node in self.compact if node.target in MATMULS or node.target in ATTENTIONS]
+
+    def reasons(self) -> Iterator[tuple[fx.Node, Any, Any, fx.Node]]:
+        """(operation, rows computed, rows in all, who forced it) for rewritten operations; if there are
+        none, for the matmul with the largest result."""
+        for node in self.heavy:
+            demand = self.of[node]
+            assert demand is not None
+            total = sympy.prod(demand.space)
+            parts = [_segment_size(segment) for segment in demand.segments()]
+            yield node, " + ".join(parts), total, self.blame[node]
+        if self.heavy:
+            return
+        matmuls = [n for n in self.graph.nodes if n.target in MATMULS and self.of.get(n, 0) is None]
+        if matmuls:
+            node = max(matmuls, key=_hinted_size)
+            total = ir.expr_of(rows.shape_of(node)[0])
+            yield node, total, total, self.blame.get(node, node)
+
+
+def _segment_size(segment: Segment) -> str:
+    return "M" if segment.move is None or segment.source is not None else f"rows of {segment.move.name}"
+
+
+def _hinted_size(node: fx.Node) -> int:
+    size = 1
+    for extent in rows.shape_of(node):
+        size *= extent.node.hint if ir.is_symbolic_number(extent) else int(extent)
+    return size
+
+
+def analyse(graph: fx.Graph) -> Demands:
+    """Propagate demands from the outputs to the inputs."""
+    return _Analysis(graph).run()
+
+
+class _Analysis:
+    def __init__(self, graph: fx.Graph) -> None:
+        self.demands = Demands(graph)
+        self.graph = graph
+        self.early = early_nodes(graph)
+        self.sizes = size_sources(graph)
+
+    def run(self) -> Demands:
+        nodes = list(self.graph.nodes)
+        for node in reversed(nodes):
+            if node.op in ("placeholder", "get_attr"):
+                continue
+            if node.op == "output":
+                self._everything(node)
+                continue
+            if node not in self.demands.of and not ir.has_effect(node):
+                continue  # nobody reads it
+            if node.op != "call_function" or ir.has_effect(node):
+                self.demands.of[node] = None
+            if not self._exit(node):
+                self._pass_on(node)
+        order = {node: index for index, node in enumerate(nodes)}
+        self.demands.compact.sort(key=order.__getitem__)
+        self._keep_worthwhile()
+        return self.demands
+
+    # ------------------------------------------------------------------------------ propagation
+    def _everything(self, node: fx.Node) -> None:
+        for operand in node.all_input_nodes:
+            self._need_all(operand, node)
+
+    def _need_all(self, operand: fx.Node, consumer: fx.Node) -> None:
+        if operand not in self.demands.of or self.demands.of[operand] is not None:
+            self.demands.of[operand] = None
+            self.demands.blame[operand] = consumer
+
+    def _need(self, operand: fx.Node, demand: Demand, consumer: fx.Node) -> None:
+        """Add a demand to what the operand is already needed for."""
+        known = self.demands.of.get(operand, demand)
+        if known is None:
+            return
+        if known.layout != demand.layout or known.space != demand.space:
+            self._need_all(operand, consumer)
+            return
+        known.conditions |= demand.conditions
+        known.moves += [segment for segment in demand.moves if segment not in known.moves]
+        self.demands.of[operand] = Demand(known.layout, known.space, known.conditions, known.moves)
+        self.demands.blame.setdefault(operand, consumer)
+
+    def _pass_on(self, node: fx.Node) -> None:
+        demand = self.demands.of[node]
+        if demand is None:
+            self._everything(node)
+            return
+        if node.target is operator.getitem:
+            self._pass_to_producer(node, demand)
+            return
+        if self._pass_through_move(node, demand):
+            return
+        operands = rows.operand_layouts(node, 0, demand.layout, demand.space)
+        if operands is None or not self._rebuildable(node, demand.layout):
+            self._everything(node)  # the node itself is computed in full, its demanded rows gathered from it
+            return
+        self.demands.compact.append(node)
+        blame = self.demands.blame[node]
+        for operand in operands:
+            if operand.layout is None or not rows.is_labelled(operand.layout):
+                self._need_all(operand.node, node)
+            else:
+                self._need(operand.node, demand.on(operand.layout), blame)
+
+    def _pass_to_producer(self, node: fx.Node, demand: Demand) -> None:
+        """A ``getitem`` demands its rows of the multi-output op; all outputs must agree on the layout."""
+        producer = node.args[0]
+        assert isinstance(producer, fx.Node)
+        first, own = ir.tensors_of(producer)[0], ir.tensor_of(node)
+        if first is None or own is None or first.dim() != own.dim():
+            self._need_all(producer, node)
+            return
+        self.demands.compact.append(node)
+        self._need(producer, demand.on(demand.layout), self.demands.blame[node])
+
+    # ------------------------------------------------------------------------------------ exits
+    def _exit(self, node: fx.Node) -> bool:
+        """Handle a node that reads only some rows of an operand, whatever is demanded of itself."""
+        if node.target is aten.where.self:
+            return self._where_exit(node)
+        if node.target is aten.index.Tensor and self._boolean_index_exit(node):
+            return True
+        return self.demands.of[node] is None and self._move_exit(node)
+
+    def _where_exit(self, node: fx.Node) -> bool:
+        condition, yes, no = node.args
+        assert isinstance(condition, fx.Node)
+        out, demand = ir.tensor_of(node), self.demands.of[node]
+        assert out is not None
+        mask_shape = rows.shape_of(condition)
+        varying = [dim for dim, size in enumerate(mask_shape) if ir.expr_of(size) != 1]
+        if not varying or len(mask_shape) != out.dim():
+            return False
+        layout, space = rows.leading_layout(out, varying[-1] + 1)
+        small = all(label is not None or ir.expr_of(s) == 1 for label, s in zip(layout, out.shape, strict=True))
+        if not space or (demand is not None and not small):
+            return False
+        if demand is not None and (demand.layout != layout or demand.space != space or demand.moves):
+            return False
+        if layout[varying[-1]] is None:
+            return False
+        outer: set[Condition] = {frozenset()} if demand is None else demand.conditions
+        self._need_all(condition, node)
+        for operand, positive in ((yes, True), (no, False)):
+            if not isinstance(operand, fx.Node):
+                continue
+            literals = self._literals(condition, positive, layout)
+            conditions = {frozenset(c | literals) for c in outer}
+            tensor = ir.tensor_of(operand)
+            whole = tensor is not None and tensor.dim() == out.dim() and rows.aligned(operand, layout) == layout
+            if not whole or frozenset() in conditions:
+                self._need_all(operand, node)
+                continue
+            self._need(operand, Demand(layout, space, conditions), node)
+        self.demands.exits.append(node)
+        return True
+
+    def _boolean_index_exit(self, node: fx.Node) -> bool:
+        """``v[mask]`` with a boolean mask over v's leading dims."""
+        source, indices = node.args
+        if not isinstance(indices, (list, tuple)) or len(indices) != 1 or not isinstance(indices[0], fx.Node):
+            return False
+        mask = ir.tensor_of(indices[0])
+        if not isinstance(source, fx.Node) or mask is None or mask.dtype != torch.bool or indices[0] not in self.early:
+            return False
+        tensor = ir.tensor_of(source)
+        assert tensor is not None
+        layout, space = rows.leading_layout(tensor, mask.dim())
+        if layout[mask.dim() - 1] is None:
+            return False
+        kept = tuple(dim for dim in range(mask.dim()) if layout[dim] is not None)
+        condition = frozenset({Literal(indices[0], True, kept)})
+        self._need_all(indices[0], node)
+        self._need(source, Demand(layout, space, {condition}), node)
+        self.demands.exits.append(node)
+        return True
+
+    def _move_exit(self, node: fx.Node) -> bool:
+        """All rows of ``x[:, a:b]`` are some rows of x."""
+        dims = moved_dims(node)
+        source = node.args[0] if node.args else None
+        if dims is None or not isinstance(source, fx.Node) or not self._is_early_move(node):
+            return False
+        tensor = ir.tensor_of(source)
+        assert tensor is not None
+        dims = max(dims, min(2, tensor.dim() - 1))
+        layout, space = rows.leading_layout(tensor, dims)
+        if layout[dims - 1] is None or not _has_features(layout, tensor):
+            return False
+        for operand in node.all_input_nodes:
+            if operand is not source:
+                self._need_all(operand, node)
+        self._need(source, Demand(layout, space, moves=[Segment(space, node, None, dims)]), node)
+        self.demands.exits.append(node)
+        return True
+
+    def _pass_through_move(self, node: fx.Node, demand: Demand) -> bool:
+        """Rows of a slice, an index or a shift of x are rows of x."""
+        base = movement_base(node)
+        if base is None or not self._is_early_move(node):
+            return False
+        out, tensor = ir.tensor_of(node), ir.tensor_of(base)
+        assert out is not None
+        assert tensor is not None
+        moved_by = max(dims for step in movement_steps(node) if (dims := moved_dims(step)) is not None)
+        lost = moved_by - kept_dims(node, moved_by)
+        needed = 1 + max(dim for dim, label in enumerate(demand.layout) if label is not None)
+        dims = max(moved_by, needed + lost)
+        if (demand.layout, demand.space) != rows.leading_layout(out, dims - lost):
+            return False
+        layout, space = rows.leading_layout(tensor, dims)
+        if layout[dims - 1] is None:
+            return False
+        moved = [Segment(space, node, segment, dims) for segment in demand.segments()]
+        self.demands.compact.append(node)
+        self.demands.moved[node] = base, dims
+        for operand in movement_steps(node):
+            for other in operand.all_input_nodes:
+                if ir.tensor_of(other) is not None and other is not base and movement_base(other) is not base:
+                    self._need_all(other, node)
+        self._need(base, Demand(layout, space, moves=moved), self.demands.blame[node])
+        return True
+
+    def _is_early_move(self, node: fx.Node) -> bool:
+        steps = movement_steps(node)
+        base = movement_base(node)
+        inner = {base, *steps}
+        others = [other for step in steps for other in step.all_input_nodes if other not in inner]
+        return all(other in self.early or ir.tensor_of(other) is None for other in others)
+
+    # --------------------------------------------------------------------------------- literals
+    def _literals(self, mask: fx.Node, positive: bool, layout: Layout) -> Condition:
+        """Masks known early whose conjunction is implied by ``mask`` (or by its negation).
+
+        ``commit = masked & (rank < count)`` depends on the logits, but implies ``masked``: the rows of
+        ``masked`` are a sound superset.  A mask that gives nothing is no literal: all rows.
+        """
+        if mask in self.early:
+            skipped = len(layout) - len(rows.shape_of(mask))  # broadcast: aligned at the last dim
+            kept = tuple(d - skipped for d, label in enumerate(layout) if label is not None and d >= skipped)
+            return frozenset({Literal(mask, positive, kept)})
+        if mask.target in _NOT:
+            return self._literals(mask.args[0], not positive, layout)  # type: ignore[arg-type]
+        if mask.target in (_AND if positive else _OR):
+            found: set[Literal] = set()
+            for operand in mask.args:
+                if isinstance(operand, fx.Node):
+                    found |= self._literals(operand, positive, layout)
+            return frozenset(found)
+        return frozenset()
+
+    def _rebuildable(self, node: fx.Node, layout: Layout) -> bool:
+        """Whether the op can be called with another number of rows: the feature sizes of its shape
+        argument must be numbers or readable off the inputs."""
+        if node.target not in SHAPED:
+            return True
+        sizes = [ir.expr_of(s) for label, s in zip(layout, rows.shape_of(node), strict=True) if label is None]
+        return all(size.is_Integer or size in self.sizes for size in sizes)
+
+    def _keep_worthwhile(self) -> None:
+        """Keep what is connected to a matmul that runs on fewer rows; elsewhere there is nothing to gain."""
+        members = set(self.demands.compact)
+        linked = nx.Graph()
+        linked.add_nodes_from(members)
+        for node in members:
+            sources = [self.demands.moved[node][0]] if node in self.demands.moved else node.all_input_nodes
+            linked.add_edges_from((node, operand) for operand in sources if operand in members)
+        heavy = set(self.demands.heavy)
+        kept = {n for part in nx.connected_components(linked) if part & heavy for n in part}
+        self.demands.compact = [node for node in self.demands.compact if node in kept]
+        self.demands.exits = [node for node in self.demands.exits if kept.intersection(node.all_input_nodes)]
+        for node in self.demands.compact:
+            demand = self.demands.of[node]
+            assert demand is not None
+            if demand.conditions:
+                self.demands.conditions.setdefault(demand.space, set()).update(demand.conditions)
+
+
+def early_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that can be computed before the step's heavy work: everything behind them is cheap, has no
+    effect, and draws no random numbers."""
+    early: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            early.add(node)
+        elif node.op == "call_function" and all(operand in early for operand in node.all_input_nodes):
+            plain = isinstance(node.target, OpOverload) or not ir.tensors_of(node)[0:1] or ir.tensor_of(node) is None
+            if plain and not ir.has_effect(node) and node.target not in MATMULS and node.target not in ATTENTIONS:
+                early.add(node)
+    return early
+
+
+def moved_dims(node: fx.Node) -> int | None:
+    """How many leading dims of its operand a move re-arranges, or ``None`` if the node is no move."""
+    if node.target not in MOVES or not isinstance(node.args[0], fx.Node):
+        return None
+    rank = len(rows.shape_of(node.args[0]))
+    if node.target is aten.index.Tensor:
+        indices = node.args[1]
+        tensors = [ir.tensor_of(i) if isinstance(i, fx.Node) else None for i in indices]  # type: ignore[union-attr]
+        if any(t is None or t.dtype == torch.bool for t in tensors):
+            return None
+        return len(tensors)
+    dim = ir.argument(node, "dim")
+    dims = rows.normal_dim(dim if isinstance(dim, int) else 0, rank) + 1
+    if node.target is aten.gather.default and row_index(node) is None:
+        return None
+    return dims if dims <= 2 else None
+
+
+def kept_dims(node: fx.Node, dims: int) -> int:
+    """How many leading dims of a move's result its operand's leading ``dims`` become."""
+    if node.target is aten.select.int:
+        return dims - 1
+    if node.target is aten.index.Tensor:
+        indices: Any = node.args[1]
+        return max(len(rows.shape_of(index)) for index in indices)
+    return dims
+
+
+def row_index(node: fx.Node) -> fx.Node | None:
+    """The index of a gather that is the same for every feature: an expand of [rows..., 1]."""
+    index, dim = node.args[2], node.args[1]
+    rank = len(rows.shape_of(node.args[0]))
+    at = rows.normal_dim(dim, rank)  # type: ignore[arg-type]
+    if not isinstance(index, fx.Node):
+        return None
+    narrow = index.args[0] if index.target is aten.expand.default else index
+    if not isinstance(narrow, fx.Node) or len(rows.shape_of(narrow)) != rank:
+        return None
+    if any(ir.expr_of(size) != 1 for size in rows.shape_of(narrow)[at + 1 :]):
+        return None
+    return narrow
+
+
+def movement_base(node: fx.Node) -> fx.Node | None:
+    """The tensor that a slice, an index or a concatenation of slices of one tensor takes its rows from."""
+    if moved_dims(node) is not None:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        return source
+    if node.target is aten.cat.default:
+        parts: Any = node.args[0]
+        dim = rows.normal_dim(ir.argument(node, "dim") or 0, len(rows.shape_of(node)))
+        bases = {movement_base(part) for part in parts}
+        same = all(part.target is aten.slice.Tensor and moved_dims(part) == dim + 1 for part in parts)
+        if same and len(bases) == 1:
+            return bases.pop()
+    return None
+
+
+def movement_steps(node: fx.Node) -> list[fx.Node]:
+    """The node and, for a concatenation of slices, the slices."""
+    if node.target is aten.cat.default:
+        parts: Any = node.args[0]
+        return [node, *parts]
+    return [node]
+
+
+def _has_features(layout: Layout, tensor: torch.Tensor) -> bool:
+    return any(label is None and ir.expr_of(s) != 1 for label, s in zip(layout, tensor.shape, strict=True))
+
+
+SHAPED = frozenset({aten.view.default, aten.expand.default, aten.full.default})
+"""Ops with an explicit shape argument; compaction writes it anew."""
+
+
+def size_sources(graph: fx.Graph) -> dict[sympy.Expr, tuple[fx.Node, int | None]]:
+    """Where a symbolic size can be read off the inputs: a SymInt placeholder, or a dim of a tensor."""
+    sources: dict[sympy.Expr, tuple[fx.Node, int | None]] = {}
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in placeholders:
+        if isinstance(ir.value_of(node), torch.SymInt):
+            sources.setdefault(ir.expr_of(ir.value_of(node)), (node, None))
+    for node in placeholders:
+        tensor = ir.tensor_of(node)
+        for dim, size in enumerate(tensor.shape if tensor is not None else ()):
+            sources.setdefault(ir.expr_of(size), (node, dim))
+    return sources

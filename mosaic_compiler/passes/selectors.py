@@ -1,0 +1,281 @@
+"""Row numbers: the part of the ``row-demand`` rewrite that runs first thing in the step.
+
+Masks and indices that select rows are moved to the front of the graph, and row numbers are computed from
+them there, once.  ``nonzero`` gives a number of rows that only the data knows: a new symbol M, bound by the
+node whose metadata has :data:`ir.BINDS`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch._ops import OpOverload
+from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+from mosaic_compiler import ir
+from mosaic_compiler.passes import rows
+from mosaic_compiler.passes.demand import (
+    Condition,
+    Demands,
+    Segment,
+    movement_base,
+    movement_steps,
+    row_index,
+    size_sources,
+)
+from mosaic_compiler.passes.rows import Space
+
+aten = torch.ops.aten
+
+
+class Emitter:
+    """Adds nodes with metadata and the provenance of the node that is being rewritten."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.graph = module.graph
+        self.mode = ir.fake_mode_of(module)
+        self.origin: fx.Node | None = None
+
+    def bare(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        if self.origin is not None:
+            node.meta = {k: v for k, v in self.origin.meta.items() if k in ("stack_trace", "nn_module_stack")}
+        return node
+
+    def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A call with metadata.  ``reshape`` becomes a view, or a copy and a view."""
+        if target is aten.reshape.default:
+            return self._emit_reshape(*args)
+        node = self.failed = self.bare(target, *args, **kwargs)
+        assert isinstance(target, OpOverload)
+        fake_args, fake_kwargs = fx.node.map_arg((args, kwargs), ir.value_of)
+        with self.mode:
+            node.meta["val"] = target(*fake_args, **fake_kwargs)
+        return node
+
+    def emit_getitem(self, source: fx.Node, index: Any) -> fx.Node:
+        node = self.bare(operator.getitem, source, index)
+        node.meta["val"] = ir.value_of(source)[index]
+        return node
+
+    def _emit_reshape(self, source: fx.Node, shape: Sequence[Any]) -> fx.Node:
+        try:
+            return self.emit(aten.view.default, source, list(shape))
+        except (ValueError, RuntimeError):  # these strides need a copy
+            self.graph.erase_node(self.failed)
+        source = self.emit(aten.clone.default, source, memory_format=torch.contiguous_format)
+        return self.emit(aten.view.default, source, list(shape))
+
+
+class Selectors(Emitter):
+    """Emits row numbers for the segments of a graph's demands, at its front."""
+
+    def __init__(self, module: fx.GraphModule, demands: Demands) -> None:
+        super().__init__(module)
+        self.demands = demands
+        self._sources = size_sources(module.graph)
+        self._sizes: dict[sympy.Expr, Any] = {}
+        self._indices: dict[tuple[Segment, ...], fx.Node] = {}
+        self._counts: dict[tuple[Segment, ...], fx.Node] = {}
+        self._masks: dict[Any, fx.Node] = {}
+        self._positions: dict[fx.Node, fx.Node | None] = {}
+        self._front = self._hoist()
+
+    # ---------------------------------------------------------------------------------- interface
+    def index(self, segments: Sequence[Segment]) -> fx.Node:
+        """int64 [M]: the flattened row numbers of the segments, one after the other."""
+        key = tuple(segments)
+        if key not in self._indices:
+            with self.graph.inserting_before(self._front):
+                if len(key) > 1:
+                    self._indices[key] = self.emit(aten.cat.default, [self.index([s]) for s in key])
+                elif key[0].move is None:
+                    self._indices[key] = self._nonzero(self._mask(key[0].space))
+                else:
+                    self._indices[key] = self._moved(key[0])
+        return self._indices[key]
+
+    def count(self, segments: Sequence[Segment]) -> fx.Node:
+        """How many rows these segments have, as a node."""
+        key = tuple(segments)
+        if key not in self._counts:
+            index = self.index(key)
+            with self.graph.inserting_before(self._front):
+                self._counts[key] = self.emit(aten.sym_size.int, index, 0)
+        return self._counts[key]
+
+    def positions(self, mask: fx.Node, space: Space) -> fx.Node | None:
+        """Which of the space's demanded rows one of its masks selects; ``None``: all of them."""
+        if mask not in self._positions:
+            conditions = self.demands.conditions[space]
+            own = next(c for c in conditions if len(c) == 1 and next(iter(c)).mask is mask and next(iter(c)).positive)
+            index = self.index([Segment(space)])
+            with self.graph.inserting_before(self._front):
+                chosen = self._conjunction(own, space)
+                inside = self.emit(aten.index_select.default, chosen, 0, index)
+                self._positions[mask] = None if conditions == {own} else self._nonzero(inside)
+        return self._positions[mask]
+
+    def size(self, expr: sympy.Expr) -> Any:
+        """A size as an argument: an int, or a node that reads it off the inputs."""
+        expr = sympy.sympify(expr)
+        if expr.is_Integer:
+            return int(expr)
+        if expr not in self._sizes:
+            with self.graph.inserting_before(self._front):
+                self._sizes[expr] = self._emit_size(expr)
+        return self._sizes[expr]
+
+    def _emit_size(self, expr: sympy.Expr) -> fx.Node:
+        if expr in self._sources:
+            node, dim = self._sources[expr]
+            return node if dim is None else self.emit(aten.sym_size.int, node, dim)
+        assert expr.is_Mul or expr.is_Add, f"cannot read the size {expr} off the inputs"
+        combine = operator.mul if expr.is_Mul else operator.add
+        result, *rest = (self.size(factor) for factor in expr.args)
+        for factor in rest:
+            node = self.bare(combine, result, factor)
+            node.meta["val"] = combine(*(ir.value_of(x) if isinstance(x, fx.Node) else x for x in (result, factor)))
+            result = node
+        return result
+
+    # ---------------------------------------------------------------------------------- hoisting
+    def _hoist(self) -> fx.Node:
+        """Move what selects rows behind the placeholders; returns the node that row numbers go before."""
+        wanted: set[fx.Node] = set()
+        todo = [lit.mask for cs in self.demands.conditions.values() for c in cs for lit in c]
+        for demand in self.demands.of.values():
+            for segment in demand.moves if demand is not None else ():
+                todo += _inputs_of_moves(segment)
+        while todo:
+            node = todo.pop()
+            if node not in wanted and node.op == "call_function":
+                wanted.add(node)
+                todo += node.all_input_nodes
+        anchor = [node for node in self.graph.nodes if node.op in ("placeholder", "get_attr")][-1]
+        for node in list(self.graph.nodes):
+            if node in wanted:
+                anchor.append(node)
+                anchor = node
+        return anchor.next
+
+    # -------------------------------------------------------------------------------- row numbers
+    def _nonzero(self, mask: fx.Node) -> fx.Node:
+        """Row numbers where a flat mask holds; binds a new symbol."""
+        tensor = ir.tensor_of(mask)
+        assert tensor is not None
+        found = self.bare(aten.nonzero.default, mask)
+        environment = self.mode.shape_env
+        source, hint = ConstantSource(f"rows_of_{found.name}"), 13
+        symbol = environment.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+        count = environment.create_symintnode(symbol, hint=hint, source=source)
+        with self.mode:
+            found.meta["val"] = torch.empty((count, 1), dtype=torch.int64, device=tensor.device)
+        found.meta[ir.BINDS] = symbol
+        return self.emit(aten.squeeze.dim, found, 1)
+
+    def _mask(self, space: Space) -> fx.Node:
+        """bool [R]: the row is needed by some exit."""
+        if space not in self._masks:
+            conditions = sorted(self.demands.conditions[space], key=_order_of)
+            mask, *rest = (self._conjunction(condition, space) for condition in conditions)
+            for part in rest:
+                mask = self.emit(aten.bitwise_or.Tensor, mask, part)
+            self._masks[space] = mask
+        return self._masks[space]
+
+    def _conjunction(self, condition: Condition, space: Space) -> fx.Node:
+        """bool [R]: all literals hold."""
+        if (condition, space) not in self._masks:
+            result: fx.Node | None = None
+            for literal in sorted(condition, key=lambda item: (item.mask.name, item.positive)):
+                mask = literal.mask
+                gone = [dim for dim in range(len(rows.shape_of(mask))) if dim not in literal.kept]
+                if gone:
+                    mask = self.emit(aten.squeeze.dims, mask, gone)
+                if not literal.positive:
+                    mask = self.emit(aten.bitwise_not.default, mask)
+                result = mask if result is None else self.emit(aten.bitwise_and.Tensor, result, mask)
+            assert result is not None
+            if tuple(ir.expr_of(size) for size in rows.shape_of(result)) != space:
+                result = self.emit(aten.expand.default, result, [self.size(extent) for extent in space])
+            if len(space) > 1:
+                result = self.emit(aten.reshape.default, result, [self.size(sympy.prod(space))])
+            self._masks[condition, space] = result
+        return self._masks[condition, space]
+
+    def _moved(self, segment: Segment) -> fx.Node:
+        """Rows of a move's base: the same move, applied to row numbers."""
+        move = segment.move
+        assert move is not None
+        base = movement_base(move)
+        assert base is not None
+        tensor, dims = ir.tensor_of(base), segment.dims
+        assert tensor is not None
+        sizes = [ir.expr_of(size) for size in tensor.shape[:dims]]
+        total = self.size(sympy.prod(sizes))
+        numbers = self.emit(aten.arange.default, total, device=tensor.device, pin_memory=False)
+        numbers = self.emit(aten.view.default, numbers, [self.size(size) for size in sizes])
+        moved = self._apply(move, base, numbers)
+        if len(rows.shape_of(moved)) != 1:
+            count = sympy.prod([ir.expr_of(size) for size in rows.shape_of(moved)])
+            moved = self.emit(aten.reshape.default, moved, [self._product(moved, count)])
+        if segment.source is None:
+            return moved
+        return self.emit(aten.index_select.default, moved, 0, self.index([segment.source]))
+
+    def _product(self, moved: fx.Node, count: sympy.Expr) -> Any:
+        """The number of elements of ``moved``; sizes that are not on the inputs are read off itself."""
+        if count.is_Integer:
+            return int(count)
+        result: Any = 1
+        for dim, size in enumerate(rows.shape_of(moved)):
+            extent = ir.expr_of(size)
+            factor = int(extent) if extent.is_Integer else self.emit(aten.sym_size.int, moved, dim)
+            if isinstance(result, int) and isinstance(factor, int):
+                result = result * factor
+            elif result == 1:
+                result = factor
+            else:
+                node = self.bare(operator.mul, result, factor)
+                node.meta["val"] = operator.mul(
+                    *(ir.value_of(x) if isinstance(x, fx.Node) else x for x in (result, factor))
+                )
+                result = node
+        return result
+
+    def _apply(self, node: fx.Node, base: fx.Node, numbers: fx.Node) -> fx.Node:
+        """``node`` with ``numbers`` (shaped as the base's rows) in the place of ``base``."""
+        if node is base:
+            return numbers
+        if node.target is aten.cat.default:
+            parts: Any = node.args[0]
+            return self.emit(aten.cat.default, [self._apply(part, base, numbers) for part in parts], *node.args[1:])
+        if node.target is aten.gather.default:
+            index = row_index(node)
+            assert index is not None
+            rank, kept = len(rows.shape_of(index)), len(rows.shape_of(numbers))
+            if rank > kept:
+                index = self.emit(aten.squeeze.dims, index, list(range(kept, rank)))
+            return self.emit(aten.gather.default, numbers, node.args[1], index)
+        return self.emit(node.target, numbers, *node.args[1:], **node.kwargs)
+
+
+def _inputs_of_moves(segment: Segment | None) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    while segment is not None and segment.move is not None:
+        steps = movement_steps(segment.move)
+        inner = {movement_base(segment.move), *steps}
+        found += [other for step in steps for other in step.all_input_nodes if other not in inner]
+        segment = segment.source
+    return found
+
+
+def _order_of(condition: Condition) -> Any:
+    return sorted((literal.mask.name, literal.positive) for literal in condition)

@@ -1,0 +1,58 @@
+"""The prologue: the few nodes that say how many rows a step computes, run before anything is planned.
+
+``row-demand`` puts masks and ``nonzero`` at the front of the graph.  They run functionally (a handful of
+small tensors, planned as transients), and then all sizes of the step are numbers.  On a GPU this is the
+step's only synchronisation with the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from mosaic_compiler.ir import BINDS, prologue_nodes
+
+
+class Prologue:
+    """Runs the prologue of one graph.
+
+    Attributes:
+        nodes: the prologue, in order.
+        results: those of its nodes that the rest of the step reads.
+        symbols: the symbols that it binds, in order.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.nodes = prologue_nodes(graph)
+        members = set(self.nodes)
+        self.results = [node for node in self.nodes if not members.issuperset(node.users)]
+        self.symbols: tuple[sympy.Symbol, ...] = tuple(n.meta[BINDS] for n in self.nodes if BINDS in n.meta)
+        self._placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+
+    def run(self, inputs: Sequence[Any]) -> tuple[list[Any], tuple[int, ...]]:
+        """Returns the values of ``results`` and the numbers for ``symbols``."""
+        if not self.nodes:
+            return [], ()
+        values: dict[fx.Node, Any] = dict(zip(self._placeholders, inputs, strict=True))
+        counts: list[int] = []
+        with torch.no_grad():
+            for node in self.nodes:
+                args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                if BINDS in node.meta:
+                    counts.append(values[node].shape[0])
+        return [values[node] for node in self.results], tuple(counts)
+
+
+def capacity(count: int) -> int:
+    """The number of rows to plan for when ``count`` are needed: rounded up by at most 1/32, so that a step
+    whose count changes from call to call does not need a new plan each time.
+
+    capacity(0) == 0, capacity(1) == 32, capacity(1000) == 1024, capacity(4096) == 4096.
+    """
+    unit = max(32, 1 << max(count.bit_length() - 6, 0))
+    return -(-count // unit) * unit
