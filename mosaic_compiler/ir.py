@@ -167,7 +167,7 @@ def has_effect(node: fx.Node) -> bool:
         return True
     if node.op != "call_function":
         return False
-    return is_random(node) or bool(mutated_arguments(node)) or node.is_impure()
+    return is_random(node) or bool(mutated_arguments(node)) or node.is_impure(impure_random=False)
 
 
 def is_composite(op: OpOverload) -> bool:

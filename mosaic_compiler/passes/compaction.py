@@ -189,8 +189,10 @@ class Compactor(Emitter):
             count = self.emit(aten.sym_size.int, picked, _row_dim(own.layout, own.space))
             shape = [count, *(self.selectors.size(ir.expr_of(size)) for size in features)]
         else:
-            picked = self._part(source, [next(segment for segment in own.moves if segment.move is node)])
-            shape = [self.selectors.size(ir.expr_of(size)) for size in rows.shape_of(node)]
+            segment = next(segment for segment in own.moves if segment.move is node)
+            picked, shape = self._part(source, [segment]), self.selectors.grid(segment)
+            features = rows.shape_of(source)[segment.dims :]
+            shape += [self.selectors.size(ir.expr_of(size)) for size in features]
         result = self.emit(aten.reshape.default, picked, shape)
         node.replace_all_uses_with(result, propagate_meta=False)
         self.replaced.append(result)

@@ -8,7 +8,7 @@ any of them holds) and a list of *moves* (rows that a slice, an index or a shift
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -126,7 +126,7 @@ def _segment_size(segment: Segment) -> str:
 def _hinted_size(node: fx.Node) -> int:
     size = 1
     for extent in rows.shape_of(node):
-        size *= extent.node.hint if ir.is_symbolic_number(extent) else int(extent)
+        size *= int(extent) if isinstance(extent, int) else extent.node.hint
     return size
 
 
@@ -201,7 +201,7 @@ class _Analysis:
         self.demands.compact.append(node)
         blame = self.demands.blame[node]
         for operand in operands:
-            if operand.layout is None or not rows.is_labelled(operand.layout):
+            if operand.layout is None or not is_complete(operand.layout, demand.space):
                 self._need_all(operand.node, node)
             else:
                 self._need(operand.node, demand.on(operand.layout), blame)
@@ -237,7 +237,7 @@ class _Analysis:
             return False
         layout, space = rows.leading_layout(out, varying[-1] + 1)
         small = all(label is not None or ir.expr_of(s) == 1 for label, s in zip(layout, out.shape, strict=True))
-        if not space or (demand is not None and not small):
+        if not self._readable(space) or (demand is not None and not small):
             return False
         if demand is not None and (demand.layout != layout or demand.space != space or demand.moves):
             return False
@@ -270,7 +270,7 @@ class _Analysis:
         tensor = ir.tensor_of(source)
         assert tensor is not None
         layout, space = rows.leading_layout(tensor, mask.dim())
-        if layout[mask.dim() - 1] is None:
+        if layout[mask.dim() - 1] is None or not self._readable(space):
             return False
         kept = tuple(dim for dim in range(mask.dim()) if layout[dim] is not None)
         condition = frozenset({Literal(indices[0], True, kept)})
@@ -289,7 +289,7 @@ class _Analysis:
         assert tensor is not None
         dims = max(dims, min(2, tensor.dim() - 1))
         layout, space = rows.leading_layout(tensor, dims)
-        if layout[dims - 1] is None or not _has_features(layout, tensor):
+        if layout[dims - 1] is None or not _has_features(layout, tensor) or not self._readable(space):
             return False
         for operand in node.all_input_nodes:
             if operand is not source:
@@ -313,7 +313,7 @@ class _Analysis:
         if (demand.layout, demand.space) != rows.leading_layout(out, dims - lost):
             return False
         layout, space = rows.leading_layout(tensor, dims)
-        if layout[dims - 1] is None:
+        if layout[dims - 1] is None or not self._readable(space):
             return False
         moved = [Segment(space, node, segment, dims) for segment in demand.segments()]
         self.demands.compact.append(node)
@@ -353,13 +353,17 @@ class _Analysis:
             return frozenset(found)
         return frozenset()
 
+    def _readable(self, space: Space) -> bool:
+        """There are rows, and the inputs say how many."""
+        return bool(space) and all(is_readable(size, self.sizes) for size in space)
+
     def _rebuildable(self, node: fx.Node, layout: Layout) -> bool:
         """Whether the op can be called with another number of rows: the feature sizes of its shape
         argument must be numbers or readable off the inputs."""
         if node.target not in SHAPED:
             return True
         sizes = [ir.expr_of(s) for label, s in zip(layout, rows.shape_of(node), strict=True) if label is None]
-        return all(size.is_Integer or size in self.sizes for size in sizes)
+        return all(is_readable(size, self.sizes) for size in sizes)
 
     def _keep_worthwhile(self) -> None:
         """Keep what is connected to a matmul that runs on fewer rows; elsewhere there is nothing to gain."""
@@ -378,6 +382,19 @@ class _Analysis:
             assert demand is not None
             if demand.conditions:
                 self.demands.conditions.setdefault(demand.space, set()).update(demand.conditions)
+
+
+def is_complete(layout: Layout, space: Space) -> bool:
+    """The layout says for each of its rows which one it is (not only its batch entry, or its position)."""
+    labels = {label for label in layout if label is not None}
+    return labels == {rows.FLAT} or len(labels) == len(space)
+
+
+def is_readable(size: sympy.Expr, sources: Mapping[sympy.Expr, Any]) -> bool:
+    """A number, a size of the inputs, or a sum or product of such."""
+    if size.is_Integer or size in sources:
+        return True
+    return bool(size.is_Mul or size.is_Add) and all(is_readable(part, sources) for part in size.args)
 
 
 def early_nodes(graph: fx.Graph) -> set[fx.Node]:

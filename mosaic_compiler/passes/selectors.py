@@ -52,7 +52,7 @@ class Emitter:
         """A call with metadata.  ``reshape`` becomes a view, or a copy and a view."""
         if target is aten.reshape.default:
             return self._emit_reshape(*args)
-        node = self.failed = self.bare(target, *args, **kwargs)
+        node = self.bare(target, *args, **kwargs)
         assert isinstance(target, OpOverload)
         fake_args, fake_kwargs = fx.node.map_arg((args, kwargs), ir.value_of)
         with self.mode:
@@ -65,11 +65,12 @@ class Emitter:
         return node
 
     def _emit_reshape(self, source: fx.Node, shape: Sequence[Any]) -> fx.Node:
-        try:
-            return self.emit(aten.view.default, source, list(shape))
-        except (ValueError, RuntimeError):  # these strides need a copy
-            self.graph.erase_node(self.failed)
-        source = self.emit(aten.clone.default, source, memory_format=torch.contiguous_format)
+        tensor = ir.tensor_of(source)
+        assert tensor is not None
+        # Asking the fake tensor whether the strides allow a view would be answered for the sizes of the
+        # example, not for all sizes.
+        if not ir.is_contiguous(tensor):
+            source = self.emit(aten.clone.default, source, memory_format=torch.contiguous_format)
         return self.emit(aten.view.default, source, list(shape))
 
 
@@ -84,6 +85,7 @@ class Selectors(Emitter):
         self._indices: dict[tuple[Segment, ...], fx.Node] = {}
         self._counts: dict[tuple[Segment, ...], fx.Node] = {}
         self._masks: dict[Any, fx.Node] = {}
+        self._grids: dict[Segment, fx.Node] = {}
         self._positions: dict[fx.Node, fx.Node | None] = {}
         self._front = self._hoist()
 
@@ -109,6 +111,15 @@ class Selectors(Emitter):
             with self.graph.inserting_before(self._front):
                 self._counts[key] = self.emit(aten.sym_size.int, index, 0)
         return self._counts[key]
+
+    def grid(self, segment: Segment) -> list[Any]:
+        """The sizes of the rows that a move picks, as arguments: ``x[:, -3:]`` of [B, N, D] has [B, 3]."""
+        self.index([segment])
+        moved = self._grids[segment]
+        sizes = [ir.expr_of(size) for size in rows.shape_of(moved)]
+        return [
+            int(size) if size.is_Integer else self.emit(aten.sym_size.int, moved, dim) for dim, size in enumerate(sizes)
+        ]
 
     def positions(self, mask: fx.Node, space: Space) -> fx.Node | None:
         """Which of the space's demanded rows one of its masks selects; ``None``: all of them."""
@@ -158,9 +169,9 @@ class Selectors(Emitter):
             if node not in wanted and node.op == "call_function":
                 wanted.add(node)
                 todo += node.all_input_nodes
-        anchor = [node for node in self.graph.nodes if node.op in ("placeholder", "get_attr")][-1]
+        anchor = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
         for node in list(self.graph.nodes):
-            if node in wanted:
+            if node in wanted or node.op == "get_attr":
                 anchor.append(node)
                 anchor = node
         return anchor.next
@@ -222,7 +233,7 @@ class Selectors(Emitter):
         total = self.size(sympy.prod(sizes))
         numbers = self.emit(aten.arange.default, total, device=tensor.device, pin_memory=False)
         numbers = self.emit(aten.view.default, numbers, [self.size(size) for size in sizes])
-        moved = self._apply(move, base, numbers)
+        moved = self._grids[segment] = self._apply(move, base, numbers)
         if len(rows.shape_of(moved)) != 1:
             count = sympy.prod([ir.expr_of(size) for size in rows.shape_of(moved)])
             moved = self.emit(aten.reshape.default, moved, [self._product(moved, count)])

@@ -159,20 +159,37 @@ def facts_of(module: fx.GraphModule) -> Facts:
     graph = module.graph
     storage = ir.StorageMap(graph)
     output = graph.output_node()
+    data = _data_symbols(graph)
     flat, _ = torch.utils._pytree.tree_flatten(output.args[0])
-    outputs = tuple(_output_fact(item, storage) for item in flat)
+    outputs = tuple(_output_fact(item, storage, data) for item in flat)
     return Facts(
         outputs=outputs, effects=tuple(_effects(graph, storage)), degree=max(map(_degree, graph.nodes), default=0)
     )
 
 
-def _output_fact(item: Any, storage: ir.StorageMap) -> Any:
+def _data_symbols(graph: fx.Graph) -> dict[sympy.Symbol, sympy.Symbol]:
+    """Symbols whose value only the data knows.  A pass may bind another one to the same number, so all of
+    them count as one."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    found: set[sympy.Symbol] = {node.meta[ir.BINDS] for node in graph.nodes if ir.BINDS in node.meta}
+    for node in graph.nodes:
+        for number in ir.numbers_in(ir.value_of(node)):
+            if ir.is_symbolic_number(number):
+                found |= free_unbacked_symbols(number)
+    return dict.fromkeys(found, sympy.Symbol("data"))
+
+
+def _output_fact(item: Any, storage: ir.StorageMap, data: dict[sympy.Symbol, sympy.Symbol]) -> Any:
     if not isinstance(item, fx.Node):
         return repr(item)
     root = storage.root(item)
     alias = root[0].target if root is not None and root[0].op in ("placeholder", "get_attr") else None
     layout = _layout(ir.value_of(item))
-    return (layout[:4], alias) if isinstance(layout, tuple) and len(layout) == 5 else (layout, alias)
+    if not isinstance(layout, tuple) or len(layout) != 5:
+        return layout, alias
+    sizes, strides = (tuple(n.xreplace(data) if n is not None else None for n in part) for part in layout[2:4])
+    return layout[0], layout[1], sizes, strides, alias
 
 
 def _effects(graph: fx.Graph, storage: ir.StorageMap) -> Iterator[Any]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 import sympy
 import torch
+from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from mosaic_compiler import ir
@@ -47,7 +48,8 @@ class Sizes:
             missing = expr.free_symbols - self.symbols.keys()
             if missing:
                 raise KeyError(f"size {expr} needs {', '.join(sorted(map(str, missing)))}")
-            known = self._known[expr] = int(expr.xreplace({s: sympy.Integer(v) for s, v in self.symbols.items()}))
+            value = expr.xreplace({s: sympy.Integer(v) for s, v in self.symbols.items()})
+            known = self._known[expr] = int(bool(value)) if isinstance(value, Boolean) else int(value)
         return known
 
 

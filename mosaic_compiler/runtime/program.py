@@ -194,6 +194,7 @@ class _Binder:
         return ir.is_symbolic_number(value) and not self._bound(value)
 
     def _bound(self, value: Any) -> bool:
+        """The value follows from the symbols that are bound."""
         return bool(ir.expr_of(value).free_symbols <= self.sizes.symbols.keys())
 
     # ------------------------------------------------------------------------------------- nodes
@@ -233,6 +234,8 @@ class _Binder:
     def _destination(self, node: fx.Node) -> None:
         outs = tuple(self._output_of(node, index) for index in range(len(ir.tensors_of(node))))
         self.values[node] = outs if isinstance(ir.value_of(node), (tuple, list)) else outs[0]
+        if self._is_empty(node):
+            return
         args, kwargs = self._resolve(node)
         emit = self.lives.forms[node].emit
         assert emit is not None
@@ -263,6 +266,8 @@ class _Binder:
     def _opaque(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> None:
         """Run as it is; each tensor result goes to a slot of its own, so that it can die by itself."""
         run = _call(Call(node.target, tuple(args), tuple(kwargs.items())), self.slots)  # type: ignore[arg-type]
+        if self._is_empty(node):
+            run = functools.partial(self._empty_results, node)
         roots = self.lives.storage.roots(node)
         if not isinstance(ir.value_of(node), (tuple, list)):
             slot = self._slot(node, 0, roots[0])
@@ -272,6 +277,28 @@ class _Binder:
         slots = tuple(self._slot(node, index, root) for index, root in enumerate(roots))
         self.values[node] = slots
         self.instructions.append(_store_all(self.slots, [slot.index for slot in slots], run))
+
+    def _is_empty(self, node: fx.Node) -> bool:
+        """All results have zero elements: there is nothing to run.  (Some kernels divide by their number of
+        rows: attention on the CPU crashes the process for 0 queries.)"""
+        tensors = [tensor for tensor in ir.tensors_of(node) if tensor is not None]
+        if not tensors or ir.has_effect(node) or not all(map(self._bound, ir.numbers_in(tuple(tensors)))):
+            return False
+        return all(any(self.sizes(size) == 0 for size in tensor.shape) for tensor in tensors)
+
+    def _empty_results(self, node: fx.Node) -> Any:
+        made = tuple(
+            None
+            if tensor is None
+            else torch.empty_strided(
+                [self.sizes(size) for size in tensor.shape],
+                [self.sizes(step) for step in tensor.stride()],
+                dtype=tensor.dtype,
+                device=tensor.device,
+            )
+            for tensor in ir.tensors_of(node)
+        )
+        return made if isinstance(ir.value_of(node), (tuple, list)) else made[0]
 
     def _slot(self, node: fx.Node, index: int, root: ir.Root | None) -> Slot:
         """The slot of one output of a node; the same one each time it is bound."""
