@@ -17,7 +17,7 @@ from torch._dynamo.backends.common import aot_autograd
 from mosaic_compiler.dump import GraphDump
 from mosaic_compiler.errors import GradientError
 from mosaic_compiler.options import MosaicOptions
-from mosaic_compiler.passes.pipeline import run_passes
+from mosaic_compiler.passes.pipeline import passes_for, run_passes
 from mosaic_compiler.runtime.step import CompiledStep
 from mosaic_compiler.settings import read_settings
 
@@ -66,7 +66,8 @@ def compile_aten(module: fx.GraphModule, options: MosaicOptions, static_inputs: 
     """
     settings = read_settings()
     dump = GraphDump(options.dump, module, settings.debug)
-    final, records = run_passes(module, disable=options.disable, observe=dump.after_pass)
+    passes = passes_for(vocabulary_tile=options.vocabulary_tile)
+    final, records = run_passes(module, passes=passes, disable=options.disable, observe=dump.after_pass)
     step = CompiledStep(final, options, records, static_inputs, on_plan=dump.plan)
     dump.compiled(step)
     for observe in getattr(_observers, "stack", ()):

@@ -30,6 +30,8 @@ class MosaicOptions:
         strict: raise :class:`~mosaic_compiler.errors.FallbackError` where a fallback would be named.
         disable: names of passes to leave out.
         placement: ``auto`` (best of the portfolio) or one algorithm by name; ``naive`` never reuses.
+        vocabulary_tile: compute heads whose logits are only reduced (argmax, confidence, entropy, top-k) in
+            tiles of so many vocabulary columns, so that no logits tensor exists; ``None`` computes them whole.
         program_cache: how many bound programs (one per length and set of weights) a graph keeps.
     """
 
@@ -38,6 +40,7 @@ class MosaicOptions:
     strict: bool = False
     disable: tuple[str, ...] = ()
     placement: str = "auto"
+    vocabulary_tile: int | None = None
     program_cache: int = 64
 
     def __post_init__(self) -> None:
@@ -52,6 +55,9 @@ class MosaicOptions:
                 raise OptionsError(f"disable: no pass is called {name!r}{nearest(str(name), pass_names())}")
         if self.placement not in PLACEMENTS:
             raise OptionsError(f"placement={self.placement!r}{nearest(str(self.placement), PLACEMENTS)}")
+        tile = self.vocabulary_tile
+        valid_tile = tile is None or (isinstance(tile, int) and not isinstance(tile, bool) and tile >= 1)
+        _expect(valid_tile, "vocabulary_tile", "a whole number of columns from 1, or None", tile)
         count = self.program_cache
         valid_count = isinstance(count, int) and not isinstance(count, bool) and count >= 1
         _expect(valid_count, "program_cache", "a whole number from 1", count)

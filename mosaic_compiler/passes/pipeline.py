@@ -4,24 +4,38 @@ Order matters:
 
 1. ``canonicalize`` first: every later pass matches one spelling per operation.
 2. ``row-demand`` before ``in-place``: it calls ops again on fewer rows, which only pure ops allow.
-3. ``in-place`` last: it introduces writes, and no other pass moves or merges nodes around a write.
+3. ``gather-logits`` and ``vocabulary-tiles`` behind ``row-demand``: they match the head as it left it.
+4. ``in-place`` last: it introduces writes, and no other pass moves or merges nodes around a write.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
 from mosaic_compiler.passes.base import Pass
 from mosaic_compiler.passes.canonicalize import CanonicalizePass
+from mosaic_compiler.passes.gather_logits import GatherLogitsPass
 from mosaic_compiler.passes.in_place import InPlacePass
 from mosaic_compiler.passes.row_demand import RowDemandPass
 from mosaic_compiler.passes.verifier import Verifier
+from mosaic_compiler.passes.vocabulary_tiles import VocabularyTilesPass
 
-PASSES: tuple[Pass, ...] = (CanonicalizePass(), RowDemandPass(), InPlacePass())
+PASSES: tuple[Pass, ...] = (
+    CanonicalizePass(),
+    RowDemandPass(),
+    GatherLogitsPass(),
+    VocabularyTilesPass(),
+    InPlacePass(),
+)
+
+
+def passes_for(*, vocabulary_tile: int | None = None) -> tuple[Pass, ...]:
+    """The passes with the parameters that options set."""
+    return tuple(replace(p, tile=vocabulary_tile) if isinstance(p, VocabularyTilesPass) else p for p in PASSES)
 
 
 def pass_names() -> tuple[str, ...]:

@@ -22,6 +22,9 @@ from torch import fx
 from torch._ops import OpOverload
 
 from mosaic_compiler import ir
+from mosaic_compiler.kernels import ops
+from mosaic_compiler.kernels.gather_logits import gather_logits_triton
+from mosaic_compiler.kernels.head_statistics import head_statistics_
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -138,7 +141,17 @@ def _emit_select_scatter(outs: Sequence[Any], args: Sequence[Any], kwargs: dict[
     return [Call(torch.Tensor.copy_, (outs[0], args[0])), Call(_write_select, (outs[0], *args[1:4]))]
 
 
+def _emit_gather_logits(outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
+    return [Call(gather_logits_triton, (*args, outs[0]))]
+
+
+def _emit_head_statistics(outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
+    return [Call(head_statistics_, (list(outs), *args[:5]))]
+
+
 _SPECIAL: dict[OpOverload, Emit] = {
+    ops.gather_logits: _emit_gather_logits,
+    ops.head_statistics: _emit_head_statistics,
     aten.arange.default: _emit_arange,
     aten.arange.start: _emit_arange,
     aten.arange.start_step: _emit_arange,

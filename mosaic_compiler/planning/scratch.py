@@ -12,6 +12,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from mosaic_compiler import ir
+from mosaic_compiler.kernels import ops
 
 aten = torch.ops.aten
 
@@ -20,6 +21,8 @@ def scratch_bytes(node: fx.Node) -> sympy.Expr:
     """Scratch of one node in bytes, as an expression in the graph's symbols."""
     if node.target is aten._scaled_dot_product_flash_attention_for_cpu.default:
         return _cpu_flash_attention(node)
+    if node.target is ops.head_statistics:
+        return _head_statistics(node)
     if node.target in (aten.sort.default, aten.sort.stable):
         return _cpu_sort(node)
     if ir.is_pointwise(node):
@@ -47,6 +50,23 @@ def _cpu_flash_attention(node: fx.Node) -> sympy.Expr:
     if q.dtype.itemsize < 4:
         scratch += 2 * 256 * 512 * torch.get_num_threads() + 2 * ir.storage_extent(k)
     return scratch
+
+
+def _head_statistics(node: fx.Node) -> sympy.Expr:
+    """kernels/head_statistics.py: a tile of the product, of each step behind it, of the exponentials and of
+    one temporary, and vectors."""
+    hidden, total = node.args[0], ir.tensors_of(node)[2]
+    assert isinstance(hidden, fx.Node)
+    assert total is not None
+    tensor, tile, top = ir.tensor_of(hidden), node.args[4], node.args[5]
+    assert tensor is not None
+    assert isinstance(tile, int)
+    assert isinstance(top, int)
+    steps = node.args[3]
+    assert isinstance(steps, str)
+    wide = 8 if "to:float64" in steps else total.dtype.itemsize
+    tiles = tensor.dtype.itemsize + (2 + len(steps.split(","))) * wide
+    return ir.expr_of(tensor.shape[0]) * (tiles * tile + 16 * wide + 80 * (top + 1))
 
 
 def _cpu_sort(node: fx.Node) -> sympy.Expr:

@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 
 from mosaic_compiler.errors import ArenaError
+from mosaic_compiler.planning.plan import align
 
 _numbers = itertools.count()
 
@@ -82,12 +83,7 @@ class HostArena:
     def tensor(
         self, offset: int, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int], limit: int
     ) -> torch.Tensor:
-        elements = 1 + sum((s - 1) * t for s, t in zip(shape, stride, strict=True)) if math.prod(shape) else 0
-        end = offset + elements * dtype.itemsize
-        if offset < 0 or end > min(limit, self.capacity) or offset % dtype.itemsize:
-            raise ArenaError(
-                f"a tensor of {list(shape)} {dtype} at {offset} ends at {end}, outside of the plan's {limit}"
-            )
+        check_bounds(offset, dtype, shape, stride, min(limit, self.capacity))
         typed = self._typed.get(dtype)
         if typed is None:
             whole = self.capacity - self.capacity % dtype.itemsize
@@ -131,6 +127,69 @@ def _reserve(capacity: int) -> tuple[int, mmap.mmap]:
     raise ArenaError(f"cannot reserve {capacity} bytes of address space: raise the limit (ulimit -v)")
 
 
+class PlainArena:
+    """An arena that is one ordinary allocation on a device (see :class:`Arena`).
+
+    For devices without an arena of their own.  It moves when it has to grow, and gets another number then,
+    so that programs bound to the old memory are not found any more.  ``explain()`` names it as the fallback
+    ``plain-arena``.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.number = next(_numbers)
+        self.device = device
+        self.reserved = 0
+        self._bytes = torch.empty(0, dtype=torch.uint8, device=device)
+        self._typed: dict[torch.dtype, torch.Tensor] = {}
+
+    @property
+    def capacity(self) -> int:
+        return self._bytes.numel()
+
+    def ensure(self, height: int) -> None:
+        if height > self.capacity:
+            self._typed.clear()
+            self._bytes = torch.empty(0, dtype=torch.uint8, device=self.device)  # first give back, then take
+            self.number = next(_numbers)
+            self.reserved = 0
+            try:
+                self._bytes = torch.empty(align(height), dtype=torch.uint8, device=self.device)
+            except torch.OutOfMemoryError as error:
+                raise ArenaError(f"the plan needs {height} bytes on {self.device}: {error}") from None
+        self.reserved = height
+
+    def tensor(
+        self, offset: int, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int], limit: int
+    ) -> torch.Tensor:
+        check_bounds(offset, dtype, shape, stride, min(limit, self.capacity))
+        typed = self._typed.get(dtype)
+        if typed is None:
+            typed = self._typed[dtype] = self._bytes.view(dtype)
+        return torch.as_strided(typed, list(shape), list(stride), offset // dtype.itemsize)
+
+    def fill(self, start: int, end: int, byte: int) -> None:
+        self._bytes[start:end] = byte
+
+    def find_other(self, start: int, end: int, byte: int) -> int | None:
+        wrong = (self._bytes[start:end] != byte).nonzero()
+        return start + int(wrong[0]) if len(wrong) else None
+
+    def release(self) -> None:
+        """Give all memory back.  The next plan gets a fresh allocation under another number."""
+        self._typed.clear()
+        self._bytes = torch.empty(0, dtype=torch.uint8, device=self.device)
+        self.number = next(_numbers)
+        self.reserved = 0
+
+
+def check_bounds(offset: int, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int], limit: int) -> None:
+    """Raise :class:`ArenaError` if a tensor would start misaligned or end above ``limit`` bytes."""
+    elements = 1 + sum((s - 1) * t for s, t in zip(shape, stride, strict=True)) if math.prod(shape) else 0
+    end = offset + elements * dtype.itemsize
+    if offset < 0 or end > limit or offset % dtype.itemsize:
+        raise ArenaError(f"a tensor of {list(shape)} {dtype} at {offset} ends at {end}, outside of the plan's {limit}")
+
+
 class ArenaPool:
     """The arenas of one device: one for everybody, and one more per level of re-entrance.
 
@@ -139,7 +198,8 @@ class ArenaPool:
     buffers are still live.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = torch.device("cpu") if device is None else device
         self._lock = threading.RLock()
         self._arenas: list[Arena] = []
         self._depth = 0
@@ -149,7 +209,7 @@ class ArenaPool:
     def lease(self) -> Iterator[Arena]:
         with self._lock:
             if self._depth == len(self._arenas):
-                self._arenas.append(HostArena())
+                self._arenas.append(HostArena() if self._device.type == "cpu" else PlainArena(self._device))
             arena = self._arenas[self._depth]
             self._depth += 1
             try:
@@ -190,7 +250,7 @@ _pools_lock = threading.Lock()
 def pool_for(device: torch.device) -> ArenaPool:
     """The process-wide pool of a device.  Every compiled graph of every model shares it."""
     with _pools_lock:
-        return _pools.setdefault(device, ArenaPool())
+        return _pools.setdefault(device, ArenaPool(device))
 
 
 def release_memory() -> int:

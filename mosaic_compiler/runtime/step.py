@@ -80,6 +80,7 @@ class CompiledStep:
         self._static = tuple(i for i in static_inputs if ir.tensor_of(placeholders[i]) is not None)
         self._prologue = Prologue(module.graph)
         self._readers = _symbol_readers(module, placeholders, self._prologue.symbols)
+        self._symbols = self.lives.symbols
         self._plans: dict[tuple[int, ...], MemoryPlan] = {}
         self._programs: OrderedDict[Any, _Entry] = OrderedDict()
         self._pool = pool_for(self.lives.device)
@@ -94,6 +95,7 @@ class CompiledStep:
             del early
             sizes = self.sizes(numbers, counts)
             room = tuple([capacity(count) for count in counts])
+            arena.ensure(self.plan_for(self.sizes(numbers, room)).height)
             key = (arena.number, numbers, room, pointers)
             entry = self._programs.get(key)
             if entry is None:
@@ -103,7 +105,6 @@ class CompiledStep:
             program = entry[0]
             program.resize(sizes)
             self.plan = program.plan
-            arena.ensure(program.plan.height)
             return program.run(values)
 
     def _bind(self, arena: Arena, sizes: Sizes, room: Sizes, values: Sequence[Any]) -> _Entry:
@@ -134,7 +135,7 @@ class CompiledStep:
 
     def plan_for(self, sizes: Sizes) -> MemoryPlan:
         """The verified plan for these sizes, made once."""
-        symbols = self.lives.symbols
+        symbols = self._symbols
         key = tuple(sizes(symbol) for symbol in symbols)
         plan = self._plans.get(key)
         if plan is None:
@@ -160,6 +161,9 @@ def find_fallbacks(lives: Lives) -> tuple[Fallback, ...]:
 
     for node in set(lives.unsized).difference(lives.prologue):
         add("data-dependent-size", node, "its bytes are known only while the step runs")
+    if lives.device.type != "cpu" and lives.nodes:
+        reason = f"{lives.device} has no arena of its own: one allocation, moved when it grows"
+        found.append(Fallback("plain-arena", "", "", reason, ""))
     for node in lives.elsewhere:
         tensors = [tensor for tensor in ir.tensors_of(node) if tensor is not None]
         if any(tensor.dim() > 0 for tensor in tensors):
