@@ -6,21 +6,20 @@ make bench-gpu
 
 from __future__ import annotations
 
+import argparse
 import functools
-import os
 import statistics
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from rich.console import Console
 from rich.table import Table
 
 import benchmarks.common as common
 from mosaic_compiler.backend import mosaic, observing
-from mosaic_compiler.kernels.gather_logits import _best, gather_logits_reference, gather_logits_triton
+from mosaic_compiler.kernels.gather_logits import _fastest, gather_logits_reference, gather_logits_triton
 from mosaic_compiler.report.tables import format_bytes
 from mosaic_compiler.runtime.arena import pool_for
 from mosaic_compiler.sampling import DenoisingStep, block_window
@@ -51,23 +50,16 @@ def kernel_rows() -> list[dict[str, Any]]:
         plain()
         unfused = do_bench(plain, return_mode="median")
         moved = 2 * (count * depth + vocabulary * depth + count * vocabulary)
-        tile = next(t for key, t in _best.items() if key[2] >= count and key[2] < 2 * max(count, 2))
+        times = {"gather_logits": fused, "index_select + mm": unfused}
+        errors = {"gather_logits": error, "index_select + mm": relative_error(plain_out, hidden, index, weight)}
         results.append(
             {
                 "rows": count,
-                "tile": str(tile),
-                "milliseconds": {"gather_logits": fused, "index_select + mm": unfused},
-                "tflops": {
-                    n: 2e-9 * count * depth * vocabulary / t
-                    for n, t in (("gather_logits", fused), ("index_select + mm", unfused))
-                },
-                "gb_per_second": {
-                    n: moved * 1e-6 / t for n, t in (("gather_logits", fused), ("index_select + mm", unfused))
-                },
-                "relative_error": {
-                    "gather_logits": error,
-                    "index_select + mm": relative_error(plain_out, hidden, index, weight),
-                },
+                "tile": str(_fastest(hidden, index, weight, out)),
+                "milliseconds": times,
+                "tflops": {name: 2e-9 * count * depth * vocabulary / t for name, t in times.items()},
+                "gb_per_second": {name: moved * 1e-6 / t for name, t in times.items()},
+                "relative_error": errors,
             }
         )
     return results
@@ -159,27 +151,25 @@ def step_rows(layers: int, tokens: int, share: float) -> dict[str, Any]:
     }
 
 
-def main(
-    out: Annotated[Path, typer.Option(help="folder for the results")] = common.RESULTS,
-    layers: int = 32,
-    tokens: int = 16384,
-    share: float = 0.1,
-    kernel: bool = True,
-) -> None:
+def main() -> None:
     """Measure, print a table, write JSON."""
-    common.RESULTS = Path(os.environ.get("OUT", out))
-    if kernel:
-        rows = kernel_rows()
-        table = Table("rows", "fused ms", "plain ms", "fused TFLOP/s", "plain TFLOP/s", "fused error", "plain error")
-        for row in rows:
-            pairs = [row[key] for key in ("milliseconds", "tflops", "relative_error")]
-            cells = [f"{value:.3g}" for pair in pairs for value in pair.values()]
-            table.add_row(str(row["rows"]), *cells)
-        console.print(table)
-        console.print(f"wrote {common.write('gather_logits_gpu', {'dims': DIMS, 'rows': rows})}")
-        torch.cuda.empty_cache()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder for the results")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--share", type=float, default=0.1, help="share of masked tokens")
+    given = parser.parse_args()
+    common.RESULTS = given.out
+    rows = kernel_rows()
+    table = Table("rows", "fused ms", "plain ms", "fused TFLOP/s", "plain TFLOP/s", "fused error", "plain error")
+    for row in rows:
+        pairs = [row[key] for key in ("milliseconds", "tflops", "relative_error")]
+        table.add_row(str(row["rows"]), *(f"{value:.3g}" for pair in pairs for value in pair.values()))
+    console.print(table)
+    console.print(f"wrote {common.write('gather_logits_gpu', {'dims': DIMS, 'rows': rows})}")
+    torch.cuda.empty_cache()
     with torch.no_grad():
-        body = step_rows(layers, tokens, share)
+        body = step_rows(given.layers, given.tokens, given.share)
     table = Table("system", "ms", "peak", "planned", "ids equal to eager")
     for name, ms in body["milliseconds"].items():
         planned = body["planned_peak_bytes"].get(name)
@@ -192,4 +182,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
+from mosaic_compiler.capture import drop_true_masks
 from mosaic_compiler.dump import GraphDump
 from mosaic_compiler.errors import GradientError
 from mosaic_compiler.options import MosaicOptions
@@ -54,7 +55,7 @@ def mosaic(
         inference_compiler=compile_graph,
         keep_inference_input_mutations=True,
     )
-    return backend(module, example_inputs)
+    return backend(drop_true_masks(module), example_inputs)
 
 
 def compile_aten(module: fx.GraphModule, options: MosaicOptions, static_inputs: Sequence[int] = ()) -> CompiledStep:

@@ -33,7 +33,8 @@ index, out = torch.tensor([3, 3, 19, 0]), torch.empty(50, 4).t()
 gather_logits_triton(hidden, index, weight, out, Tile(32, 64, 16, 4, 1, 2))
 torch.testing.assert_close(out, hidden[index] @ weight.t())
 
-for change in ({"index": index.int()}, {"weight": weight[:, 1:]}, {"out": torch.empty(3, 50)}, {"hidden": hidden.double()}):
+bad = ({"index": index.int()}, {"weight": weight[:, 1:]}, {"out": torch.empty(3, 50)}, {"hidden": hidden.double()})
+for change in bad:
     arguments = {"hidden": hidden, "index": index, "weight": weight, "out": out} | change
     try:
         gather_logits_triton(**arguments)

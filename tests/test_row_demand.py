@@ -385,7 +385,7 @@ def test_bad_masks_and_indices_are_the_errors_of_eager():
     with torch.no_grad():
         good = compiled(h, w, torch.tensor([8, 0]))
         assert torch.equal(good, (h @ w).index_select(1, torch.tensor([8, 0])).relu())
-        with pytest.raises((IndexError, RuntimeError), match="(?i)(index|out of)"):
+        with pytest.raises((IndexError, RuntimeError), match=r"(?i)(index|out of)"):
             compiled(h, w, torch.tensor([9, 0]))
         with pytest.raises(Exception, match=r"(?i)(size|shape|broadcast)"):
             torch.compile(lambda h, w, m: torch.where(m, (h @ w).argmax(-1), 0), backend="mosaic", dynamic=True)(

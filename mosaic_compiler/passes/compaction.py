@@ -230,7 +230,7 @@ class Compactor(Emitter):
                 continue
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), ir.value_of)
             with self.mode:
-                node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+                node.meta["val"] = node.target(*args, **kwargs)
             changed.add(node)
 
 

@@ -220,7 +220,7 @@ def view_layout(shape: Sequence[Any], layout: Layout, other: Sequence[Any], spac
         a, b = ours[i][1], theirs[j][1]
         i, j = i + 1, j + 1
         while sympy.expand(a - b) != 0:
-            numerator, denominator = sympy.fraction(sympy.cancel(a / b))
+            _, denominator = sympy.fraction(sympy.cancel(a / b))
             if denominator == 1 and j < len(theirs):
                 yours.append(theirs[j])
                 b, j = b * theirs[j][1], j + 1
@@ -247,18 +247,19 @@ def view_layout(shape: Sequence[Any], layout: Layout, other: Sequence[Any], spac
 
 
 def _permute(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
-    source = node.args[0]
     rank = len(layout)
+    order = list(range(rank))
+    arguments: Any = node.args
     if node.target is aten.permute.default:
-        order = [normal_dim(dim, rank) for dim in node.args[1]]  # type: ignore[union-attr]
-    else:
-        order = list(range(rank))
-        a, b = (normal_dim(d, rank) for d in (node.args[1:3] if node.target is aten.transpose.int else (0, rank - 1)))  # type: ignore[type-var]
+        order = [normal_dim(dim, rank) for dim in arguments[1]]
+    elif rank > 1:
+        first, second = arguments[1:3] if node.target is aten.transpose.int else (0, 1)
+        a, b = normal_dim(first, rank), normal_dim(second, rank)
         order[a], order[b] = order[b], order[a]
     labels: list[Label] = [None] * rank
     for position, dim in enumerate(order):
         labels[dim] = layout[position]
-    return [Operand(source, tuple(labels))]  # type: ignore[arg-type]
+    return [Operand(arguments[0], tuple(labels))]
 
 
 def _unsqueeze(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
@@ -295,14 +296,16 @@ def _cat(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     dim = normal_dim(ir.argument(node, "dim") or 0, len(layout))
     if layout[dim] is not None:
         return None
-    return [Operand(part, layout) for part in node.args[0]]  # type: ignore[union-attr,misc,arg-type]
+    parts: Any = node.args[0]
+    return [Operand(part, layout) for part in parts]
 
 
 def _stack(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     dim = normal_dim(ir.argument(node, "dim") or 0, len(layout))
     if layout[dim] is not None:
         return None
-    return [Operand(part, layout[:dim] + layout[dim + 1 :]) for part in node.args[0]]  # type: ignore[union-attr,misc,arg-type]
+    parts: Any = node.args[0]
+    return [Operand(part, layout[:dim] + layout[dim + 1 :]) for part in parts]
 
 
 def _index_select(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
@@ -361,7 +364,8 @@ _RULES: dict[OpOverload, Rule] = {
     aten.cat.default: _cat,
     aten.stack.default: _stack,
     aten.index_select.default: _index_select,
-    **dict.fromkeys((aten.full.default, aten.full_like.default, aten.zeros_like.default, aten.ones_like.default), _source),
+    aten.full.default: _source,
+    **dict.fromkeys((aten.full_like.default, aten.zeros_like.default, aten.ones_like.default), _source),
 }  # fmt: skip
 
 MATMULS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default})

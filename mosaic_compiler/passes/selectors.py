@@ -154,6 +154,7 @@ class Selectors(Emitter):
             node = self.bare(combine, result, factor)
             node.meta["val"] = combine(*(ir.value_of(x) if isinstance(x, fx.Node) else x for x in (result, factor)))
             result = node
+        assert isinstance(result, fx.Node)
         return result
 
     # ---------------------------------------------------------------------------------- hoisting
@@ -174,7 +175,8 @@ class Selectors(Emitter):
             if node in wanted or node.op == "get_attr":
                 anchor.append(node)
                 anchor = node
-        return anchor.next
+        front: fx.Node = anchor.next
+        return front
 
     # -------------------------------------------------------------------------------- row numbers
     def _nonzero(self, mask: fx.Node) -> fx.Node:

@@ -29,9 +29,12 @@ class Arena(Protocol):
     """What a program needs of an arena.  All offsets and sizes are in bytes."""
 
     number: int
-    capacity: int
     reserved: int
     """Bytes that the current plan may touch: its height."""
+
+    @property
+    def capacity(self) -> int:
+        """The most bytes that :meth:`tensor` can address."""
 
     def ensure(self, height: int) -> None:
         """Make [0, height) usable and give back what lies above.  Raises :class:`ArenaError`."""
@@ -63,11 +66,15 @@ class HostArena:
 
     def __init__(self, capacity: int | None = None) -> None:
         self.number = next(_numbers)
-        self.capacity, self._memory = _reserve(capacity or machine_memory())
+        self._capacity, self._memory = _reserve(capacity or machine_memory())
         self.reserved = 0
         self._touched = 0
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
         self._typed: dict[torch.dtype, torch.Tensor] = {}
+
+    @property
+    def capacity(self) -> int:
+        return self._capacity
 
     def ensure(self, height: int) -> None:
         if height > self.capacity:

@@ -1,0 +1,54 @@
+"""Masks that are always true disappear before an attention kernel is chosen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mosaic_compiler
+from mosaic_compiler.capture import drop_true_masks
+
+
+def positions(q):
+    return torch.arange(q.shape[2], device=q.device)
+
+
+def rows(q):
+    return (positions(q) + 0)[None, None, :, None]
+
+
+MASKS = {
+    "bidirectional": (lambda q: (rows(q) >= 0).expand(q.shape[0], -1, q.shape[2], q.shape[2]), True),
+    "shifted": (lambda q: (rows(q) + 2 >= 1).expand(q.shape[0], -1, q.shape[2], q.shape[2]), True),
+    "ones": (lambda q: torch.ones(q.shape[2], q.shape[2], dtype=torch.bool), True),
+    "and": (lambda q: (rows(q) >= 0) & torch.ones(1, 1, 1, q.shape[2], dtype=torch.bool), True),
+    "not all": (lambda q: (rows(q) >= 1).expand(q.shape[0], -1, q.shape[2], q.shape[2]), False),
+    "negative start": (lambda q: (torch.arange(-1, q.shape[2] - 1) >= 0).expand(q.shape[2], -1), False),
+    "difference": (lambda q: positions(q)[:, None] - positions(q)[None] >= 0, False),
+    "causal": (lambda q: torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril(), False),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_mask(name):
+    mask, dropped = MASKS[name]
+    seen = []
+
+    def step(q):
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=mask(q))
+
+    def spy(module, inputs):
+        before = len(module.graph.nodes)
+        drop_true_masks(module)
+        seen.append(len(module.graph.nodes) < before)
+        return module.forward
+
+    q = torch.randn(2, 3, 9, 8)
+    with torch.no_grad():
+        expected = step(q)
+        assert torch.allclose(torch.compile(step, backend=spy, dynamic=True)(q), expected, atol=1e-6)
+        report = mosaic_compiler.explain(step, q)
+    assert seen == [dropped]
+    torch.testing.assert_close(report.result, expected, equal_nan=True)
+    assert not dropped or not [b for b in report.plan.buffers if b.shape[-2:] == (9, 9)]
