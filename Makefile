@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu lint format bench clean
+.PHONY: help setup demo test test-all test-gpu lint format bench bench-gpu clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -37,6 +37,9 @@ lint: setup ## Check formatting, lint and types
 format: setup ## Rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench-gpu: setup ## Measure row demand and its kernel on this machine's GPU
+	$(BIN)/python -m benchmarks.rows_gpu
 
 bench: setup ## Measure the step on this machine's CPU and write benchmarks/results/
 	$(BIN)/python -m benchmarks.step_cpu

@@ -41,6 +41,31 @@ for change in bad:
     except ValueError:
         continue
     raise AssertionError(change)
+
+# the pass, on a toy head: the kernel runs inside of the planned step
+from mosaic_compiler.backend import compile_aten
+from mosaic_compiler.kernels import ops
+from mosaic_compiler.options import MosaicOptions
+from mosaic_compiler.passes import CanonicalizePass, RowDemandPass, trace
+from mosaic_compiler.passes.gather_logits import GatherLogitsPass
+
+
+def head(hidden, weight, ids):
+    return torch.where(ids == 3, (hidden @ weight.t()).argmax(-1), ids)
+
+
+def inputs(n):
+    return torch.randn(n, 16), torch.randn(37, 16), torch.randint(2, 5, (n,))
+
+
+module = GatherLogitsPass(force=True)(RowDemandPass()(CanonicalizePass()(trace(head, *inputs(6)))))
+assert any(node.target is ops.gather_logits for node in module.graph.nodes)
+step = compile_aten(module, MosaicOptions(poison=True))
+assert not step.fallbacks
+for n in (4, 11):
+    arguments = inputs(n)
+    assert torch.equal(step(list(arguments))[0], head(*arguments))
+    assert torch.equal(module(*arguments), head(*arguments))
 print("ok")
 """
 

@@ -27,8 +27,8 @@ def statistics(hidden, weight, bias, steps, tile, top):
 
 
 @given(
-    st.integers(0, 6), st.integers(3, 40), st.integers(3, 50), st.sampled_from(["", "div:3.0,tanh,mul:3.0", "mul:-2.0"]),
-    st.booleans(), st.integers(0, 3), st.integers(0, 10**6),
+    st.integers(0, 6), st.integers(3, 40), st.integers(3, 50),
+    st.sampled_from(["", "div:3.0,tanh,mul:3.0", "mul:-2.0"]), st.booleans(), st.integers(0, 3), st.integers(0, 10**6),
 )  # fmt: skip
 def test_statistics_equal_those_of_whole_logits(rows, vocabulary, tile, steps, with_bias, top, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -49,14 +49,11 @@ def test_statistics_equal_those_of_whole_logits(rows, vocabulary, tile, steps, w
 
 @pytest.mark.parametrize("tile", [1, 2, 3, 4, 7])
 def test_ties_and_nan_resolve_as_in_torch_argmax(tile):
-    logits = torch.tensor(
-        [[1.0, 3, 3, 0, 3], [2, 2, 2, 2, 2], [-1, -2, 5, 5, 0], [0, 1, float("nan"), 9, float("nan")]]
-    )
-    best, where, *_ = statistics(torch.eye(4), logits, None, "", tile, 0)
-    finite = slice(0, 3)
-    assert torch.equal(where[finite], logits.argmax(-1)[finite])
-    assert torch.equal(best[finite], logits.amax(-1)[finite])
-    # torch.mm spreads a NaN over its column, so the last row is checked on a matrix of its own
+    logits = torch.tensor([[1.0, 3, 3, 0, 3], [2, 2, 2, 2, 2], [-1, -2, 5, 5, 0]])
+    best, where, *_ = statistics(torch.eye(3), logits, None, "", tile, 0)
+    assert torch.equal(where, logits.argmax(-1))
+    assert torch.equal(best, logits.amax(-1))
+    # torch.mm spreads a NaN over its column, so it is checked in a matrix of one row
     row = torch.tensor([[0, 1, float("nan"), 9, float("nan")]])
     best, where, *_ = statistics(torch.ones(1, 1), row, None, "", tile, 0)
     assert best.isnan().all()
@@ -94,7 +91,7 @@ def test_a_head_with_every_reader(batch, length, tile, share, poison):
     arguments = inputs(length)
     for got, expected in zip(step(list(arguments)), everything(*arguments), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-    assert not [b for b in step.plan.buffers if b.shape[-1:] == (21,)]
+    assert not [b for b in step.plan.buffers if len(b.shape) > 1 and b.shape[-1] == 21]
 
 
 @pytest.mark.parametrize(

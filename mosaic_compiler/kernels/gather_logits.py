@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def gather_logits_reference(hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
@@ -197,6 +198,11 @@ def choose(device: torch.device, dtype: torch.dtype, depth: int, vocabulary: int
         import triton  # noqa: F401
     except ImportError:
         return Choice("index_select + mm", "Triton is not installed: pip install triton")
+    with _disable_current_modes():  # compilation happens under fake tensors; this is about real time
+        return _measure(device, dtype, depth, vocabulary)
+
+
+def _measure(device: torch.device, dtype: torch.dtype, depth: int, vocabulary: int) -> Choice:
     hidden = torch.randn(4096, depth, device=device, dtype=dtype)
     weight = torch.randn(vocabulary, depth, device=device, dtype=dtype)
     index = torch.randperm(4096, device=device)[:1024].sort()[0]

@@ -210,6 +210,22 @@ def _size(rewriter: _Rewriter, origin: fx.Node, tensor: Any, dim: int) -> Any:
     return rewriter.emit(origin, aten.sym_size.int, tensor, dim) if ir.is_symbolic_number(size) else size
 
 
+def _spell_masked_select(rewriter: _Rewriter, node: fx.Node) -> bool:
+    """``masked_select(x, m)`` with a mask of x's own shape -> ``x[m]``: one spelling for picking by a mask."""
+    if node.target is not aten.masked_select.default:
+        return False
+    source, mask = node.args
+    assert isinstance(source, fx.Node)
+    assert isinstance(mask, fx.Node)
+    before, chosen = ir.tensor_of(source), ir.tensor_of(mask)
+    assert before is not None
+    assert chosen is not None
+    if [ir.expr_of(s) for s in before.shape] != [ir.expr_of(s) for s in chosen.shape]:
+        return False
+    node.target, node.args = aten.index.Tensor, (source, [mask])
+    return True
+
+
 def _split_into_slices(rewriter: _Rewriter, node: fx.Node) -> bool:
     """``split(x, size)[i]`` -> ``x[i * size : (i + 1) * size]``: one spelling for parts of a tensor."""
     if node.target is not aten.split.Tensor or not all(user.target is operator.getitem for user in node.users):
@@ -306,6 +322,7 @@ _RULES: Sequence[Callable[[_Rewriter, fx.Node], bool]] = (
     _spell_unsafe_view,
     _spell_convert,
     _spell_embedding,
+    _spell_masked_select,
     _split_into_slices,
     _drop_true_mask,
     _fold_repeated_heads,

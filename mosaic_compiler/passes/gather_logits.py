@@ -49,11 +49,14 @@ class GatherLogitsPass:
             tensor = ir.tensor_of(weight)
             assert tensor is not None
             vocabulary, depth = (ir.expr_of(size) for size in tensor.shape)
-            if not (vocabulary.is_Integer and depth.is_Integer):
-                continue
-            choice = kernel.choose(tensor.device, tensor.dtype, int(depth), int(vocabulary))
+            if vocabulary.is_Integer and depth.is_Integer:
+                choice = kernel.choose(tensor.device, tensor.dtype, int(depth), int(vocabulary))
+            else:
+                choice = kernel.Choice("index_select + mm", "the weight's sizes are not known when compiling")
+            if self.force:
+                choice = kernel.Choice("gather_logits", "forced")
             choices[node.name] = choice
-            if self.force or choice.kernel == "gather_logits":
+            if choice.kernel == "gather_logits":
                 with module.graph.inserting_before(node):
                     fused = module.graph.call_function(ops.gather_logits, (hidden, index, weight))
                 fused.meta = dict(node.meta)

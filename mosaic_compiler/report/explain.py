@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mosaic_compiler.backend import mosaic, observing
+from mosaic_compiler.kernels.gather_logits import Choice
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.pipeline import PassRecord
 from mosaic_compiler.passes.row_demand import RowDecision
@@ -31,6 +32,8 @@ class GraphReport:
     rows: tuple[RowDecision, ...] = ()
     """For each matmul and attention that ``row-demand`` shrank: rows computed, and who forced them.  If it
     shrank none: the largest matmul, and the consumer that demanded all of its rows."""
+    projections: tuple[tuple[str, Choice], ...] = ()
+    """For each product of gathered rows: which implementation runs, and why."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ class Report:
             if graph.rows:
                 yield _row_table(graph.rows)
                 yield Text()
+            for name, choice in graph.projections:
+                yield Text(f"{name}: {choice.kernel} ({choice.reason})")
             yield _pass_table(graph.passes)
             yield Text()
             yield _fallback_table(graph.fallbacks)
@@ -149,7 +154,9 @@ def explain(fn: Callable[..., Any], *args: Any, **options: Any) -> Report:
 
 
 def _graph_report(step: CompiledStep) -> GraphReport:
-    return GraphReport(step.plan, step.passes, step.fallbacks, step.module.meta.get("row_decisions", ()))
+    notes = step.module.meta
+    projections = tuple(notes.get("gather_choices", {}).items())
+    return GraphReport(step.plan, step.passes, step.fallbacks, notes.get("row_decisions", ()), projections)
 
 
 def _unwrap(fn: Callable[..., Any]) -> Callable[..., Any]:
