@@ -23,7 +23,8 @@ from mosaic_compiler.planning import make_plan
 from mosaic_compiler.planning.forms import Call
 from mosaic_compiler.report.measure import measure
 from mosaic_compiler.report.tables import format_bytes
-from mosaic_compiler.runtime.program import Program, _call
+from mosaic_compiler.runtime.instructions import bound_call
+from mosaic_compiler.runtime.program import Program
 from mosaic_compiler.sampling import DenoisingStep, block_window
 
 MODEL = Path(__file__).parent.parent / "examples" / "tiny-llada"
@@ -39,7 +40,7 @@ def arguments(length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def python_cost(program: Program) -> float:
     """Seconds of Python per bound instruction: the same flat list, with operators that do nothing."""
-    nothing = functools.partial(_call, slots=[None])
+    nothing = functools.partial(bound_call, slots=[None])
     full, program.instructions = program.instructions, [nothing(Call(_no_operator, (1, 2), (("out", 3),)))] * 1000
     outputs, program.outputs = program.outputs, []
     given = [None] * program._inputs

@@ -324,6 +324,13 @@ def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
+def remove_dead_code(graph: fx.Graph) -> None:
+    """Erase nodes that nobody reads and that have no effect (random draws have one)."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and not has_effect(node):
+            graph.erase_node(node)
+
+
 def fake_mode_of(module: fx.GraphModule) -> Any:
     """The FakeTensorMode under which the graph's metadata was made, or ``None``."""
     values = [v for node in module.graph.nodes for v in tensors_of(node) if v is not None]

@@ -24,7 +24,7 @@ def assert_same(got: list[torch.Tensor], expected: tuple[torch.Tensor, ...]) -> 
         assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(
     toys.programs, st.lists(shapes, min_size=1, max_size=3), st.sampled_from(["auto", "size", "naive"]), st.booleans()
 )
@@ -42,7 +42,7 @@ def test_equals_eager_at_every_shape(program, sizes, placement, poison):
         assert plan.lower_bound <= plan.height <= plan.naive
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(toys.programs, shapes)
 def test_every_pass_output_runs_and_equals(program, shape):
     from mosaic_compiler.passes import run_passes
@@ -55,7 +55,7 @@ def test_every_pass_output_runs_and_equals(program, shape):
         assert_same(list(graph(*[a.clone() for a in arguments])), program(*arguments))
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(toys.programs, shapes)
 def test_lives_against_an_oracle_that_watches_storages(program, shape):
     """Run the graph node by node on real tensors and see when each storage is touched for the last time."""
@@ -109,7 +109,7 @@ def _bind_symbols(module, arguments):
     return [s for s, _ in readers], [read(arguments) for _, read in readers]
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(toys.programs, shapes, st.integers(0, 1))
 def test_input_mutation_through_torch_compile(program, shape, which):
     def mutating(a, b, w):

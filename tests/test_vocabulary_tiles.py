@@ -13,7 +13,6 @@ from mosaic_compiler.kernels.head_statistics import apply_steps, head_statistics
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes import trace
 from mosaic_compiler.report.measure import _cpu_peak
-from mosaic_compiler.sampling import DenoisingStep, block_window
 
 
 def statistics(hidden, weight, bias, steps, tile, top):
@@ -79,7 +78,7 @@ def everything(hidden, weight, ids):
     )
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(st.sampled_from([1, 3]), st.integers(2, 9), st.integers(1, 30), st.sampled_from([0.0, 0.5, 1.0]), st.booleans())
 def test_a_head_with_every_reader(batch, length, tile, share, poison):
     def inputs(n):
@@ -112,19 +111,6 @@ def test_other_readers_keep_the_head_whole(reader):
     assert not any("head_statistics" in str(node.target) for node in step.module.graph.nodes)
     for got, expected in zip(step(list(arguments)), f(*arguments), strict=True):
         assert torch.equal(got, expected)
-
-
-def test_a_real_model_without_logits(tiny_llada, genesis):
-    ids = genesis[:, :1500].clone()
-    ids[:, ::2] = 3
-    arguments = ids, block_window(1500, 0, 1500), torch.tensor([100])
-    step = DenoisingStep(tiny_llada, 3)
-    report = mosaic_compiler.explain(step, *arguments, vocabulary_tile=1024)
-    with torch.no_grad():
-        assert torch.equal(report.result, step(*arguments))
-    assert not [b for b in report.plan.buffers if 8192 in b.shape and b.kind != "scratch"]
-    whole = mosaic_compiler.explain(step, *arguments)
-    assert report.plan.peak < 0.6 * whole.plan.peak
 
 
 def test_scratch_is_accounted():

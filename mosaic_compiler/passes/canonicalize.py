@@ -59,7 +59,7 @@ class CanonicalizePass:
                     if rule(rewriter, node):
                         break
         _merge_common_subexpressions(module.graph)
-        _remove_dead_code(module.graph)
+        ir.remove_dead_code(module.graph)
         module.graph.lint()
         module.recompile()
         return module
@@ -329,13 +329,7 @@ _RULES: Sequence[Callable[[_Rewriter, fx.Node], bool]] = (
 )
 
 
-# ------------------------------------------------------------------------ dead code, common ones
-def _remove_dead_code(graph: fx.Graph) -> None:
-    for node in reversed(list(graph.nodes)):
-        if not node.users and not ir.has_effect(node):
-            graph.erase_node(node)
-
-
+# ------------------------------------------------------------------------ common subexpressions
 def _hashable(value: Any) -> Any:
     """A key that tells 1, 1.0, True, -0.0 and 0.0 apart; NaN equals itself."""
     if isinstance(value, (list, tuple)):

@@ -17,7 +17,8 @@ from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.passes import rows
-from mosaic_compiler.passes.demand import SHAPED, Demand, Demands, Segment, moved_dims
+from mosaic_compiler.passes.demand import SHAPED, Demand, Demands, Segment
+from mosaic_compiler.passes.moves import moved_dims
 from mosaic_compiler.passes.rows import FLAT, Layout, Space
 from mosaic_compiler.passes.selectors import Emitter, Selectors
 

@@ -20,6 +20,7 @@ from torch._ops import OpOverload
 
 from mosaic_compiler import ir
 from mosaic_compiler.passes import rows
+from mosaic_compiler.passes.moves import kept_dims, moved_dims, movement_base, movement_steps
 from mosaic_compiler.passes.rows import ATTENTIONS, MATMULS, Layout, Space
 
 aten = torch.ops.aten
@@ -27,9 +28,6 @@ aten = torch.ops.aten
 _AND = frozenset({aten.bitwise_and.Tensor, aten.logical_and.default})
 _OR = frozenset({aten.bitwise_or.Tensor, aten.logical_or.default})
 _NOT = frozenset({aten.bitwise_not.default, aten.logical_not.default})
-MOVES = frozenset(
-    {aten.slice.Tensor, aten.select.int, aten.index_select.default, aten.index.Tensor, aten.gather.default}
-)
 
 
 @dataclass(frozen=True)
@@ -409,73 +407,6 @@ def early_nodes(graph: fx.Graph) -> set[fx.Node]:
             if plain and not ir.has_effect(node) and node.target not in MATMULS and node.target not in ATTENTIONS:
                 early.add(node)
     return early
-
-
-def moved_dims(node: fx.Node) -> int | None:
-    """How many leading dims of its operand a move re-arranges, or ``None`` if the node is no move."""
-    if node.target not in MOVES or not isinstance(node.args[0], fx.Node):
-        return None
-    rank = len(rows.shape_of(node.args[0]))
-    if node.target is aten.index.Tensor:
-        indices = node.args[1]
-        tensors = [ir.tensor_of(i) if isinstance(i, fx.Node) else None for i in indices]  # type: ignore[union-attr]
-        if any(t is None or t.dtype == torch.bool for t in tensors):
-            return None
-        return len(tensors)
-    dim = ir.argument(node, "dim")
-    dims = rows.normal_dim(dim if isinstance(dim, int) else 0, rank) + 1
-    if node.target is aten.gather.default and row_index(node) is None:
-        return None
-    return dims if dims <= 2 else None
-
-
-def kept_dims(node: fx.Node, dims: int) -> int:
-    """How many leading dims of a move's result its operand's leading ``dims`` become."""
-    if node.target is aten.select.int:
-        return dims - 1
-    if node.target is aten.index.Tensor:
-        indices: Any = node.args[1]
-        return max(len(rows.shape_of(index)) for index in indices)
-    return dims
-
-
-def row_index(node: fx.Node) -> fx.Node | None:
-    """The index of a gather that is the same for every feature: an expand of [rows..., 1]."""
-    index, dim = node.args[2], node.args[1]
-    rank = len(rows.shape_of(node.args[0]))
-    at = rows.normal_dim(dim, rank)  # type: ignore[arg-type]
-    if not isinstance(index, fx.Node):
-        return None
-    narrow = index.args[0] if index.target is aten.expand.default else index
-    if not isinstance(narrow, fx.Node) or len(rows.shape_of(narrow)) != rank:
-        return None
-    if any(ir.expr_of(size) != 1 for size in rows.shape_of(narrow)[at + 1 :]):
-        return None
-    return narrow
-
-
-def movement_base(node: fx.Node) -> fx.Node | None:
-    """The tensor that a slice, an index or a concatenation of slices of one tensor takes its rows from."""
-    if moved_dims(node) is not None:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        return source
-    if node.target is aten.cat.default:
-        parts: Any = node.args[0]
-        dim = rows.normal_dim(ir.argument(node, "dim") or 0, len(rows.shape_of(node)))
-        bases = {movement_base(part) for part in parts}
-        same = all(part.target is aten.slice.Tensor and moved_dims(part) == dim + 1 for part in parts)
-        if same and len(bases) == 1:
-            return bases.pop()
-    return None
-
-
-def movement_steps(node: fx.Node) -> list[fx.Node]:
-    """The node and, for a concatenation of slices, the slices."""
-    if node.target is aten.cat.default:
-        parts: Any = node.args[0]
-        return [node, *parts]
-    return [node]
 
 
 def _has_features(layout: Layout, tensor: torch.Tensor) -> bool:

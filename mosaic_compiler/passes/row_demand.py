@@ -66,16 +66,10 @@ class RowDemandPass:
         module.meta["row_decisions"] = _decisions(demands)
         if demands.heavy:
             Compactor(module, demands).rewrite()
-            _remove_dead(module.graph)
+            ir.remove_dead_code(module.graph)
         module.graph.lint()
         module.recompile()
         return module
-
-
-def _remove_dead(graph: fx.Graph) -> None:
-    for node in reversed(list(graph.nodes)):
-        if not node.users and not ir.has_effect(node):
-            graph.erase_node(node)
 
 
 def _decisions(demands: Demands) -> tuple[RowDecision, ...]:

@@ -24,11 +24,9 @@ from mosaic_compiler.passes.demand import (
     Condition,
     Demands,
     Segment,
-    movement_base,
-    movement_steps,
-    row_index,
     size_sources,
 )
+from mosaic_compiler.passes.moves import movement_base, movement_steps, row_index
 from mosaic_compiler.passes.rows import Space
 
 aten = torch.ops.aten

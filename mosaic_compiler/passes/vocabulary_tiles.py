@@ -54,9 +54,7 @@ class VocabularyTilesPass:
                     head = _match(node)
                     if head is not None:
                         _Rewriter(module, head, self.tile).rewrite()
-            for node in reversed(list(module.graph.nodes)):
-                if not node.users and not ir.has_effect(node):
-                    module.graph.erase_node(node)
+            ir.remove_dead_code(module.graph)
         module.graph.lint()
         module.recompile()
         return module

@@ -11,34 +11,32 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import sympy
 import torch
 from torch import fx
-from torch.utils._pytree import tree_map_only
 
 from mosaic_compiler import ir
-from mosaic_compiler.errors import ArenaError, CanaryError
+from mosaic_compiler.errors import ArenaError
 from mosaic_compiler.planning.forms import Call, Kind
 from mosaic_compiler.planning.lifetimes import Lives, Sizes
-from mosaic_compiler.planning.plan import ALIGNMENT, Buffer, MemoryPlan
+from mosaic_compiler.planning.plan import Buffer, MemoryPlan
 from mosaic_compiler.runtime.arena import Arena
-
-Instruction: TypeAlias = "Callable[[], Any]"
-
-DEAD = 0xFF  # poison: NaN in every floating-point format, -1 in every integer
-CANARY = 0xA5
-GUARD = ALIGNMENT  # poison mode keeps this many bytes of canary behind each buffer
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A value that is only known during a call: ``slots[index]``."""
-
-    index: int
+from mosaic_compiler.runtime.instructions import (
+    CANARY,
+    DEAD,
+    GUARD,
+    Instruction,
+    Slot,
+    bound_call,
+    check_canary,
+    drop,
+    has_slot,
+    store,
+    store_all,
+)
 
 
 class Program:
@@ -208,7 +206,7 @@ class _Binder:
             self._destination(node)
         else:
             args, kwargs = self._resolve(node)
-            late = _has_slot((args, kwargs))
+            late = has_slot((args, kwargs))
             if form.kind is Kind.VIEW and not late:
                 self.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
             elif form.kind is Kind.MUTATION and (base := ir.alias_base(node)) is not None:
@@ -260,23 +258,23 @@ class _Binder:
             return view
         slot = self._slot(node, index, (node, index))
         make = functools.partial(torch.empty_strided, shape, stride, dtype=tensor.dtype, device=tensor.device)
-        self.instructions.append(_store(self.slots, slot.index, make))
+        self.instructions.append(store(self.slots, slot.index, make))
         return slot
 
     def _opaque(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> None:
         """Run as it is; each tensor result goes to a slot of its own, so that it can die by itself."""
-        run = _call(Call(node.target, tuple(args), tuple(kwargs.items())), self.slots)  # type: ignore[arg-type]
+        run = bound_call(Call(node.target, tuple(args), tuple(kwargs.items())), self.slots)  # type: ignore[arg-type]
         if self._is_empty(node):
             run = functools.partial(self._empty_results, node)
         roots = self.lives.storage.roots(node)
         if not isinstance(ir.value_of(node), (tuple, list)):
             slot = self._slot(node, 0, roots[0])
-            self.instructions.append(_store(self.slots, slot.index, run))
+            self.instructions.append(store(self.slots, slot.index, run))
             self.values[node] = slot
             return
         slots = tuple(self._slot(node, index, root) for index, root in enumerate(roots))
         self.values[node] = slots
-        self.instructions.append(_store_all(self.slots, [slot.index for slot in slots], run))
+        self.instructions.append(store_all(self.slots, [slot.index for slot in slots], run))
 
     def _is_empty(self, node: fx.Node) -> bool:
         """All results have zero elements: there is nothing to run.  (Some kernels divide by their number of
@@ -310,7 +308,7 @@ class _Binder:
         return self._slot_of[node, index]
 
     def _append(self, call: Call) -> None:
-        self.instructions.append(_call(call, self.slots))
+        self.instructions.append(bound_call(call, self.slots))
 
     # ------------------------------------------------------------------------------------- deaths
     def _find_deaths(self) -> dict[fx.Node, list[ir.Root]]:
@@ -330,81 +328,11 @@ class _Binder:
     def _bury(self, roots: Sequence[ir.Root]) -> None:
         indices = [index for root in roots for index in self._slots_in.get(root, ())]
         if indices:
-            self.instructions.append(functools.partial(_drop, self.slots, indices))
+            self.instructions.append(functools.partial(drop, self.slots, indices))
         if not self.poison:
             return
         for root in roots:
             symbolic = self.lives.root_buffers.get(root)
             buffer = self.placed[symbolic.name] if symbolic is not None else None
             if buffer is not None and buffer.kind == "arena":
-                self.instructions.append(functools.partial(_check_canary, self.arena, buffer))
-
-
-# -------------------------------------------------------------------------------------- instructions
-def _drop(slots: list[Any], indices: Sequence[int]) -> None:
-    for index in indices:
-        slots[index] = None
-
-
-def _check_canary(arena: Arena, buffer: Buffer) -> None:
-    assert buffer.offset is not None
-    end = buffer.offset + buffer.nbytes
-    wrong = arena.find_other(end - GUARD, end, CANARY)
-    if wrong is not None:
-        raise CanaryError(f"something wrote {wrong - (end - GUARD)} bytes behind the end of {buffer.describe()}")
-    arena.fill(buffer.offset, end, DEAD)
-
-
-def _store(slots: list[Any], index: int, make: Instruction) -> Instruction:
-    def instruction() -> None:
-        slots[index] = make()
-
-    return instruction
-
-
-def _store_all(slots: list[Any], indices: Sequence[int], make: Instruction) -> Instruction:
-    def instruction() -> None:
-        for index, value in zip(indices, make(), strict=True):
-            slots[index] = value
-
-    return instruction
-
-
-def _has_slot(values: Any) -> bool:
-    if isinstance(values, Mapping):
-        return any(_has_slot(value) for value in values.values())
-    if isinstance(values, (tuple, list)):
-        return any(_has_slot(value) for value in values)
-    return isinstance(values, Slot)
-
-
-def _call(call: Call, slots: list[Any]) -> Instruction:
-    """A prebound call; arguments that are slots are read when it runs and never kept."""
-    kwargs = dict(call.kwargs)
-    if not _has_slot((call.args, kwargs)):
-        return functools.partial(call.function, *call.args, **kwargs)
-    function = call.function
-    nested = any(_has_slot(v) for v in (*call.args, *kwargs.values()) if not isinstance(v, Slot))
-    if nested:
-
-        def general() -> Any:
-            args, named = tree_map_only(Slot, lambda slot: slots[slot.index], (list(call.args), kwargs))
-            return function(*args, **named)
-
-        return general
-    late_args = [(i, v.index) for i, v in enumerate(call.args) if isinstance(v, Slot)]
-    late_kwargs = [(k, v.index) for k, v in kwargs.items() if isinstance(v, Slot)]
-    fixed_args = list(call.args)
-
-    def instruction() -> Any:
-        args = fixed_args.copy()
-        for position, index in late_args:
-            args[position] = slots[index]
-        if not late_kwargs:
-            return function(*args, **kwargs)
-        named = kwargs.copy()
-        for name, index in late_kwargs:
-            named[name] = slots[index]
-        return function(*args, **named)
-
-    return instruction
+                self.instructions.append(functools.partial(check_canary, self.arena, buffer))
