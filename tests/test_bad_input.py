@@ -52,14 +52,9 @@ def test_short_sequences(net, length):
 def test_one_token_and_no_token_of_a_real_step():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {
-        "vocab_size": 60,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-    }
-    step = DenoisingStep(LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, is_causal=False)).eval(), 3)
+    sizes = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, num_attention_heads=4, is_causal=False, use_cache=False)
+    step = DenoisingStep(LlamaForCausalLM(config).eval(), 3)
     arguments = torch.full((1, 1), 3), block_window(1, 0, 1), torch.tensor([1])
     nothing = torch.full((1, 0), 3), block_window(0, 0, 0), torch.tensor([0])
     fast = compiled(step)
