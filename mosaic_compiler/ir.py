@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -335,7 +335,3 @@ def fake_mode_of(module: fx.GraphModule) -> Any:
     """The FakeTensorMode under which the graph's metadata was made, or ``None``."""
     values = [v for node in module.graph.nodes for v in tensors_of(node) if v is not None]
     return torch._guards.detect_fake_mode(values)
-
-
-def as_nodes(values: Sequence[object]) -> list[fx.Node]:
-    return [value for value in values if isinstance(value, fx.Node)]

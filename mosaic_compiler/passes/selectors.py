@@ -149,9 +149,7 @@ class Selectors(Emitter):
         combine = operator.mul if expr.is_Mul else operator.add
         result, *rest = (self.size(factor) for factor in expr.args)
         for factor in rest:
-            node = self.bare(combine, result, factor)
-            node.meta["val"] = combine(*(ir.value_of(x) if isinstance(x, fx.Node) else x for x in (result, factor)))
-            result = node
+            result = self._arithmetic(combine, result, factor)
         assert isinstance(result, fx.Node)
         return result
 
@@ -249,17 +247,16 @@ class Selectors(Emitter):
         for dim, size in enumerate(rows.shape_of(moved)):
             extent = ir.expr_of(size)
             factor = int(extent) if extent.is_Integer else self.emit(aten.sym_size.int, moved, dim)
-            if isinstance(result, int) and isinstance(factor, int):
-                result = result * factor
-            elif result == 1:
-                result = factor
-            else:
-                node = self.bare(operator.mul, result, factor)
-                node.meta["val"] = operator.mul(
-                    *(ir.value_of(x) if isinstance(x, fx.Node) else x for x in (result, factor))
-                )
-                result = node
+            result = factor if result == 1 else self._arithmetic(operator.mul, result, factor)
         return result
+
+    def _arithmetic(self, combine: Any, left: Any, right: Any) -> Any:
+        """The sum or product of two sizes, each an int or a node."""
+        if isinstance(left, int) and isinstance(right, int):
+            return combine(left, right)
+        node = self.bare(combine, left, right)
+        node.meta["val"] = combine(*(ir.value_of(x) if isinstance(x, fx.Node) else x for x in (left, right)))
+        return node
 
     def _apply(self, node: fx.Node, base: fx.Node, numbers: fx.Node) -> fx.Node:
         """``node`` with ``numbers`` (shaped as the base's rows) in the place of ``base``."""

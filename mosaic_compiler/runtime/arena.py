@@ -53,39 +53,15 @@ class Arena(Protocol):
         """Give all memory back; the address range stays reserved."""
 
 
-class HostArena:
-    """An arena in host memory (see :class:`Arena`).
+class _Bytes:
+    """What every arena does with the bytes it has: typed views over them, and poison."""
 
-    Args:
-        capacity: address range in bytes; the default is the machine's memory, which is also the most
-            a plan can ever get.
-
-    Raises:
-        ArenaError: if not even a small address range can be reserved.
-    """
-
-    def __init__(self, capacity: int | None = None) -> None:
-        self.number = next(_numbers)
-        self._capacity, self._memory = _reserve(capacity or machine_memory())
-        self.reserved = 0
-        self._touched = 0
-        self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
-        self._typed: dict[torch.dtype, torch.Tensor] = {}
+    _bytes: torch.Tensor
+    _typed: dict[torch.dtype, torch.Tensor]
 
     @property
     def capacity(self) -> int:
-        return self._capacity
-
-    def ensure(self, height: int) -> None:
-        if height > self.capacity:
-            raise ArenaError(
-                f"the plan needs {height} bytes of arena, this machine has {self.capacity}: "
-                "use shorter sequences or a smaller batch"
-            )
-        if height < self._touched:
-            self._give_back(height)
-        self.reserved = height
-        self._touched = max(self._touched, height)
+        return self._bytes.numel()
 
     def tensor(
         self, offset: int, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int], limit: int
@@ -99,11 +75,45 @@ class HostArena:
 
     def fill(self, start: int, end: int, byte: int) -> None:
         self._bytes[start:end] = byte
-        self._touched = max(self._touched, end)
 
     def find_other(self, start: int, end: int, byte: int) -> int | None:
         wrong = (self._bytes[start:end] != byte).nonzero()
         return start + int(wrong[0]) if len(wrong) else None
+
+
+class HostArena(_Bytes):
+    """An arena in host memory (see :class:`Arena`).
+
+    Args:
+        capacity: address range in bytes; the default is the machine's memory, which is also the most
+            a plan can ever get.
+
+    Raises:
+        ArenaError: if not even a small address range can be reserved.
+    """
+
+    def __init__(self, capacity: int | None = None) -> None:
+        self.number = next(_numbers)
+        _, self._memory = _reserve(capacity or machine_memory())
+        self.reserved = 0
+        self._touched = 0
+        self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self._typed: dict[torch.dtype, torch.Tensor] = {}
+
+    def ensure(self, height: int) -> None:
+        if height > self.capacity:
+            raise ArenaError(
+                f"the plan needs {height} bytes of arena, this machine has {self.capacity}: "
+                "use shorter sequences or a smaller batch"
+            )
+        if height < self._touched:
+            self._give_back(height)
+        self.reserved = height
+        self._touched = max(self._touched, height)
+
+    def fill(self, start: int, end: int, byte: int) -> None:
+        super().fill(start, end, byte)
+        self._touched = max(self._touched, end)
 
     def release(self) -> None:
         self._give_back(0)
@@ -134,7 +144,7 @@ def _reserve(capacity: int) -> tuple[int, mmap.mmap]:
     raise ArenaError(f"cannot reserve {capacity} bytes of address space: raise the limit (ulimit -v)")
 
 
-class PlainArena:
+class PlainArena(_Bytes):
     """An arena that is one ordinary allocation on a device (see :class:`Arena`).
 
     For devices without an arena of their own.  It moves when it has to grow, and gets another number then,
@@ -149,10 +159,6 @@ class PlainArena:
         self._bytes = torch.empty(0, dtype=torch.uint8, device=device)
         self._typed: dict[torch.dtype, torch.Tensor] = {}
 
-    @property
-    def capacity(self) -> int:
-        return self._bytes.numel()
-
     def ensure(self, height: int) -> None:
         if height > self.capacity:
             self._typed.clear()
@@ -164,22 +170,6 @@ class PlainArena:
             except torch.OutOfMemoryError as error:
                 raise ArenaError(f"the plan needs {height} bytes on {self.device}: {error}") from None
         self.reserved = height
-
-    def tensor(
-        self, offset: int, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int], limit: int
-    ) -> torch.Tensor:
-        check_bounds(offset, dtype, shape, stride, min(limit, self.capacity))
-        typed = self._typed.get(dtype)
-        if typed is None:
-            typed = self._typed[dtype] = self._bytes.view(dtype)
-        return torch.as_strided(typed, list(shape), list(stride), offset // dtype.itemsize)
-
-    def fill(self, start: int, end: int, byte: int) -> None:
-        self._bytes[start:end] = byte
-
-    def find_other(self, start: int, end: int, byte: int) -> int | None:
-        wrong = (self._bytes[start:end] != byte).nonzero()
-        return start + int(wrong[0]) if len(wrong) else None
 
     def release(self) -> None:
         """Give all memory back.  The next plan gets a fresh allocation under another number."""
