@@ -38,6 +38,20 @@ class PlanError(MosaicError):
     """A memory plan is not valid: overlap, out of bounds, or a malformed plan file."""
 
 
+class BudgetError(MosaicError):
+    """No chunk sizes make a step fit its memory budget.
+
+    Attributes:
+        needed: bytes that the step needs at least.
+        budget: bytes that it was given.
+        longest: the number of tokens that would fit, in proportion; ``None`` if lengths are fixed.
+    """
+
+    def __init__(self, message: str, needed: int, budget: int, longest: int | None) -> None:
+        super().__init__(message)
+        self.needed, self.budget, self.longest = needed, budget, longest
+
+
 class ArenaError(MosaicError):
     """The virtual-memory arena cannot provide the memory a plan asks for."""
 

@@ -19,6 +19,8 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from mosaic_compiler.loops import loop_of
+
 Root: TypeAlias = "tuple[fx.Node, int]"
 """A storage: the node that creates it and which of its outputs it is (0 for a single output)."""
 
@@ -87,6 +89,15 @@ def is_contiguous(tensor: torch.Tensor) -> bool:
     return True
 
 
+def memory_order(tensor: torch.Tensor) -> list[int]:
+    """Dims from the largest stride to the smallest; dims of size 1 stay where they are."""
+    strides = [expr_of(stride) for stride in tensor.stride()]
+    strides = [int(s.xreplace({symbol: sympy.Integer(1009) for symbol in s.free_symbols})) for s in strides]
+    wide = [dim for dim, size in enumerate(tensor.shape) if expr_of(size) != 1]
+    ranked = iter(sorted(wide, key=lambda dim: -strides[dim]))
+    return [next(ranked) if dim in wide else dim for dim in range(tensor.dim())]
+
+
 def free_symbols(node: fx.Node) -> set[sympy.Symbol]:
     """Symbols in the sizes, strides and offsets of everything the node produces."""
     found: set[sympy.Symbol] = set()
@@ -148,7 +159,10 @@ def overloads_of(op: OpOverload) -> list[OpOverload]:
 
 
 def mutated_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
-    """Nodes whose storage this node writes, by its operator schema."""
+    """Nodes whose storage this node writes, by its operator schema; for a loop, the operands it takes over."""
+    loop = loop_of(node)
+    if loop is not None:
+        return tuple(node.args[spec.into] for spec in loop.outputs if spec.into is not None)  # type: ignore[misc]
     if not isinstance(node.target, OpOverload):
         return ()
     written: list[fx.Node] = []
@@ -244,10 +258,26 @@ class StorageMap:
             source, index = self._roots[node.args[0]], node.args[1]
             if isinstance(index, int) and tensor_of(node) is not None and index < len(source):
                 return (source[index],)
+        loop = loop_of(node)
+        if loop is not None:
+            return tuple(self._loop_result(node, index, spec.into) for index, spec in enumerate(loop.outputs))
         base = alias_base(node) if node.op == "call_function" else None
         if base is not None and len(self._roots[base]) == 1:
             return tuple(self._roots[base][0] for _ in tensors_of(node))
         return tuple((node, index) if tensor is not None else None for index, tensor in enumerate(tensors_of(node)))
+
+
+    def _loop_result(self, node: fx.Node, index: int, into: int | None) -> Root | None:
+        if into is None:
+            return (node, index)
+        operand = node.args[into]
+        assert isinstance(operand, fx.Node)
+        return self._roots[operand][0]
+
+
+def is_computed(root: Root) -> bool:
+    """The storage belongs to the step: it is no input, weight or constant."""
+    return root[0].op in ("call_function", "call_module")
 
 
 def escaping_roots(graph: fx.Graph, storage: StorageMap) -> set[Root]:

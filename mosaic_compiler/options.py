@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from mosaic_compiler.errors import OptionsError
+from mosaic_compiler.planning.budget import parse_budget
 from mosaic_compiler.settings import Settings, read_settings
 
 PLACEMENTS = ("auto", "naive", "size", "live-total")
@@ -32,6 +33,10 @@ class MosaicOptions:
         placement: ``auto`` (best of the portfolio) or one algorithm by name; ``naive`` never reuses.
         vocabulary_tile: compute heads whose logits are only reduced (argmax, confidence, entropy, top-k) in
             tiles of so many vocabulary columns, so that no logits tensor exists; ``None`` computes them whole.
+        memory_budget: bytes (``8_000_000_000`` or ``"8GiB"``) for everything that a step allocates besides weights,
+            inputs and outputs; loops are chunked as far as that needs.  ``None``: what is free when a new length
+            is planned.
+        chunk_rows: force every loop to this many rows per chunk, whatever the budget (for experiments).
         program_cache: how many bound programs (one per length and set of weights) a graph keeps.
     """
 
@@ -41,6 +46,8 @@ class MosaicOptions:
     disable: tuple[str, ...] = ()
     placement: str = "auto"
     vocabulary_tile: int | None = None
+    memory_budget: int | str | None = None
+    chunk_rows: int | None = None
     program_cache: int = 64
 
     def __post_init__(self) -> None:
@@ -58,6 +65,10 @@ class MosaicOptions:
         tile = self.vocabulary_tile
         valid_tile = tile is None or (isinstance(tile, int) and not isinstance(tile, bool) and tile >= 1)
         _expect(valid_tile, "vocabulary_tile", "a whole number of columns from 1, or None", tile)
+        object.__setattr__(self, "memory_budget", parse_budget(self.memory_budget))
+        chunk = self.chunk_rows
+        valid_chunk = chunk is None or (isinstance(chunk, int) and not isinstance(chunk, bool) and chunk >= 1)
+        _expect(valid_chunk, "chunk_rows", "a whole number of rows from 1, or None", chunk)
         count = self.program_cache
         valid_count = isinstance(count, int) and not isinstance(count, bool) and count >= 1
         _expect(valid_count, "program_cache", "a whole number from 1", count)

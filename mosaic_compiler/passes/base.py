@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 
 class Pass(Protocol):
@@ -23,12 +24,16 @@ class Pass(Protocol):
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule: ...
 
 
-def trace(function: Callable[..., Any], *args: Any) -> fx.GraphModule:
+def trace(
+    function: Callable[..., Any], *args: Any, dynamic: Sequence[tuple[int, ...]] | None = None
+) -> fx.GraphModule:
     """Trace ``function`` into a functional ATen graph with symbolic sizes, ready for any pass.
 
     Args:
         function: takes tensors, returns a tensor or a tuple of tensors; must not mutate its inputs.
         args: example tensors; every size above 1 becomes a symbol.
+        dynamic: per argument the dims whose sizes become symbols (missing ones: none), for example ``[(1,)]``
+            for token ids [1, N] and weights behind them.
 
     Example:
         >>> module = trace(lambda x: (x + 1).relu(), torch.randn(4, 8))
@@ -36,5 +41,14 @@ def trace(function: Callable[..., Any], *args: Any) -> fx.GraphModule:
         torch.Size([6, 8])
     """
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    fakes = [mode.from_tensor(arg) for arg in args]
+    if dynamic is None:
+        fakes = [mode.from_tensor(arg) for arg in args]
+    else:
+        choices = [*dynamic, *[()] * (len(args) - len(dynamic))]
+        fakes = [mode.from_tensor(arg, symbolic_context=_context(arg, dims)) for arg, dims in zip(args, choices, strict=True)]
     return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*fakes)
+
+
+def _context(tensor: torch.Tensor, dims: tuple[int, ...]) -> StatelessSymbolicContext[Any, Any]:
+    kinds = [DimDynamic.DYNAMIC if dim in dims else DimDynamic.STATIC for dim in range(tensor.dim())]
+    return StatelessSymbolicContext(dynamic_sizes=kinds)

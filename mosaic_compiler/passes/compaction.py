@@ -152,7 +152,7 @@ class Compactor(Emitter):
             return self.emit(aten.transpose.int, picked, layout.index(0), row_dim)
         column = self.emit(aten.remainder.Scalar, index, inner)
         order = [layout.index(0), layout.index(1)]
-        order += [dim for dim in _memory_order(source) if dim not in order]
+        order += [dim for dim in ir.memory_order(_tensor(source)) if dim not in order]
         in_front = order == list(range(len(layout)))
         front = source if in_front else self.emit(aten.permute.default, source, order)
         picked = self.emit(aten.index.Tensor, front, [row, column])  # [M, features...]
@@ -164,7 +164,7 @@ class Compactor(Emitter):
     def _select_rows(self, source: fx.Node, dim: int, index: fx.Node) -> fx.Node:
         """``index_select`` that keeps the order of dims in memory, so that whole rows are copied and the
         views behind it stay views."""
-        order = _memory_order(source)
+        order = ir.memory_order(_tensor(source))
         if order == list(range(len(order))):
             return self.emit(aten.index_select.default, source, dim, index)
         front = self.emit(aten.permute.default, source, order)
@@ -235,15 +235,10 @@ class Compactor(Emitter):
             changed.add(node)
 
 
-def _memory_order(source: fx.Node) -> list[int]:
-    """Dims from the largest stride to the smallest; dims of size 1 stay where they are."""
-    tensor = ir.tensor_of(source)
+def _tensor(node: fx.Node) -> torch.Tensor:
+    tensor = ir.tensor_of(node)
     assert tensor is not None
-    strides = [ir.expr_of(stride) for stride in tensor.stride()]
-    strides = [int(s.xreplace({symbol: sympy.Integer(1009) for symbol in s.free_symbols})) for s in strides]
-    wide = [dim for dim, size in enumerate(tensor.shape) if ir.expr_of(size) != 1]
-    ranked = iter(sorted(wide, key=lambda dim: -strides[dim]))
-    return [next(ranked) if dim in wide else dim for dim in range(tensor.dim())]
+    return tensor
 
 
 def _row_dim(layout: Layout, space: Space) -> int:

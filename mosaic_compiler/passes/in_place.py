@@ -11,6 +11,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from mosaic_compiler import ir
+from mosaic_compiler.loops import ChunkLoop, loop_of, set_loop
 from mosaic_compiler.planning.forms import inplace_twin, native_out
 
 
@@ -25,6 +26,9 @@ class InPlacePass:
     - ``a``'s storage belongs to the step: it is no input, weight or constant, and no output;
     - no alias of ``a`` is read later, and no other operand overlaps ``a`` with another layout
       (``add(x, x)`` is fine, ``add(x, x.flip)`` through a view is not).
+
+    Likewise inside of loop bodies, except for the results of a loop: those are written straight into the
+    full-length value (``passes/reuse_rows.py`` decides whose memory that is).
 
     Requires: a canonical graph.  Guarantees: same outputs, bit for bit.
 
@@ -45,20 +49,48 @@ class InPlacePass:
 
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
         module = ir.copy_graph(module)
-        graph = module.graph
-        order = {node: index for index, node in enumerate(graph.nodes)}
-        storage = ir.StorageMap(graph)
-        escaping = ir.escaping_roots(graph, storage)
-        last_read: dict[ir.Root, int] = {}
+        _Rewriter(module.graph, results_may_move=True).run()
+        bodies: dict[ChunkLoop, ChunkLoop] = {}
+        for node in module.graph.nodes:
+            loop = loop_of(node)
+            if loop is not None:
+                if loop not in bodies:
+                    bodies[loop] = loop.with_body(_rewritten(loop.body))
+                set_loop(module, node, str(node.target), bodies[loop])
+        module.graph.lint()
+        module.recompile()
+        return module
+
+
+def _rewritten(body: fx.GraphModule) -> fx.GraphModule:
+    body = ir.copy_graph(body)
+    _Rewriter(body.graph, results_may_move=False).run()
+    body.graph.lint()
+    body.recompile()
+    return body
+
+
+class _Rewriter:
+    """Rewrites one graph in place (see the pass)."""
+
+    def __init__(self, graph: fx.Graph, *, results_may_move: bool) -> None:
+        self.graph, self.results_may_move = graph, results_may_move
+        self.order = {node: index for index, node in enumerate(graph.nodes)}
+        self.storage = ir.StorageMap(graph)
+        self.escaping = ir.escaping_roots(graph, self.storage)
+        self.last_read: dict[ir.Root, int] = {}
         for node in graph.nodes:
             for operand in node.all_input_nodes:
-                for root in storage.roots(operand):
+                for root in self.storage.roots(operand):
                     if root is not None:
-                        last_read[root] = order[node]
-        for node in list(graph.nodes):
-            operand = self._operand_to_reuse(node, order, storage, escaping, last_read)
+                        self.last_read[root] = self.order[node]
+
+    def run(self) -> None:
+        storage, last_read = self.storage, self.last_read
+        for node in list(self.graph.nodes):
+            operand = self._operand_to_reuse(node)
             if operand is None:
-                if node.op == "call_function" and ir.alias_base(node) is not None:
+                if node.op in ("call_function", "call_module"):
                     storage.add(node)  # a view of something that was rewritten above
                 continue
             own, reused = storage.root(node), storage.root(operand)
@@ -66,21 +98,11 @@ class InPlacePass:
             assert reused is not None
             _write_into(node, operand)
             storage.alias(node, reused)
-            last_read[reused] = max(last_read[reused], last_read.get(own, order[node]))
-            if own in escaping:
-                escaping.add(reused)
-        graph.lint()
-        module.recompile()
-        return module
+            last_read[reused] = max(last_read[reused], last_read.get(own, self.order[node]))
+            if own in self.escaping:
+                self.escaping.add(reused)
 
-    def _operand_to_reuse(
-        self,
-        node: fx.Node,
-        order: dict[fx.Node, int],
-        storage: ir.StorageMap,
-        escaping: set[ir.Root],
-        last_read: dict[ir.Root, int],
-    ) -> fx.Node | None:
+    def _operand_to_reuse(self, node: fx.Node) -> fx.Node | None:
         if node.op != "call_function" or not ir.is_pointwise(node) or ir.alias_base(node) is not None:
             return None
         assert isinstance(node.target, OpOverload)
@@ -88,15 +110,17 @@ class InPlacePass:
         native, twin = native_out(node.target), inplace_twin(node.target)
         if out is None or out.dim() == 0 or (native is None and twin is None):
             return None
+        if not self.results_may_move and self.storage.root(node) in self.escaping:
+            return None
         for operand in node.all_input_nodes:
-            tensor, root = ir.tensor_of(operand), storage.root(operand)
-            if tensor is None or root is None or root in escaping or root[0].op != "call_function":
+            tensor, root = ir.tensor_of(operand), self.storage.root(operand)
+            if tensor is None or root is None or root in self.escaping or not ir.is_computed(root):
                 continue
             if native is None and operand is not node.args[0]:
                 continue
-            if last_read[root] != order[node] or not ir.same_layout(tensor, out) or not covers_root(tensor, root):
+            if self.last_read[root] != self.order[node] or not ir.same_layout(tensor, out) or not covers_root(tensor, root):
                 continue
-            if any(storage.root(other) == root for other in node.all_input_nodes if other is not operand):
+            if any(self.storage.root(other) == root for other in node.all_input_nodes if other is not operand):
                 continue
             return operand
         return None

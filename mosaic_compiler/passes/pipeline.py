@@ -5,7 +5,9 @@ Order matters:
 1. ``canonicalize`` first: every later pass matches one spelling per operation.
 2. ``row-demand`` before ``in-place``: it calls ops again on fewer rows, which only pure ops allow.
 3. ``gather-logits`` and ``vocabulary-tiles`` behind ``row-demand``: they match the head as it left it.
-4. ``in-place`` last: it introduces writes, and no other pass moves or merges nodes around a write.
+4. ``chunk-loops`` when all graph-wide rewrites are done: those match nodes, not loop bodies.
+5. ``in-place`` and ``reuse-rows`` last: they introduce writes, and no other pass moves or merges nodes around a
+   write.  ``reuse-rows`` behind ``in-place``, because it must see when a body's results are written.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ from torch import fx
 
 from mosaic_compiler.passes.base import Pass
 from mosaic_compiler.passes.canonicalize import CanonicalizePass
+from mosaic_compiler.passes.chunk_loops import ChunkLoopsPass
 from mosaic_compiler.passes.gather_logits import GatherLogitsPass
 from mosaic_compiler.passes.in_place import InPlacePass
+from mosaic_compiler.passes.reuse_rows import ReuseRowsPass
 from mosaic_compiler.passes.row_demand import RowDemandPass
 from mosaic_compiler.passes.verifier import Verifier
 from mosaic_compiler.passes.vocabulary_tiles import VocabularyTilesPass
@@ -29,7 +33,9 @@ PASSES: tuple[Pass, ...] = (
     RowDemandPass(),
     GatherLogitsPass(),
     VocabularyTilesPass(),
+    ChunkLoopsPass(),
     InPlacePass(),
+    ReuseRowsPass(),
 )
 
 

@@ -33,6 +33,16 @@ Layout: TypeAlias = "tuple[Label, ...]"
 Space: TypeAlias = "tuple[sympy.Expr, ...]"
 
 
+class ChunkSpace(tuple[sympy.Expr, ...]):
+    """A space whose rows are taken in runs along the last dim, each run with all entries of the dims before it.
+
+    A run of ``(B, N)`` is [B, c], so ops may mix batch entries' rows as long as N is kept apart: attention,
+    whose queries of different batch entries meet different keys, can be called on [B, H, c, d].
+    """
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class Operand:
     """A tensor operand: where it stands in the node's arguments, and the layout it needs (None: FULL)."""
@@ -174,9 +184,9 @@ def _addmm(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
 
 def _bmm(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     left, right = node.args[0], node.args[1]
-    if layout[0] is not None or layout[2] is not None:
+    if layout[2] is not None or (layout[0] is not None and not isinstance(space, ChunkSpace)):
         return None
-    return [Operand(left, (None, layout[1], None)), Operand(right, None)]  # type: ignore[arg-type]
+    return [Operand(left, layout), Operand(right, None)]  # type: ignore[arg-type]
 
 
 def _layer_norm(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
@@ -193,12 +203,14 @@ def _attention(node: fx.Node, output: int, layout: Layout, space: Space) -> Answ
     meet different keys, so rows must not span the batch (or heads)."""
     query, key, value = node.args[:3]
     labels = (*layout, None) if output == 1 else layout
-    if output > 1 or len(labels) != 4 or labels[0] is not None or labels[1] is not None or labels[3] is not None:
+    if output > 1 or len(labels) != 4 or labels[1] is not None or labels[3] is not None:
+        return None
+    if labels[0] is not None and not isinstance(space, ChunkSpace):
         return None
     operands = [Operand(query, labels), Operand(key, None), Operand(value, None)]  # type: ignore[arg-type]
     mask = ir.argument(node, "attn_mask") or ir.argument(node, "attn_bias")
     if isinstance(mask, fx.Node):
-        operands.append(Operand(mask, aligned(mask, (None, None, labels[2], None))))
+        operands.append(Operand(mask, aligned(mask, (labels[0], None, labels[2], None))))
     return operands
 
 

@@ -5,7 +5,8 @@ topology   every operand is defined before its use; the graph lints
 metadata   dtype, sizes, strides and device of every node agree with a fake-tensor re-run
 signature  the outputs are those of the graph before: count, layout, and which inputs they alias
 effects    random draws and writes to inputs are the same, in the same order
-in-place   a write into a buffer of the step is legal (see ``passes/in_place.py``)
+in-place   a write into a buffer of the step is legal (``passes/in_place.py``, ``passes/reuse_rows.py``)
+loops      operands and results of a loop agree with its body: the same tensors with c rows
 quadratic  no value grows faster with the inputs' sizes than some value did before (no new N x N)
 ========== ==================================================================================
 """
@@ -24,8 +25,10 @@ from torch._ops import OpOverload
 
 from mosaic_compiler import ir
 from mosaic_compiler.errors import InvariantError
+from mosaic_compiler.loops import ChunkLoop, loop_of
+from mosaic_compiler.passes.reuse_rows import late_readers
 
-INVARIANTS = ("topology", "metadata", "signature", "effects", "in-place", "quadratic")
+INVARIANTS = ("topology", "metadata", "signature", "effects", "in-place", "loops", "quadratic")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Verifier:
     def __init__(self, module: fx.GraphModule) -> None:
         self._reference = facts_of(module)
         self._known: dict[Any, Any] = {}
+        self._bodies: dict[ChunkLoop, tuple[tuple[str, str], ...]] = {}
 
     def check(self, module: fx.GraphModule, pass_name: str) -> None:
         """Raise :class:`InvariantError` naming the pass and the invariant it broke."""
@@ -66,6 +70,9 @@ class Verifier:
             fail("effects", f"effects were {self._reference.effects}, now {facts.effects}")
         for problem in _illegal_writes(module.graph):
             fail("in-place", problem)
+        for node in module.graph.nodes:
+            for invariant, problem in self._loop(node):
+                fail(invariant, problem)
         if facts.degree > self._reference.degree:
             fail(
                 "quadratic",
@@ -76,7 +83,7 @@ class Verifier:
     def _metadata(self, module: fx.GraphModule) -> Iterator[str]:
         mode = ir.fake_mode_of(module)
         for node in module.graph.nodes:
-            if node.op != "call_function":
+            if node.op not in ("call_function", "call_module"):
                 continue
             if "val" not in node.meta:
                 if not (isinstance(node.target, OpOverload) and not node.target._schema.returns):
@@ -93,6 +100,25 @@ class Verifier:
             if got is not None and got != _layout(ir.value_of(node)):
                 yield f"{node.name} is {_layout(ir.value_of(node))}, a fake run gives {got}"
 
+    def _loop(self, node: fx.Node) -> Iterator[tuple[str, str]]:
+        """A call of a loop, and (once for all calls) its body."""
+        loop = loop_of(node)
+        if loop is None:
+            if node.op == "call_module":
+                yield "loops", f"{node.name} calls a submodule that is no chunk loop"
+            return
+        if loop not in self._bodies:
+            body = loop.body
+            problems = [("topology", problem) for problem in _topology(body.graph)]
+            problems = problems or [("metadata", problem) for problem in self._metadata(body)]
+            problems += [("in-place", problem) for problem in _illegal_writes(body.graph)]
+            problems += [("effects", f"{n.name} has an effect") for n in body.graph.nodes if _is_effect_in_body(n)]
+            self._bodies[loop] = tuple(problems)
+        for invariant, problem in self._bodies[loop]:
+            yield invariant, f"{node.name}: {problem}"
+        for problem in _disagreements(node, loop):
+            yield "loops", f"{node.name}: {problem}"
+
     def _fake_run(self, mode: Any, node: fx.Node) -> Any:
         from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
@@ -106,6 +132,49 @@ class Verifier:
             with mode:
                 self._known[key] = _layout(node.target(*args, **kwargs))  # type: ignore[operator]
         return self._known[key]
+
+
+def _is_effect_in_body(node: fx.Node) -> bool:
+    """A body runs once per chunk: it may write its own buffers, and nothing else."""
+    if node.op != "call_function" or not ir.has_effect(node):
+        return False
+    storage = ir.StorageMap(node.graph)
+    roots = [root for written in ir.mutated_arguments(node) for root in storage.roots(written)]
+    return not roots or any(root is None or not ir.is_computed(root) for root in roots)
+
+
+def _disagreements(node: fx.Node, loop: ChunkLoop) -> Iterator[str]:
+    """Operands and results of a call against the body's inputs and outputs, with all rows for a chunk's."""
+    inputs = [n for n in loop.body.graph.nodes if n.op == "placeholder"][1:]
+    if len(inputs) != len(node.args) or len(loop.operands) != len(inputs) or not loop.sliced():
+        yield f"{len(node.args)} operands for a body with {len(inputs)}"
+        return
+    first = node.args[loop.sliced()[0]]
+    rows = ir.expr_of(ir.tensors_of(first)[0].shape[loop.operands[loop.sliced()[0]]])  # type: ignore[arg-type,union-attr,index]
+
+    def whole(tensor: torch.Tensor, dim: int | None) -> Any:
+        sizes = [ir.expr_of(size) for size in tensor.shape]
+        if dim is not None:
+            if sizes[dim] != loop.chunk:
+                return f"no chunk of rows in dim {dim} of {sizes}"
+            sizes[dim] = rows
+        return tensor.dtype, tensor.device, tuple(sizes)
+
+    for operand, entry, dim in zip(node.args, inputs, loop.operands, strict=True):
+        given, expected = (ir.value_of(operand) if isinstance(operand, fx.Node) else operand), ir.value_of(entry)
+        if isinstance(expected, torch.Tensor):
+            if not isinstance(given, torch.Tensor) or whole(given, None) != whole(expected, dim):
+                yield f"operand {operand} is {_layout(given)}, its body takes {_layout(expected)}"
+        elif ir.expr_of(given) != ir.expr_of(expected):
+            yield f"operand {operand} is {given}, its body takes {expected}"
+    results: Any = loop.body.graph.output_node().args[0]
+    if not len(results) == len(loop.outputs) == len(ir.tensors_of(node)):
+        yield f"{len(results)} results of the body, {len(loop.outputs)} outputs"
+        return
+    for index, (part, spec, result) in enumerate(zip(results, loop.outputs, ir.tensors_of(node), strict=True)):
+        chunk = ir.tensor_of(part)
+        if chunk is None or result is None or whole(chunk, spec.dim) != whole(result, None):
+            yield f"result {index} is {_layout(result)}, its chunks are {_layout(chunk)}"
 
 
 def _signature_of(value: Any) -> Any:
@@ -194,19 +263,20 @@ def _output_fact(item: Any, storage: ir.StorageMap, data: dict[sympy.Symbol, sym
 
 def _effects(graph: fx.Graph, storage: ir.StorageMap) -> Iterator[Any]:
     for node in graph.nodes:
-        if node.op != "call_function":
+        if node.op not in ("call_function", "call_module"):
             continue
         if ir.is_random(node):
             yield (str(node.target), _layout(ir.value_of(node)))
         for argument in ir.mutated_arguments(node):
             for root in storage.roots(argument):
-                if root is not None and root[0].op != "call_function":
+                if root is not None and not ir.is_computed(root):
                     yield ("write", root[0].target)
 
 
 def _degree(node: fx.Node) -> int:
     """Largest total degree, in the graph's symbols, of an output's number of elements."""
-    worst = 0
+    loop = loop_of(node)
+    worst = max(map(_degree, loop.body.graph.nodes)) if loop is not None else 0
     for tensor in ir.tensors_of(node):
         if tensor is None:
             continue
@@ -241,11 +311,11 @@ def _illegal_writes(graph: fx.Graph) -> Iterator[str]:
                     readers.setdefault(root, []).append(node)
     after: dict[fx.Node, set[fx.Node]] = {}
     for node in graph.nodes:
-        for argument in ir.mutated_arguments(node) if node.op == "call_function" else ():
+        for argument in ir.mutated_arguments(node):
             root = storage.root(argument)
-            if root is None or root[0].op != "call_function":
+            if root is None or not ir.is_computed(root):
                 continue
-            successors = after.setdefault(node, _derived_from(node))
+            successors = after.setdefault(node, _derived_from(node, root, storage))
             for reader in readers.get(root, []):
                 late = order[reader] > order[node] or reader.op == "output"
                 through = any(
@@ -256,18 +326,41 @@ def _illegal_writes(graph: fx.Graph) -> Iterator[str]:
             if any(value not in successors and storage.root(value) == root for value in escaping_values):
                 yield f"{node.name} overwrites {root[0].name}, which is returned"
             yield from _overlapping_operands(node, argument, storage)
+            yield from _overlapping_rows(node, argument, storage)
 
 
-def _derived_from(node: fx.Node) -> set[fx.Node]:
+def _derived_from(node: fx.Node, root: ir.Root, storage: ir.StorageMap) -> set[fx.Node]:
     """The node and everything that is a view of, or a later write to, its result."""
     found = {node}
     todo = [node]
     while todo:
         for user in todo.pop().users:
-            if user not in found and (ir.alias_base(user) in found):
+            item = user.target is operator.getitem and storage.roots(user) == (root,)
+            if user not in found and (item or ir.alias_base(user) in found or found & set(ir.mutated_arguments(user))):
                 found.add(user)
                 todo.append(user)
     return found
+
+
+def _overlapping_rows(node: fx.Node, written: fx.Node, storage: ir.StorageMap) -> Iterator[str]:
+    """A loop that overwrites an operand's rows: the same rows, and not before they have been read."""
+    loop = loop_of(node)
+    if loop is None:
+        return
+    root = storage.root(written)
+    sharing = [arg for arg in node.args if isinstance(arg, fx.Node) and root in storage.roots(arg)]
+    if len(sharing) > 1:
+        yield f"{node.name} overwrites {written.name} and has another operand in the same storage"
+    for index, spec in enumerate(loop.outputs):
+        if spec.into is None or node.args[spec.into] is not written:
+            continue
+        target, result = ir.tensor_of(written), ir.tensors_of(node)[index]
+        if target is None or result is None or not ir.same_layout(target, result):
+            yield f"{node.name} overwrites {written.name}, whose layout is not that of the result"
+        if loop.operands[spec.into] != spec.dim:
+            yield f"{node.name} overwrites rows of {written.name} other than those that it reads"
+        for reader in late_readers(loop, index, spec.into):
+            yield f"{node.name}: {reader.name} reads rows of {written.name} that are overwritten already"
 
 
 def _overlapping_operands(node: fx.Node, written: fx.Node, storage: ir.StorageMap) -> Iterator[str]:

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from mosaic_compiler.planning.placement import place
-from mosaic_compiler.planning.plan import Buffer, MemoryPlan
+from mosaic_compiler.planning.plan import Buffer, MemoryPlan, PlannedLoop
 
-__all__ = ["Buffer", "MemoryPlan", "make_plan"]
+__all__ = ["Buffer", "MemoryPlan", "PlannedLoop", "make_plan"]
 
 
 def make_plan(
@@ -17,6 +17,7 @@ def make_plan(
     *,
     algorithm: str = "auto",
     symbols: Sequence[tuple[str, int]] = (),
+    loops: Sequence[PlannedLoop] = (),
 ) -> MemoryPlan:
     """Place the arena buffers and return the verified plan.
 
@@ -25,6 +26,7 @@ def make_plan(
         schedule: node names by position.
         algorithm: ``auto``, ``live-total``, ``size`` or ``naive``.
         symbols: the sizes that the bytes were computed for, kept for the reader.
+        loops: the chunk loops and their sizes, kept for the reader.
 
     Raises:
         PlanError: if a life is malformed.
@@ -37,4 +39,5 @@ def make_plan(
         schedule=tuple(schedule),
         symbols=tuple(symbols),
         algorithm=name,
+        loops=tuple(loops),
     )

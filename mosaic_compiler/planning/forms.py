@@ -25,6 +25,7 @@ from mosaic_compiler import ir
 from mosaic_compiler.kernels import ops
 from mosaic_compiler.kernels.gather_logits import gather_logits_triton
 from mosaic_compiler.kernels.head_statistics import head_statistics_
+from mosaic_compiler.loops import loop_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -50,6 +51,7 @@ class Kind(enum.Enum):
     MUTATION = "mutation"  # writes an operand
     DESTINATION = "destination"  # writes into a planned buffer
     OPAQUE = "opaque"  # allocates its own outputs
+    LOOP = "loop"  # runs a body for chunks of rows; its results are planned buffers
 
 
 @dataclass(frozen=True)
@@ -234,6 +236,8 @@ def form_of(node: fx.Node, main_device: torch.device) -> Form:
     """
     if node.op == "get_attr":
         return Form(Kind.CONSTANT)
+    if loop_of(node) is not None:
+        return Form(Kind.LOOP)
     outputs = ir.tensors_of(node)
     if not any(t is not None for t in outputs):
         effect = ir.has_effect(node)

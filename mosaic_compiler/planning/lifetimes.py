@@ -10,12 +10,20 @@ of the graph that is neither a placeholder nor the output.  Worked example::
 
 A view extends the life of the storage it looks into, so lives belong to storages (alias groups), never
 to nodes.
+
+A chunk loop takes the positions of its body: what it reads lives to its end, its full-length results live from
+its start, and what is local to the body lives in body positions, with the bytes of one chunk, because every
+iteration uses the same bytes again::
+
+    position 5   mm_4 = mm(x[c], w)     x: [.., 7)      chunk_loop_1.mm_4: [5, 7)
+    position 6   relu(mm_4)             the result of the loop, full length: [5, ..)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import operator
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import sympy
 import torch
@@ -24,6 +32,7 @@ from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.ir import prologue_nodes
+from mosaic_compiler.loops import ChunkLoop, loop_of
 from mosaic_compiler.planning.forms import Form, Kind, form_of, has_unbacked, main_device_of
 from mosaic_compiler.planning.plan import Buffer
 from mosaic_compiler.planning.scratch import scratch_bytes
@@ -67,6 +76,8 @@ class SymbolicBuffer:
     op: str
     module: str
     source: str
+    loop: str = ""
+    """The call of a loop that it is local to."""
 
     def at(self, sizes: Sizes) -> Buffer:
         return Buffer(
@@ -84,17 +95,52 @@ class SymbolicBuffer:
 
 
 @dataclass(frozen=True)
+class Scope:
+    """One graph that runs: the step's, or the body of one call of a loop.
+
+    Attributes:
+        nodes: what runs, in schedule order (of the step: behind the prologue).
+        forms: how each node gets its result.
+        root_buffers: the buffer of each storage root (roots of inputs and constants have none).
+        direct: roots of a body whose memory is a slice of the loop's result, by the position of that result.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    forms: Mapping[fx.Node, Form]
+    storage: ir.StorageMap
+    root_buffers: Mapping[ir.Root, SymbolicBuffer]
+    direct: Mapping[ir.Root, int]
+
+
+@dataclass(frozen=True)
+class LoopSpan:
+    """One call of a loop in the schedule.
+
+    Attributes:
+        node, loop: the call, and what it runs.
+        rows: how many rows it goes over.
+        start, end: schedule positions of its body.
+    """
+
+    node: fx.Node
+    loop: ChunkLoop
+    rows: sympy.Expr
+    start: int
+    end: int
+    scope: Scope
+
+
+@dataclass(frozen=True)
 class Lives:
     """Lives of every buffer of a graph, before any number is known.
 
     Attributes:
         buffers: one per storage the step creates, plus one per op with scratch.
-        schedule: node names by position.
-        nodes: the nodes behind the prologue, in schedule order.
+        schedule: node names by position; nodes of a loop's body as ``loop.node``.
         prologue: the nodes that run before sizes are known (see ``runtime/prologue.py``); they come first in
             the schedule, and their values live at least until the prologue has ended.
-        forms: how each node gets its result.
-        root_buffers: the buffer of each storage root (roots of inputs and constants have none).
+        scope: the step's own nodes.
+        loops: the loops, by the node that calls them, in schedule order.
         unsized: nodes whose bytes depend on data; they run, but outside of the plan.
         elsewhere: nodes whose results live on another device than the plan's.
     """
@@ -102,98 +148,228 @@ class Lives:
     buffers: tuple[SymbolicBuffer, ...]
     schedule: tuple[str, ...]
     device: torch.device
-    nodes: tuple[fx.Node, ...] = field(repr=False)
     prologue: tuple[fx.Node, ...] = field(repr=False)
-    forms: Mapping[fx.Node, Form] = field(repr=False)
-    storage: ir.StorageMap = field(repr=False)
-    root_buffers: Mapping[ir.Root, SymbolicBuffer] = field(repr=False)
+    scope: Scope = field(repr=False)
+    loops: Mapping[fx.Node, LoopSpan] = field(repr=False)
     unsized: tuple[fx.Node, ...] = ()
     elsewhere: tuple[fx.Node, ...] = ()
 
     @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """The step's own nodes behind the prologue."""
+        return self.scope.nodes
+
+    @property
+    def forms(self) -> Mapping[fx.Node, Form]:
+        """How each node gets its result, those of loop bodies included."""
+        every = dict(self.scope.forms)
+        for span in self.loops.values():
+            every.update(span.scope.forms)
+        return every
+
+    @property
+    def chunks(self) -> dict[sympy.Symbol, sympy.Expr]:
+        """The chunk-size symbols, with the number of rows that their loops go over."""
+        return {span.loop.chunk: span.rows for span in self.loops.values()}
+
+    @property
     def symbols(self) -> tuple[sympy.Symbol, ...]:
-        """The symbols that buffer sizes depend on, by name."""
+        """The symbols that buffer sizes depend on, by name; chunk sizes are not among them."""
         found: set[sympy.Symbol] = set()
         for buffer in self.buffers:
             found |= buffer.nbytes.free_symbols
             for size in buffer.shape:
                 found |= size.free_symbols
-        return tuple(sorted(found, key=str))
+        for rows in self.chunks.values():
+            found |= rows.free_symbols
+        return tuple(sorted(found - self.chunks.keys(), key=str))
 
     def at(self, sizes: Sizes) -> tuple[Buffer, ...]:
-        """The buffers with concrete bytes."""
+        """The buffers with concrete bytes.  Chunk sizes that ``sizes`` does not know are all rows."""
+        given = sizes.symbols
+        missing = {chunk: sizes(rows) for chunk, rows in self.chunks.items() if chunk not in given}
+        if missing:
+            sizes = Sizes(given | missing)
         return tuple(buffer.at(sizes) for buffer in self.buffers)
 
 
 def find_lives(module: fx.GraphModule) -> Lives:
     """Compute the lives of every storage that the graph creates, in its schedule order."""
-    graph = module.graph
-    device = main_device_of(module)
-    early = prologue_nodes(graph)
-    first = set(early)
-    schedule = early + [n for n in graph.nodes if n.op not in ("placeholder", "output") and n not in first]
-    position = {node: index for index, node in enumerate(schedule)}
-    storage = ir.StorageMap(graph)
-    forms = {node: Form(Kind.OPAQUE) if node in first else form_of(node, device) for node in schedule}
-    escaping = ir.escaping_roots(graph, storage)
+    return _Finder(module).find()
 
-    ends: dict[ir.Root, int] = {}
-    for node in schedule:
-        done = len(early) if node in first else 0
-        touched = [root for operand in node.all_input_nodes for root in storage.roots(operand)]
-        for root in (*touched, *storage.roots(node)):
-            if root is not None:
-                ends[root] = max(position[node] + 1, done)
 
-    buffers: list[SymbolicBuffer] = []
-    root_buffers: dict[ir.Root, SymbolicBuffer] = {}
-    unsized: list[fx.Node] = []
-    elsewhere: list[fx.Node] = []
-    for node in schedule:
-        form = forms[node]
-        if form.kind not in (Kind.DESTINATION, Kind.OPAQUE, Kind.MUTATION):
+@dataclass(frozen=True)
+class _BodyLives:
+    """Lives inside of a loop body, counted from its start, for all calls of the loop."""
+
+    scope: Scope
+    buffers: tuple[tuple[str, SymbolicBuffer], ...]  # with the node that each belongs to
+
+
+class _Finder:
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module, self.graph = module, module.graph
+        self.device = main_device_of(module)
+        self.early = prologue_nodes(self.graph)
+        self.unsized: list[fx.Node] = []
+        self.elsewhere: list[fx.Node] = []
+        self._bodies: dict[ChunkLoop, _BodyLives] = {}
+
+    def find(self) -> Lives:
+        first = set(self.early)
+        order = self.early + [n for n in self.graph.nodes if n.op not in ("placeholder", "output") and n not in first]
+        schedule: list[str] = []
+        start: dict[fx.Node, int] = {}
+        end: dict[fx.Node, int] = {}
+        for node in order:
+            start[node] = len(schedule)
+            loop = loop_of(node)
+            names = [node.name] if loop is None else [f"{node.name}.{n.name}" for n in self._body(loop).scope.nodes]
+            schedule += names
+            end[node] = max(len(schedule), len(self.early)) if node in first else len(schedule)
+        forms = {node: Form(Kind.OPAQUE) if node in first else form_of(node, self.device) for node in order}
+        storage = ir.StorageMap(self.graph)
+        escaping = ir.escaping_roots(self.graph, storage)
+        buffers, root_buffers = self._buffers(order, forms, storage, start, end, escaping, len(schedule))
+        nodes = tuple(node for node in order if node not in first)
+        spans: dict[fx.Node, LoopSpan] = {}
+        for node in nodes:
+            loop = loop_of(node)
+            if loop is not None:
+                span, local = self._span(node, loop, start[node], end[node])
+                spans[node] = span
+                buffers += local
+        return Lives(
+            buffers=(*buffers, *_scalar_arguments(self.module, len(schedule))),
+            schedule=tuple(schedule),
+            prologue=tuple(self.early),
+            device=self.device,
+            scope=Scope(nodes, forms, storage, root_buffers, {}),
+            loops=spans,
+            unsized=tuple(dict.fromkeys(self.unsized)),
+            elsewhere=tuple(dict.fromkeys(self.elsewhere)),
+        )
+
+    def _buffers(
+        self,
+        order: Sequence[fx.Node],
+        forms: Mapping[fx.Node, Form],
+        storage: ir.StorageMap,
+        start: Mapping[fx.Node, int],
+        end: Mapping[fx.Node, int],
+        escaping: Collection[ir.Root],
+        last: int,
+    ) -> tuple[list[SymbolicBuffer], dict[ir.Root, SymbolicBuffer]]:
+        """Buffers of one graph; what escapes lives to position ``last``."""
+        ends: dict[ir.Root, int] = {}
+        for node in order:
+            touched = [root for operand in node.all_input_nodes for root in storage.roots(operand)]
+            for root in (*touched, *storage.roots(node)):
+                if root is not None:
+                    ends[root] = end[node]
+        buffers: list[SymbolicBuffer] = []
+        root_buffers: dict[ir.Root, SymbolicBuffer] = {}
+        for node in order:
+            form = forms[node]
+            if form.kind not in (Kind.DESTINATION, Kind.OPAQUE, Kind.MUTATION, Kind.LOOP):
+                continue
+            outputs = ir.tensors_of(node)
+            for index, tensor in enumerate(outputs):
+                root = (node, index)
+                if tensor is None or storage.roots(node)[index] != root:
+                    continue
+                if has_unbacked(node):
+                    self.unsized.append(node)
+                    continue
+                if tensor.device != self.device:
+                    self.elsewhere.append(node)
+                    continue
+                kind = "arena" if form.kind in (Kind.DESTINATION, Kind.LOOP) else "transient"
+                buffer = _buffer(
+                    node,
+                    name=node.name if len(outputs) == 1 else f"{node.name}.{index}",
+                    kind="output" if root in escaping else kind,
+                    nbytes=ir.storage_extent(tensor),
+                    start=start[node],
+                    end=last if root in escaping else ends[root],
+                    tensor=tensor,
+                )
+                buffers.append(buffer)
+                root_buffers[root] = buffer
+            scratch = sympy.Integer(0) if has_unbacked(node) else scratch_bytes(node)
+            if scratch != 0:
+                buffers.append(
+                    _buffer(node, f"{node.name}.scratch", "scratch", scratch, start[node], start[node] + 1, None)
+                )
+        return buffers, root_buffers
+
+    # ------------------------------------------------------------------------------------------ loops
+    def _body(self, loop: ChunkLoop) -> _BodyLives:
+        if loop not in self._bodies:
+            self._bodies[loop] = self._find_body(loop)
+        return self._bodies[loop]
+
+    def _find_body(self, loop: ChunkLoop) -> _BodyLives:
+        graph = loop.body.graph
+        nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+        forms = {node: form_of(node, self.device) for node in nodes}
+        storage = ir.StorageMap(graph)
+        start = {node: i for i, node in enumerate(nodes)}
+        end = {node: i + 1 for node, i in start.items()}
+        buffers, root_buffers = self._buffers(nodes, forms, storage, start, end, (), len(nodes))
+        direct = _direct_results(loop, forms, storage)
+        results = ir.escaping_roots(graph, storage)  # copied out when the chunk is done
+        kept = {root: b for root, b in root_buffers.items() if root not in direct}
+        kept = {root: replace(b, end=len(nodes)) if root in results else b for root, b in kept.items()}
+        names = {buffer.name: buffer for buffer in kept.values()}
+        owned = [
+            (root[0].name, names[buffer.name]) for root, buffer in root_buffers.items() if buffer.name in names
+        ]
+        owned += [(b.name.removesuffix(".scratch"), b) for b in buffers if b.kind == "scratch"]
+        return _BodyLives(Scope(tuple(nodes), forms, storage, kept, direct), tuple(owned))
+
+    def _span(self, node: fx.Node, loop: ChunkLoop, start: int, end: int) -> tuple[LoopSpan, list[SymbolicBuffer]]:
+        body = self._body(loop)
+        origins: Mapping[str, ir.Provenance] = node.meta.get("origins", {})
+        made: dict[str, SymbolicBuffer] = {}
+        for owner, buffer in body.buffers:
+            origin = origins.get(owner)
+            made[buffer.name] = replace(
+                buffer,
+                name=f"{node.name}.{buffer.name}",
+                loop=node.name,
+                start=start + buffer.start,
+                end=start + buffer.end,
+                module=origin.module if origin is not None else buffer.module,
+                source=origin.source if origin is not None else buffer.source,
+            )
+        position = loop.sliced()[0]
+        operand = node.args[position]
+        assert isinstance(operand, fx.Node)
+        tensor, dim = ir.tensor_of(operand), loop.operands[position]
+        assert tensor is not None
+        assert dim is not None
+        own = replace(body.scope, root_buffers={root: made[b.name] for root, b in body.scope.root_buffers.items()})
+        return LoopSpan(node, loop, ir.expr_of(tensor.shape[dim]), start, end, own), list(made.values())
+
+
+def _direct_results(
+    loop: ChunkLoop, forms: Mapping[fx.Node, Form], storage: ir.StorageMap
+) -> dict[ir.Root, int]:
+    """Results that the body's ops can write straight into the loop's: a chunk of them is dense there, because
+    their rows are the outermost dim in memory."""
+    found: dict[ir.Root, int] = {}
+    results: tuple[fx.Node, ...] = loop.body.graph.output_node().args[0]  # type: ignore[assignment]
+    for index, (node, spec) in enumerate(zip(results, loop.outputs, strict=True)):
+        root, tensor = storage.root(node), ir.tensor_of(node)
+        if root is None or tensor is None or root in found or not ir.is_computed(root):
             continue
-        outputs = ir.tensors_of(node)
-        for index, tensor in enumerate(outputs):
-            root = (node, index)
-            if tensor is None or storage.roots(node)[index] != root:
-                continue
-            if has_unbacked(node):
-                unsized.append(node)
-                continue
-            if tensor.device != device:
-                elsewhere.append(node)
-                continue
-            kind = "arena" if form.kind is Kind.DESTINATION else "transient"
-            buffer = _buffer(
-                node,
-                name=node.name if len(outputs) == 1 else f"{node.name}.{index}",
-                kind="output" if root in escaping else kind,
-                nbytes=ir.storage_extent(tensor),
-                start=position[node],
-                end=len(schedule) if root in escaping else ends[root],
-                tensor=tensor,
-            )
-            buffers.append(buffer)
-            root_buffers[root] = buffer
-        scratch = sympy.Integer(0) if has_unbacked(node) else scratch_bytes(node)
-        if scratch != 0:
-            buffers.append(
-                _buffer(node, f"{node.name}.scratch", "scratch", scratch, position[node], position[node] + 1, None)
-            )
-    arguments = _scalar_arguments(module, len(schedule))
-    return Lives(
-        buffers=tuple(buffers) + arguments,
-        schedule=tuple(node.name for node in schedule),
-        nodes=tuple(node for node in schedule if node not in first),
-        prologue=tuple(early),
-        device=device,
-        forms=forms,
-        storage=storage,
-        root_buffers=root_buffers,
-        unsized=tuple(dict.fromkeys(unsized)),
-        elsewhere=tuple(dict.fromkeys(elsewhere)),
-    )
+        outer = spec.order[: spec.order.index(spec.dim)]
+        dense = all(ir.expr_of(tensor.shape[dim]) == 1 for dim in outer)
+        whole = node is root[0] or (node.target is operator.getitem and node.args[0] is root[0])
+        if dense and whole and forms[root[0]].kind is Kind.DESTINATION:
+            found[root] = index
+    return found
 
 
 def _scalar_arguments(module: fx.GraphModule, positions: int) -> tuple[SymbolicBuffer, ...]:

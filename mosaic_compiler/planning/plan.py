@@ -16,7 +16,7 @@ from typing import Any
 from mosaic_compiler.errors import PlanError
 
 SCHEMA = "mosaic.plan"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ALIGNMENT = 512  # bytes: what CUDA's caching allocator and vectorised kernels expect
 KINDS = ("arena", "transient", "output", "scratch")
 
@@ -63,6 +63,41 @@ class Buffer:
         return f"{self.name} [{self.start}, {self.end}) {self.nbytes} bytes{where}" + (f" ({origin})" if origin else "")
 
 
+@dataclass(frozen=True)
+class PlannedLoop:
+    """One chunk loop of the step.
+
+    Attributes:
+        name: the loop's call (its buffers are called ``name.node``).
+        start, end: schedule positions of its body, half-open.
+        rows: rows it goes over.
+        chunk: rows per iteration; ``rows`` if it is not chunked.
+        nbytes: most bytes that its body's own buffers hold at once.
+        unchunked: the same with all rows in one chunk.
+        reason: why this chunk size.
+        ops: its matmuls and attentions, in order.
+        operands: what it is called with, and whether rows of it or all of it are seen by an iteration.
+        module, source: where its last result comes from.
+    """
+
+    name: str
+    start: int
+    end: int
+    rows: int
+    chunk: int
+    nbytes: int = 0
+    unchunked: int = 0
+    reason: str = ""
+    ops: tuple[str, ...] = ()
+    operands: tuple[str, ...] = ()
+    module: str = ""
+    source: str = ""
+
+    @property
+    def iterations(self) -> int:
+        return -(-self.rows // self.chunk) if self.chunk else 0
+
+
 def live_bytes(buffers: Iterable[Buffer], positions: int) -> list[int]:
     """Bytes live at each of ``positions`` schedule positions (sizes rounded up to 512)."""
     delta = [0] * (positions + 1)
@@ -91,12 +126,14 @@ class MemoryPlan:
         schedule: node names by position.
         symbols: the sizes this plan was made for, such as ``(("s27", 8192),)``.
         algorithm: the placement that was chosen.
+        loops: the chunk loops, in schedule order.
     """
 
     buffers: tuple[Buffer, ...]
     schedule: tuple[str, ...]
     symbols: tuple[tuple[str, int], ...] = ()
     algorithm: str = ""
+    loops: tuple[PlannedLoop, ...] = ()
 
     def __post_init__(self) -> None:
         self.verify()
@@ -136,6 +173,12 @@ class MemoryPlan:
         return self.height + max(self.outside, default=0)
 
     @cached_property
+    def workspace(self) -> int:
+        """What a memory budget has to cover: arena + what is live outside of it, the returned outputs left out."""
+        outside = live_bytes(self.of_kind("transient", "scratch"), len(self.schedule))
+        return self.height + max(outside, default=0)
+
+    @cached_property
     def par(self) -> float:
         """Peak-to-average ratio of live bytes over the step (1.0 for an empty step)."""
         average = sum(self.timeline) / max(len(self.timeline), 1)
@@ -158,6 +201,9 @@ class MemoryPlan:
             if buffer.offset is not None and (buffer.offset < 0 or buffer.offset % ALIGNMENT):
                 raise PlanError(f"{buffer.describe()}: offset is not a multiple of {ALIGNMENT}")
         check_overlaps(self.of_kind("arena"))
+        for loop in self.loops:
+            if not 0 <= loop.start <= loop.end <= len(self.schedule) or not 0 <= loop.chunk <= loop.rows:
+                raise PlanError(f"loop {loop.name}: {loop.chunk} of {loop.rows} rows at [{loop.start}, {loop.end})")
 
     # --------------------------------------------------------------------------------------- JSON
     def to_json(self, *, indent: int | None = 1) -> str:
@@ -173,9 +219,11 @@ class MemoryPlan:
                 "lower_bound": self.lower_bound,
                 "naive": self.naive,
                 "peak": self.peak,
+                "workspace": self.workspace,
                 "par": round(self.par, 4),
             },
             "schedule": list(self.schedule),
+            "loops": [dataclasses.asdict(loop) for loop in self.loops],
             "buffers": [dataclasses.asdict(buffer) for buffer in self.buffers],
             "timeline": list(self.timeline),
         }
@@ -198,6 +246,7 @@ class MemoryPlan:
                 schedule=tuple(body["schedule"]),
                 symbols=tuple((str(k), int(v)) for k, v in body["symbols"].items()),
                 algorithm=str(body["algorithm"]),
+                loops=tuple(_loop_from(entry) for entry in body["loops"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"malformed plan: {type(error).__name__}: {error}") from None
@@ -208,6 +257,10 @@ class MemoryPlan:
 
 def _buffer_from(entry: dict[str, Any]) -> Buffer:
     return Buffer(**{**entry, "shape": tuple(entry["shape"])})
+
+
+def _loop_from(entry: dict[str, Any]) -> PlannedLoop:
+    return PlannedLoop(**{**entry, "ops": tuple(entry["ops"]), "operands": tuple(entry["operands"])})
 
 
 def check_overlaps(buffers: Sequence[Buffer]) -> None:

@@ -22,9 +22,11 @@ from mosaic_compiler import ir
 from mosaic_compiler.errors import CaptureError, FallbackError
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.pipeline import PassRecord
-from mosaic_compiler.planning import MemoryPlan, make_plan
+from mosaic_compiler.planning import MemoryPlan
+from mosaic_compiler.planning.budget import check_machine, free_memory, parse_budget
 from mosaic_compiler.planning.forms import ACCOUNTED_OPAQUE, Kind
 from mosaic_compiler.planning.lifetimes import Lives, Sizes, find_lives
+from mosaic_compiler.planning.planner import Planned, Planner
 from mosaic_compiler.runtime.arena import Arena, pool_for
 from mosaic_compiler.runtime.program import Program, bind, with_guards
 from mosaic_compiler.runtime.prologue import Prologue, capacity
@@ -80,8 +82,16 @@ class CompiledStep:
         self._static = tuple(i for i in static_inputs if ir.tensor_of(placeholders[i]) is not None)
         self._prologue = Prologue(module.graph)
         self._readers = _symbol_readers(module, placeholders, self._prologue.symbols)
-        self._symbols = self.lives.symbols
-        self._plans: dict[tuple[int, ...], MemoryPlan] = {}
+        self._budget = parse_budget(options.memory_budget)
+        check_machine(self._budget, self.lives.device)
+        self.planner = Planner(
+            self.lives,
+            counted=self._prologue.symbols,
+            placement=options.placement,
+            chunk_rows=options.chunk_rows,
+            widen=with_guards if options.poison else lambda buffers: buffers,
+        )
+        self._plans: dict[tuple[int, ...], Planned] = {}
         self._programs: OrderedDict[Any, _Entry] = OrderedDict()
         self._pool = pool_for(self.lives.device)
         self._pool.register(self)
@@ -95,19 +105,20 @@ class CompiledStep:
             del early
             sizes = self.sizes(numbers, counts)
             room = tuple([capacity(count) for count in counts])
-            arena.ensure(self.plan_for(self.sizes(numbers, room)).height)
+            planned = self.plan_for(self.sizes(numbers, room))
+            arena.ensure(planned.plan.height)
             key = (arena.number, numbers, room, pointers)
             entry = self._programs.get(key)
             if entry is None:
-                entry = self._programs[key] = self._bind(arena, sizes, self.sizes(numbers, room), values)
+                entry = self._programs[key] = self._bind(arena, sizes, planned, values)
             else:
                 self._programs.move_to_end(key)
             program = entry[0]
-            program.resize(sizes)
+            program.resize(self._with_chunks(sizes, planned))
             self.plan = program.plan
             return program.run(values)
 
-    def _bind(self, arena: Arena, sizes: Sizes, room: Sizes, values: Sequence[Any]) -> _Entry:
+    def _bind(self, arena: Arena, sizes: Sizes, planned: Planned, values: Sequence[Any]) -> _Entry:
         """A program for these sizes, in a plan with room for a few more rows; forgets stale programs."""
         for key, (_, weights) in list(self._programs.items()):
             if any((tensor := ref()) is None or tensor.data_ptr() != pointer for ref, pointer in weights):
@@ -117,8 +128,8 @@ class CompiledStep:
         program = bind(
             self.module,
             self.lives,
-            self.plan_for(room),
-            sizes,
+            planned.plan,
+            self._with_chunks(sizes, planned),
             values,
             frozenset(self._static),
             arena,
@@ -133,23 +144,26 @@ class CompiledStep:
         values = dict(zip([symbol for symbol, _ in self._readers], numbers, strict=True))
         return Sizes(values | dict(zip(self._prologue.symbols, counts, strict=True)))
 
-    def plan_for(self, sizes: Sizes) -> MemoryPlan:
-        """The verified plan for these sizes, made once."""
-        symbols = self._symbols
-        key = tuple(sizes(symbol) for symbol in symbols)
-        plan = self._plans.get(key)
-        if plan is None:
-            buffers = self.lives.at(sizes)
-            plan = self._plans[key] = make_plan(
-                with_guards(buffers) if self.options.poison else buffers,
-                self.lives.schedule,
-                algorithm=self.options.placement,
-                symbols=[(str(symbol), value) for symbol, value in zip(symbols, key, strict=True)],
-            )
+    def _with_chunks(self, sizes: Sizes, planned: Planned) -> Sizes:
+        return Sizes(sizes.symbols | dict(planned.chunks))
+
+    def plan_for(self, sizes: Sizes) -> Planned:
+        """The verified plan for these sizes, made once.
+
+        Raises:
+            BudgetError: if no chunk sizes fit the memory budget.
+        """
+        key = tuple(sizes(symbol) for symbol in self.planner.symbols)
+        planned = self._plans.get(key)
+        if planned is None:
+            budget = self._budget
+            if budget is None and self.lives.chunks:
+                budget = free_memory(self.lives.device, self._pool.reserved())
+            planned = self._plans[key] = self.planner.plan(sizes, budget)
             if len(self._plans) > 4 * self.options.program_cache:
                 self._plans.pop(next(iter(self._plans)))
-            self._on_plan(plan)
-        return plan
+            self._on_plan(planned.plan)
+        return planned
 
 
 def find_fallbacks(lives: Lives) -> tuple[Fallback, ...]:

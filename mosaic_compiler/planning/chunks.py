@@ -1,0 +1,246 @@
+"""The chunk-size search: the largest chunks whose plan fits a byte budget, and none where it fits without.
+
+Sizes of a loop's own buffers are linear in its chunk size c: ``bytes = A + B c`` (A, B from the other sizes).  So the
+live bytes of the whole step are a few additions for any choice of chunk sizes, and the search needs no placement:
+
+1. all loops unchunked; stop if that fits ("lazy");
+2. every loop whose own positions exceed the budget gets the largest chunk with which they do not;
+3. arena and memory outside of it have their worst moments at different positions: while their sum exceeds the budget,
+   the loop that holds one of them goes down until it does not hold it any more;
+4. every loop goes up again as far as the budget lets it.
+
+Chunk sizes are such that the chunks of a loop are of about the same size: rows / 1, rows / 2, ..., rounded up to 128,
+then 64, 32, ..., 1.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import sympy
+import torch
+
+from mosaic_compiler.planning.lifetimes import Lives, Sizes
+from mosaic_compiler.planning.plan import ALIGNMENT
+
+UNIT = 128
+
+
+@functools.lru_cache(maxsize=64)
+def candidates(rows: int) -> tuple[int, ...]:
+    """Chunk sizes worth trying for a loop over ``rows`` rows, the largest first.
+
+    candidates(1000) == (1000, 512, 384, 256, 128, 64, 32, 16, 8, 4, 2, 1)
+    """
+    even = {-(-rows // count // UNIT) * UNIT for count in range(2, rows // UNIT + 2)}
+    small = {UNIT >> shift for shift in range(1, UNIT.bit_length())}
+    return (rows, *sorted((size for size in even | small if size < rows), reverse=True))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Chunk sizes by symbol, and why each is what it is."""
+
+    rows: Mapping[sympy.Symbol, int]
+    reasons: Mapping[sympy.Symbol, str]
+
+
+@dataclass(frozen=True)
+class Shortfall:
+    """A budget that no chunk sizes meet.
+
+    Attributes:
+        needed: bytes with the smallest chunks.
+        position: schedule position of the worst moment.
+    """
+
+    needed: int
+    position: int
+
+
+class ChunkModel:
+    """Live bytes of one graph's step as a function of its chunk sizes.  Made once per graph."""
+
+    def __init__(self, lives: Lives) -> None:
+        self.lives = lives
+        self.positions = len(lives.schedule)
+        chunks = set(lives.chunks)
+        self._index: dict[sympy.Expr, int] = {}
+        kept = [b for b in lives.buffers if b.kind != "output"]
+        sizes = [self._index.setdefault(b.nbytes, len(self._index)) for b in kept]
+        self._size_of = torch.tensor(sizes, dtype=torch.int64)
+        self._starts = torch.tensor([b.start for b in kept], dtype=torch.int64)
+        self._ends = torch.tensor([b.end for b in kept], dtype=torch.int64)
+        self._in_arena = torch.tensor([b.kind == "arena" for b in kept], dtype=torch.bool)
+        self._terms = [_linear(expr, chunks) for expr in self._index]
+        self._owner: list[sympy.Symbol | None] = [None] * self.positions
+        for span in lives.loops.values():
+            self._owner[span.start : span.end] = [span.loop.chunk] * (span.end - span.start)
+        self._of_symbol = {
+            symbol: torch.tensor([i for i, owner in enumerate(self._owner) if owner == symbol], dtype=torch.int64)
+            for symbol in chunks
+        }
+        self._spans = {span.node.name: (span.start, span.end) for span in lives.loops.values()}
+        self._local = {
+            name: torch.tensor([b.loop == name for b in kept], dtype=torch.bool) for name in self._spans
+        }
+
+    def at(self, sizes: Sizes) -> Evaluation:
+        """The model with all sizes but the chunks' put in."""
+        return Evaluation(self, sizes)
+
+
+def _linear(expr: sympy.Expr, chunks: set[sympy.Symbol]) -> tuple[sympy.Expr, sympy.Symbol | None, sympy.Expr | None]:
+    """``expr`` as (A, c, B) with expr == A + B c; (expr, c, None) if it is not linear in its chunk size c."""
+    inside = expr.free_symbols & chunks
+    if not inside:
+        return expr, None, None
+    (symbol,) = inside
+    slope = sympy.expand(expr).coeff(symbol, 1)
+    rest = sympy.expand(expr - slope * symbol)
+    if rest.has(symbol) or slope.has(symbol):
+        return expr, symbol, None
+    return rest, symbol, slope
+
+
+_Cost: TypeAlias = "Callable[[Mapping[sympy.Symbol, int], sympy.Symbol], int]"
+
+
+class Evaluation:
+    """Live bytes for one (N, M, ...) as a function of the chunk sizes."""
+
+    def __init__(self, model: ChunkModel, sizes: Sizes) -> None:
+        self.model, self.sizes = model, sizes
+        self.rows = {symbol: sizes(rows) for symbol, rows in model.lives.chunks.items()}
+        terms = model._terms
+        self._symbols = list(self.rows)
+        index = {symbol: i for i, symbol in enumerate(self._symbols)}
+        self._base = torch.tensor([sizes(a) if c is None or b is not None else 0 for a, c, b in terms], dtype=torch.int64)
+        self._slope = torch.tensor([sizes(b) if b is not None else 0 for _, _, b in terms], dtype=torch.int64)
+        self._which = torch.tensor([index[c] if c is not None else 0 for _, c, _ in terms], dtype=torch.int64)
+        self._odd = [(i, a, c) for i, (a, c, b) in enumerate(terms) if c is not None and b is None]
+
+    def nbytes(self, chunks: Mapping[sympy.Symbol, int]) -> torch.Tensor:
+        """Bytes of every buffer, rounded up as in a plan.  int64 [buffers]."""
+        unique = self._base
+        if self._symbols:
+            values = torch.tensor([chunks[symbol] for symbol in self._symbols], dtype=torch.int64)
+            unique = unique + self._slope * values[self._which]
+        for i, expr, symbol in self._odd:
+            unique[i] = Sizes(self.sizes.symbols | {symbol: chunks[symbol]})(expr)
+        return ((unique + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT)[self.model._size_of]
+
+    def live(self, chunks: Mapping[sympy.Symbol, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Live bytes by position: in the arena, and outside of it.  Two int64 [positions]."""
+        nbytes = self.nbytes(chunks)
+        inside = nbytes * self.model._in_arena
+        return self._timeline(inside), self._timeline(nbytes - inside)
+
+    def _timeline(self, nbytes: torch.Tensor) -> torch.Tensor:
+        model = self.model
+        change = torch.zeros(model.positions + 1, dtype=torch.int64)
+        change.index_add_(0, model._starts, nbytes)
+        change.index_add_(0, model._ends, -nbytes)
+        return change.cumsum(0)[:-1]
+
+    def peak(self, chunks: Mapping[sympy.Symbol, int]) -> int:
+        """Most bytes in the arena plus most bytes outside: what a plan at the lower bound needs."""
+        inside, outside = self.live(chunks)
+        return int(inside.max()) + int(outside.max()) if self.model.positions else 0
+
+    def smallest(self) -> dict[sympy.Symbol, int]:
+        return {symbol: min(rows, 1) for symbol, rows in self.rows.items()}
+
+    def local_bytes(self, name: str, chunks: Mapping[sympy.Symbol, int]) -> int:
+        """Most bytes that the chunk-sized buffers of one loop hold at once."""
+        start, end = self.model._spans[name]
+        timeline = self._timeline(self.nbytes(chunks) * self.model._local[name])[start:end]
+        return int(timeline.max()) if len(timeline) else 0
+
+    # ----------------------------------------------------------------------------------------- search
+    def search(self, budget: int) -> Choice | Shortfall:
+        """The largest chunks that fit (see the module docstring)."""
+        chunks = dict(self.rows)
+        if not self.model.positions or self.peak(chunks) <= budget:
+            return Choice(chunks, dict.fromkeys(chunks, "fits without chunks"))
+        if self.peak(self.smallest()) > budget:
+            return self._shortfall()
+        for symbol in chunks:
+            chunks[symbol] = self._largest(symbol, chunks, budget, self._own_peak)
+        while self.peak(chunks) > budget:
+            symbol = self._holder(chunks)
+            options = [size for size in candidates(self.rows[symbol]) if size < chunks[symbol]]
+            before = self.peak(chunks)
+            for size in options:
+                chunks[symbol] = size
+                if self.peak(chunks) < before:
+                    break
+        for symbol in chunks:
+            chunks[symbol] = self._largest(symbol, chunks, budget, lambda c, _: self.peak(c))
+        reasons = {
+            symbol: f"{self._next_larger(symbol, size)} rows would exceed the budget"
+            if size < self.rows[symbol]
+            else "fits without chunks"
+            for symbol, size in chunks.items()
+        }
+        return Choice(chunks, reasons)
+
+    def _next_larger(self, symbol: sympy.Symbol, size: int) -> int:
+        return min(option for option in candidates(self.rows[symbol]) if option > size)
+
+    def _own_peak(self, chunks: Mapping[sympy.Symbol, int], symbol: sympy.Symbol) -> int:
+        """Most bytes, in the arena and outside together, while loops with this chunk size run."""
+        inside, outside = self.live(chunks)
+        at = self.model._of_symbol[symbol]
+        return int((inside + outside)[at].max()) if len(at) else 0
+
+    def _largest(self, symbol: sympy.Symbol, chunks: Mapping[sympy.Symbol, int], budget: int, cost: _Cost) -> int:
+        """The largest candidate whose cost is within the budget (bisection: costs grow with the chunk)."""
+        options = candidates(self.rows[symbol])
+        low, high = 0, len(options) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if cost({**chunks, symbol: options[middle]}, symbol) <= budget:
+                high = middle
+            else:
+                low = middle + 1
+        return options[low] if options else 0
+
+    def _holder(self, chunks: Mapping[sympy.Symbol, int]) -> sympy.Symbol:
+        """The loop, of those at the two worst moments, whose smaller chunk gains most."""
+        inside, outside = self.live(chunks)
+        owners = {self.model._owner[int(inside.argmax())], self.model._owner[int(outside.argmax())]}
+        movable = [s for s in self.rows if s in owners and chunks[s] > 1] or [s for s in self.rows if chunks[s] > 1]
+        return max(movable, key=lambda s: self.peak(chunks) - self.peak({**chunks, s: max(chunks[s] // 2, 1)}))
+
+    def _shortfall(self) -> Shortfall:
+        inside, outside = self.live(self.smallest())
+        return Shortfall(self.peak(self.smallest()), int((inside + outside).argmax()))
+
+
+def longest(model: ChunkModel, sizes: Sizes, tokens: Sequence[sympy.Symbol], main: sympy.Symbol, budget: int) -> int:
+    """The largest value of ``main`` (the number of tokens) whose plan can fit the budget.
+
+    The other ``tokens`` symbols (numbers of computed rows) grow in proportion.  0 if not even one token fits.
+    """
+    now = max(sizes(main), 1)
+
+    def fits(count: int) -> bool:
+        scaled = {symbol: -(-sizes(symbol) * count // now) for symbol in tokens}
+        evaluation = model.at(Sizes(sizes.symbols | scaled | {main: count}))
+        return evaluation.peak(evaluation.smallest()) <= budget
+
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while fits(high):
+        low, high = high, high * 2
+        if high > 1 << 40:
+            return low
+    while high - low > max(low // 4096, 1):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

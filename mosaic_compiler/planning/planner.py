@@ -1,0 +1,188 @@
+"""From the lives of one graph to a plan for given sizes inside a budget: chunk sizes, then placement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import sympy
+from torch import fx
+
+from mosaic_compiler import ir
+from mosaic_compiler.errors import BudgetError
+from mosaic_compiler.planning import make_plan
+from mosaic_compiler.planning.chunks import ChunkModel, Evaluation, Shortfall, longest
+from mosaic_compiler.planning.lifetimes import Lives, LoopSpan, Sizes
+from mosaic_compiler.planning.plan import Buffer, MemoryPlan, PlannedLoop, live_bytes
+
+_TRIES = 4
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and the chunk sizes that it is for."""
+
+    plan: MemoryPlan
+    chunks: Mapping[sympy.Symbol, int]
+
+
+class Planner:
+    """Plans one graph's step for any sizes.
+
+    Args:
+        lives: of the graph.
+        counted: symbols of computed rows; they grow with the number of tokens.
+        placement: see :func:`make_plan`.
+        chunk_rows: force this many rows per chunk.
+        widen: changes buffers before they are placed (poison mode adds canaries).
+    """
+
+    def __init__(
+        self,
+        lives: Lives,
+        *,
+        counted: Collection[sympy.Symbol] = (),
+        placement: str = "auto",
+        chunk_rows: int | None = None,
+        widen: Callable[[Sequence[Buffer]], Sequence[Buffer]] = lambda buffers: buffers,
+    ) -> None:
+        self.lives, self.placement, self.chunk_rows, self._widen = lives, placement, chunk_rows, widen
+        self.counted = tuple(counted)
+        self.model = ChunkModel(lives)
+        self.symbols = lives.symbols
+
+    @property
+    def tokens(self) -> sympy.Symbol | None:
+        """The symbol for the length of the sequence: what the loops go over."""
+        rows = [rows for rows in self.lives.chunks.values() if isinstance(rows, sympy.Symbol)]
+        found = [symbol for symbol in (*rows, *self.symbols) if symbol not in self.counted]
+        return found[0] if found else None
+
+    def plan(self, sizes: Sizes, budget: int | None = None) -> Planned:
+        """The verified plan with the largest chunks that fit ``budget`` bytes (``None``: no limit).
+
+        Raises:
+            BudgetError: if not even the smallest chunks fit.
+        """
+        evaluation = self.model.at(sizes)
+        target = budget
+        for _ in range(_TRIES):
+            chunks, reasons = self._choose(evaluation, target, budget)
+            planned = Planned(self._place(evaluation, chunks, reasons), chunks)
+            over = planned.plan.workspace - budget if budget is not None else 0
+            if over <= 0 or target is None or self._widened:
+                return planned
+            target -= over  # placement did not reach the lower bound: leave room for the difference
+        raise self._error(evaluation, planned.plan.workspace, budget or 0, 0)
+
+    @property
+    def _widened(self) -> bool:
+        return bool(self._widen(_PROBE) != _PROBE)
+
+    def _choose(
+        self, evaluation: Evaluation, target: int | None, budget: int | None
+    ) -> tuple[dict[sympy.Symbol, int], dict[sympy.Symbol, str]]:
+        rows = evaluation.rows
+        if self.chunk_rows is not None:
+            chunks = {symbol: min(self.chunk_rows, count) for symbol, count in rows.items()}
+            if budget is not None and not self._widened and evaluation.peak(chunks) > budget:
+                raise self._error(evaluation, evaluation.peak(chunks), budget, self._worst(evaluation, chunks))
+            return chunks, dict.fromkeys(rows, "chunk_rows asks for it")
+        if target is None:
+            return dict(rows), dict.fromkeys(rows, "no limit is known")
+        found = evaluation.search(target)
+        if isinstance(found, Shortfall):
+            raise self._error(evaluation, found.needed, budget or target, found.position)
+        return dict(found.rows), dict(found.reasons)
+
+    def _place(
+        self, evaluation: Evaluation, chunks: Mapping[sympy.Symbol, int], reasons: Mapping[sympy.Symbol, str]
+    ) -> MemoryPlan:
+        sizes = evaluation.sizes
+        buffers = self._widen(self.lives.at(Sizes(sizes.symbols | dict(chunks))))
+        return make_plan(
+            buffers,
+            self.lives.schedule,
+            algorithm=self.placement,
+            symbols=[(str(symbol), sizes(symbol)) for symbol in self.symbols],
+            loops=[self._loop(span, evaluation, chunks, reasons) for span in self.lives.loops.values()],
+        )
+
+    def _loop(
+        self,
+        span: LoopSpan,
+        evaluation: Evaluation,
+        chunks: Mapping[sympy.Symbol, int],
+        reasons: Mapping[sympy.Symbol, str],
+    ) -> PlannedLoop:
+        name, symbol = span.node.name, span.loop.chunk
+        origin = ir.provenance(span.node)
+        return PlannedLoop(
+            name=name,
+            start=span.start,
+            end=span.end,
+            rows=evaluation.rows[symbol],
+            chunk=chunks[symbol],
+            nbytes=evaluation.local_bytes(name, chunks),
+            unchunked=evaluation.local_bytes(name, evaluation.rows),
+            reason=reasons[symbol],
+            ops=_heavy_ops(span),
+            operands=_operands(span),
+            module=origin.module,
+            source=origin.source,
+        )
+
+    # ---------------------------------------------------------------------------------------- errors
+    def longest(self, sizes: Sizes, budget: int) -> int | None:
+        """The most tokens that would fit, with computed rows in proportion; ``None`` if lengths are fixed."""
+        main = self.tokens
+        return None if main is None else longest(self.model, sizes, self.counted, main, budget)
+
+    def _worst(self, evaluation: Evaluation, chunks: Mapping[sympy.Symbol, int]) -> int:
+        inside, outside = evaluation.live(chunks)
+        return int((inside + outside).argmax())
+
+    def _error(self, evaluation: Evaluation, needed: int, budget: int, position: int) -> BudgetError:
+        sizes = evaluation.sizes
+        chunks = evaluation.smallest()
+        buffers = self.lives.at(Sizes(sizes.symbols | chunks))
+        live = [b for b in buffers if b.kind != "output" and b.start <= position < b.end]
+        total = live_bytes(live, len(self.lives.schedule))[position]
+        worst = max(live, key=lambda b: b.size)
+        fits = self.longest(sizes, budget)
+        at = ", ".join(f"{symbol}={sizes(symbol)}" for symbol in self.symbols)
+        advice = (
+            f"; about {fits} tokens (instead of {sizes(self.tokens)}) would fit"
+            if fits is not None and self.tokens is not None
+            else ""
+        )
+        return BudgetError(
+            f"a step with {at or 'these sizes'} needs at least {needed} bytes, its memory budget is {budget}: raise the "
+            f"budget or shorten the sequence{advice}. The bottleneck, {worst.nbytes} of {total} bytes live at the worst "
+            f"moment, is {worst.describe()}",
+            needed,
+            budget,
+            fits,
+        )
+
+
+_PROBE = (Buffer("probe", "arena", 1, 0, 1),)
+
+
+def _heavy_ops(span: LoopSpan) -> tuple[str, ...]:
+    from mosaic_compiler.passes.regions import HEAVY
+
+    return tuple(node.name for node in span.scope.nodes if node.target in HEAVY)
+
+
+def _operands(span: LoopSpan) -> tuple[str, ...]:
+    """Tensors that an iteration sees: ``x[rows]`` for rows of it, ``k`` for all of it; weights are left out."""
+    found = []
+    for operand, dim in zip(span.node.args, span.loop.operands, strict=True):
+        if not isinstance(operand, fx.Node) or ir.tensor_of(operand) is None:
+            continue
+        if dim is not None:
+            found.append(f"{operand.name}[rows]")
+        elif ir.free_symbols(operand):
+            found.append(operand.name)
+    return tuple(found)

@@ -1,0 +1,265 @@
+"""Binding: from the nodes of a graph to calls with everything bound that can be bound."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx
+
+from mosaic_compiler import ir
+from mosaic_compiler.planning.forms import Call, Kind
+from mosaic_compiler.planning.lifetimes import LoopSpan, Scope, Sizes
+from mosaic_compiler.planning.plan import Buffer
+from mosaic_compiler.runtime.arena import Arena
+from mosaic_compiler.runtime.instructions import (
+    CANARY,
+    DEAD,
+    GUARD,
+    Instruction,
+    Slot,
+    bound_call,
+    check_canary,
+    drop,
+    has_slot,
+    store,
+    store_all,
+)
+
+Destination: TypeAlias = "tuple[torch.Tensor, int, torch.Size]"
+"""A bound destination, with the address and shape that it must keep."""
+
+
+@dataclass
+class Shared:
+    """What the step and the bodies of its loops have in common.
+
+    Attributes:
+        placed: the plan's buffers by name.
+        loops: the step's loops by the node that calls them.
+        slots: values that are known only during a call; a call's inputs come first.
+        fixed: bound destinations.
+    """
+
+    arena: Arena
+    placed: Mapping[str, Buffer]
+    loops: Mapping[fx.Node, LoopSpan]
+    slots: list[Any]
+    poison: bool = False
+    fixed: dict[Any, Destination] = field(default_factory=dict)
+    _pools: dict[Any, list[Slot]] = field(default_factory=dict)
+    _pool: list[Slot] | None = None
+    _taken: int = 0
+
+    def new_slot(self) -> Slot:
+        if self._pool is not None and self._taken < len(self._pool):
+            self._taken += 1
+            return self._pool[self._taken - 1]
+        self.slots.append(None)
+        slot = Slot(len(self.slots) - 1)
+        if self._pool is not None:
+            self._pool.append(slot)
+            self._taken += 1
+        return slot
+
+    @contextmanager
+    def reusing(self, owner: fx.Node) -> Iterator[list[Slot]]:
+        """Slots made inside are those that were made for the same owner last time (it is being bound again)."""
+        self._pool, self._taken = self._pools.setdefault(owner, []), 0
+        try:
+            yield self._pool
+        finally:
+            self._pool = None
+
+
+class Binder:
+    """Turns the nodes of one graph into calls, node by node.
+
+    Attributes:
+        values: what each bound node's value is: a tensor over the arena, a number, or a slot.
+        instructions: where calls are appended.
+    """
+
+    role = "step"
+    """Tells apart the two times that a loop's body is bound."""
+
+    def __init__(self, module: fx.GraphModule, scope: Scope, sizes: Sizes, shared: Shared) -> None:
+        self.module, self.scope, self.sizes, self.shared = module, scope, sizes, shared
+        self.values: dict[fx.Node, Any] = {}
+        self.instructions: list[Instruction] = []
+        self._slot_of: dict[tuple[fx.Node, int], Slot] = {}
+        self._slots_in: dict[ir.Root, list[int]] = {}
+        self._deaths = self._find_deaths()
+
+    def is_bound(self, value: Any) -> bool:
+        """The value follows from the symbols that are bound."""
+        return bool(ir.expr_of(value).free_symbols <= self.sizes.symbols.keys())
+
+    def bind_node(self, node: fx.Node) -> None:
+        """Append the calls that compute a node, and those that mark the death of what it reads last."""
+        self._bind(node)
+        self._bury(self._deaths.get(node, ()))
+
+    # ------------------------------------------------------------------------------------- nodes
+    def _bind(self, node: fx.Node) -> None:
+        form = self.scope.forms[node]
+        if form.kind is Kind.CONSTANT:
+            self.values[node] = operator.attrgetter(str(node.target))(self.module)
+        elif form.kind is Kind.NUMBER:
+            self.values[node] = self._number(node)
+        elif form.kind is Kind.DESTINATION:
+            self._destination(node)
+        elif form.kind is Kind.LOOP:
+            self._loop(node)
+        else:
+            args, kwargs = self._resolve(node)
+            late = has_slot((args, kwargs))
+            if form.kind is Kind.VIEW and not late:
+                self.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            elif form.kind is Kind.MUTATION and (base := ir.alias_base(node)) is not None:
+                self._append(Call(node.target, tuple(args), tuple(kwargs.items())))  # type: ignore[arg-type]
+                self.values[node] = self.values[base]
+            else:
+                self._opaque(node, args, kwargs)
+
+    def _number(self, node: fx.Node) -> Any:
+        if node.target is operator.getitem:
+            source, index = node.args
+            return self.values[source][index]  # type: ignore[index]
+        value = ir.value_of(node)
+        if isinstance(value, (bool, float)) or not ir.is_symbolic_number(value):
+            return value
+        return bool(self.sizes(value)) if isinstance(value, torch.SymBool) else self.sizes(value)
+
+    def _resolve(self, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
+        args = fx.node.map_arg(node.args, self.values.__getitem__)
+        kwargs = fx.node.map_arg(dict(node.kwargs), self.values.__getitem__)
+        return list(args), dict(kwargs)
+
+    def _destination(self, node: fx.Node) -> None:
+        outs = tuple(self._output_of(node, index) for index in range(len(ir.tensors_of(node))))
+        self.values[node] = outs if isinstance(ir.value_of(node), (tuple, list)) else outs[0]
+        if self._is_empty(node):
+            return
+        args, kwargs = self._resolve(node)
+        emit = self.scope.forms[node].emit
+        assert emit is not None
+        for call in emit(outs, args, kwargs):
+            self._append(call)
+
+    def _output_of(self, node: fx.Node, index: int) -> Any:
+        """The destination of one output: a tensor in the arena, or a slot with fresh memory."""
+        tensor = ir.tensors_of(node)[index]
+        assert tensor is not None
+        shape = [self.sizes(size) for size in tensor.shape]
+        stride = [self.sizes(step) for step in tensor.stride()]
+        buffer = self.shared.placed[self.scope.root_buffers[(node, index)].name]
+        if buffer.kind == "arena":
+            assert buffer.offset is not None
+            limit = buffer.offset + buffer.nbytes
+            view = self.shared.arena.tensor(buffer.offset, tensor.dtype, shape, stride, limit)
+            self.shared.fixed[buffer.name, self.role] = (view, view.data_ptr(), view.shape)
+            if self.shared.poison:
+                fill = self.shared.arena.fill
+                self.instructions.append(functools.partial(fill, buffer.offset, limit - GUARD, DEAD))
+                self.instructions.append(functools.partial(fill, limit - GUARD, limit, CANARY))
+            return view
+        slot = self._slot(node, index, (node, index))
+        make = functools.partial(torch.empty_strided, shape, stride, dtype=tensor.dtype, device=tensor.device)
+        self.instructions.append(store(self.shared.slots, slot.index, make))
+        return slot
+
+    def _opaque(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> None:
+        """Run as it is; each tensor result goes to a slot of its own, so that it can die by itself."""
+        run = bound_call(Call(node.target, tuple(args), tuple(kwargs.items())), self.shared.slots)  # type: ignore[arg-type]
+        if self._is_empty(node):
+            run = functools.partial(self._empty_results, node)
+        roots = self.scope.storage.roots(node)
+        if not isinstance(ir.value_of(node), (tuple, list)):
+            slot = self._slot(node, 0, roots[0])
+            self.instructions.append(store(self.shared.slots, slot.index, run))
+            self.values[node] = slot
+            return
+        slots = tuple(self._slot(node, index, root) for index, root in enumerate(roots))
+        self.values[node] = slots
+        self.instructions.append(store_all(self.shared.slots, [slot.index for slot in slots], run))
+
+    def _loop(self, node: fx.Node) -> None:
+        """Full-length results, then the body for each chunk."""
+        from mosaic_compiler.runtime.loops import bind_loop
+
+        span = self.shared.loops[node]
+        self.values[node] = tuple(
+            self._output_of(node, index) if spec.into is None else self.values[node.args[spec.into]]  # type: ignore[index]
+            for index, spec in enumerate(span.loop.outputs)
+        )
+        operands, _ = self._resolve(node)
+        with self.shared.reusing(node) as slots:
+            self.instructions += bind_loop(span, operands, self.values[node], self.sizes, self.shared)
+        if slots:
+            self.instructions.append(functools.partial(drop, self.shared.slots, [slot.index for slot in slots]))
+
+    def _is_empty(self, node: fx.Node) -> bool:
+        """All results have zero elements: there is nothing to run.  (Some kernels divide by their number of
+        rows: attention on the CPU crashes the process for 0 queries.)"""
+        tensors = [tensor for tensor in ir.tensors_of(node) if tensor is not None]
+        if not tensors or ir.has_effect(node) or not all(map(self.is_bound, ir.numbers_in(tuple(tensors)))):
+            return False
+        return all(any(self.sizes(size) == 0 for size in tensor.shape) for tensor in tensors)
+
+    def _empty_results(self, node: fx.Node) -> Any:
+        made = tuple(
+            None
+            if tensor is None
+            else torch.empty_strided(
+                [self.sizes(size) for size in tensor.shape],
+                [self.sizes(step) for step in tensor.stride()],
+                dtype=tensor.dtype,
+                device=tensor.device,
+            )
+            for tensor in ir.tensors_of(node)
+        )
+        return made if isinstance(ir.value_of(node), (tuple, list)) else made[0]
+
+    def _slot(self, node: fx.Node, index: int, root: ir.Root | None) -> Slot:
+        """The slot of one output of a node; the same one each time it is bound."""
+        if (node, index) not in self._slot_of:
+            slot = self._slot_of[node, index] = self.shared.new_slot()
+            if root is not None:
+                self._slots_in.setdefault(root, []).append(slot.index)
+        return self._slot_of[node, index]
+
+    def _append(self, call: Call) -> None:
+        self.instructions.append(bound_call(call, self.shared.slots))
+
+    # ------------------------------------------------------------------------------------- deaths
+    def _find_deaths(self) -> dict[fx.Node, list[ir.Root]]:
+        """Roots by the node that uses them last; outputs never die."""
+        escaping = ir.escaping_roots(self.module.graph, self.scope.storage)
+        last: dict[ir.Root, fx.Node] = {}
+        for node in self.scope.nodes:
+            for user in (node, *node.all_input_nodes):
+                for root in self.scope.storage.roots(user):
+                    if root is not None and ir.is_computed(root) and root not in escaping:
+                        last[root] = node
+        deaths: dict[fx.Node, list[ir.Root]] = {}
+        for root, node in last.items():
+            deaths.setdefault(node, []).append(root)
+        return deaths
+
+    def _bury(self, roots: Sequence[ir.Root]) -> None:
+        indices = [index for root in roots for index in self._slots_in.get(root, ())]
+        if indices:
+            self.instructions.append(functools.partial(drop, self.shared.slots, indices))
+        if not self.shared.poison:
+            return
+        for root in roots:
+            symbolic = self.scope.root_buffers.get(root)
+            buffer = self.shared.placed[symbolic.name] if symbolic is not None else None
+            if buffer is not None and buffer.kind == "arena":
+                self.instructions.append(functools.partial(check_canary, self.shared.arena, buffer))
