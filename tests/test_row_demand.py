@@ -210,8 +210,13 @@ def _numbers(values):
 def rows_of_head(step) -> int:
     """Rows of the last matmul that ran (the LM head), from the sizes of the last call."""
     program = next(reversed(step._programs.values()))[0]
-    head = [n for n in step.module.graph.nodes if n.target in MATMULS][-1]
-    return program._binder.sizes(ir.tensor_of(head).shape[0])
+    sizes = program._binder.sizes
+    for node in reversed(step.module.graph.nodes):
+        if node in step.lives.loops and any(n.target in MATMULS for n in step.lives.loops[node].scope.nodes):
+            return sizes(step.lives.loops[node].rows)
+        if node.target in MATMULS:
+            return sizes(ir.tensor_of(node).shape[0])
+    raise AssertionError("no matmul")
 
 
 class TinyLM(torch.nn.Module):

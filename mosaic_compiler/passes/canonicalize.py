@@ -27,6 +27,7 @@ class CanonicalizePass:
     - views and slices that change nothing, additions of integer 0, copies to the same dtype;
     - ``_unsafe_view`` -> ``view``, ``prims.convert_element_type`` -> ``_to_copy``,
       ``embedding`` -> ``index_select``;
+    - matrix products over a single element -> ``mul``;
     - attention masks that are provably all-true (or all-zero), removed;
     - keys and values repeated for grouped-query attention: the attention kernels that take fewer
       key/value heads than query heads get the un-repeated ones.
@@ -315,6 +316,20 @@ def _unrepeated(node: fx.Node) -> fx.Node | None:
     return source if all(same) and heads else None
 
 
+def _spell_outer_product(rewriter: _Rewriter, node: fx.Node) -> bool:
+    """``bmm`` over one element (rotary angles: frequencies x positions) -> ``mul``: the same products, without a
+    sum, and with row i depending on position i only."""
+    if node.target not in (aten.bmm.default, aten.mm.default):
+        return False
+    left, right = node.args
+    assert isinstance(left, fx.Node)
+    tensor = ir.tensor_of(left)
+    if tensor is None or not tensor.dtype.is_floating_point or ir.expr_of(tensor.shape[-1]) != 1:
+        return False
+    rewriter.replace(node, rewriter.emit(node, aten.mul.Tensor, left, right))
+    return True
+
+
 _RULES: Sequence[Callable[[_Rewriter, fx.Node], bool]] = (
     _drop_noop_view,
     _drop_noop_copy,
@@ -326,6 +341,7 @@ _RULES: Sequence[Callable[[_Rewriter, fx.Node], bool]] = (
     _split_into_slices,
     _drop_true_mask,
     _fold_repeated_heads,
+    _spell_outer_product,
 )
 
 

@@ -170,6 +170,10 @@ class _Rewriter(Emitter):
         known = self._old_numbers.get(expr)
         if known is not None and not self.regions.inside.intersection(known.all_input_nodes):
             return self._value(known)
+        for node in self.old.graph.nodes:  # for example the number of rows that a nonzero found
+            sizes = [] if node in self.regions.inside else [ir.expr_of(s) for t in ir.tensors_of(node) if t is not None for s in t.shape]
+            if ir.tensor_of(node) is not None and expr in sizes:
+                return self.emit(aten.sym_size.int, self._value(node), sizes.index(expr))
         assert expr.is_Mul or expr.is_Add, f"the size {expr} is no input's"
         combine = operator.mul if expr.is_Mul else operator.add
         result, *rest = map(self.number, expr.args)

@@ -9,17 +9,19 @@ computed), its other dims become 1, a flat dim becomes M.  So every op is called
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Collection
 from typing import Any
 
+import networkx as nx
 import sympy
 import torch
 from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.passes import rows
-from mosaic_compiler.passes.demand import SHAPED, Demand, Demands, Segment
+from mosaic_compiler.passes.demand import SHAPED, Demand, Demands, Segment, can_resize, size_sources
 from mosaic_compiler.passes.moves import moved_dims
-from mosaic_compiler.passes.rows import FLAT, Layout, Space
+from mosaic_compiler.passes.rows import DEAR, FLAT, Layout, Space
 from mosaic_compiler.passes.selectors import Emitter, Selectors
 
 aten = torch.ops.aten
@@ -33,6 +35,7 @@ class Compactor(Emitter):
         self.demands = demands
         self.selectors = Selectors(module, demands)
         self.compact: dict[fx.Node, fx.Node] = {}
+        self._sources = size_sources(module.graph)
         self.gathers: dict[Any, fx.Node] = {}
         self.replaced: list[fx.Node] = []
 
@@ -65,7 +68,18 @@ class Compactor(Emitter):
             return self.emit_getitem(self.compact[source], index)
         if node in self.demands.moved:
             return self._rows_of_base(node, segments)
-        operands = rows.operand_layouts(node, 0, demand.layout, demand.space)
+        return self._call_on_rows(node, demand.layout, segments, demand.space)
+
+    def _call_on_rows(
+        self,
+        node: fx.Node,
+        layout: Layout,
+        segments: list[Segment],
+        space: Space,
+        again: Collection[tuple[fx.Node, Layout]] | None = None,
+    ) -> fx.Node:
+        """The node's op called again on some rows; ``again`` says which of its operands are, too."""
+        operands = rows.operand_layouts(node, 0, layout, space)
         assert operands is not None
         queue = iter(operands)
 
@@ -78,16 +92,16 @@ class Compactor(Emitter):
                 return operand
             if operand in self.compact:
                 return self._part(operand, segments)
-            row_dim = _row_dim(demand.layout, demand.space) - len(demand.layout) + len(needed.layout)
-            return self._gather(operand, needed.layout, segments, demand.space, row_dim)
+            row_dim = _row_dim(layout, space) - len(layout) + len(needed.layout) if _has_rows(layout, space) else None
+            return self._gather(operand, needed.layout, segments, space, row_dim, again)
 
         args = fx.node.map_arg(node.args, replace)
         kwargs = fx.node.map_arg(dict(node.kwargs), replace)
         if node.target is aten.view.default:
-            return self.emit(aten.reshape.default, args[0], self._compact_shape(node, demand, segments))
+            return self.emit(aten.reshape.default, args[0], self._compact_shape(node, layout, segments, space))
         if node.target in SHAPED:
             position = 0 if node.target is aten.full.default else 1
-            shape = self._compact_shape(node, demand, segments)
+            shape = self._compact_shape(node, layout, segments, space)
             args = (*args[:position], shape, *args[position + 1 :])
         return self.emit(node.target, *args, **kwargs)
 
@@ -102,12 +116,12 @@ class Compactor(Emitter):
             return self._part(base, moved)
         return self._gather(base, layout, moved, space)
 
-    def _compact_shape(self, node: fx.Node, demand: Demand, segments: list[Segment]) -> list[Any]:
+    def _compact_shape(self, node: fx.Node, layout: Layout, segments: list[Segment], space: Space) -> list[Any]:
         count = self.selectors.count(segments)
-        last = (FLAT, len(demand.space) - 1)
+        last = (FLAT, len(space) - 1)
         return [
             self.selectors.size(ir.expr_of(size)) if label is None else count if label in last else 1
-            for label, size in zip(demand.layout, rows.shape_of(node), strict=True)
+            for label, size in zip(layout, rows.shape_of(node), strict=True)
         ]
 
     def _part(self, source: fx.Node, segments: list[Segment]) -> fx.Node:
@@ -126,13 +140,31 @@ class Compactor(Emitter):
 
     # ------------------------------------------------------------------------------------- gather
     def _gather(
-        self, source: fx.Node, layout: Layout, segments: list[Segment], space: Space, row_dim: int | None = None
+        self,
+        source: fx.Node,
+        layout: Layout,
+        segments: list[Segment],
+        space: Space,
+        row_dim: int | None = None,
+        again: Collection[tuple[fx.Node, Layout]] | None = None,
     ) -> fx.Node:
-        """Rows of a value that is computed in full; once for all who want the same ones."""
+        """Rows of a value that is computed in full; once for all who want the same ones.
+
+        What is cheaply computed from no more than itself (a norm, cosines of positions) is computed again for these
+        rows, so that nobody needs it at full length for the sake of a gather.
+        """
         key = (source, layout, tuple(segments), space, row_dim if 0 in layout and FLAT not in layout else None)
         if key not in self.gathers:
-            self.gathers[key] = self._emit_gather(source, layout, self.selectors.index(segments), space, row_dim)
+            if again is None and _has_rows(layout, space):
+                again = computed_again(source, layout, space, self._can_call)
+            if again and (source, layout) in again:
+                self.gathers[key] = self._call_on_rows(source, layout, segments, space, again)
+            else:
+                self.gathers[key] = self._emit_gather(source, layout, self.selectors.index(segments), space, row_dim)
         return self.gathers[key]
+
+    def _can_call(self, node: fx.Node, layout: Layout) -> bool:
+        return can_resize(node, layout, self._sources)
 
     def _emit_gather(
         self, source: fx.Node, layout: Layout, index: fx.Node, space: Space, row_dim: int | None
@@ -233,6 +265,45 @@ class Compactor(Emitter):
             with self.mode:
                 node.meta["val"] = node.target(*args, **kwargs)
             changed.add(node)
+
+
+def _has_rows(layout: Layout, space: Space) -> bool:
+    return FLAT in layout or len(space) - 1 in layout
+
+
+def computed_again(
+    source: fx.Node, layout: Layout, space: Space, can_call: Callable[[fx.Node, Layout], bool]
+) -> set[tuple[fx.Node, Layout]]:
+    """What to compute again on some rows, so that the fewest bytes have to be gathered for a value.
+
+    A minimum cut between the value and what cannot be computed again cheaply; of equal cuts the one farthest from the
+    value: the rows of a norm are computed from the rows of its operand.
+    """
+    graph, start, goal = nx.DiGraph(), "given", ("out", source, layout)
+    todo = [(source, layout)]
+    while todo:
+        node, wanted = todo.pop()
+        if graph.has_edge(("in", node, wanted), ("out", node, wanted)):
+            continue
+        graph.add_edge(("in", node, wanted), ("out", node, wanted), capacity=_row_bytes(node, wanted))
+        cheap = node.op == "call_function" and node.target not in DEAR and len(ir.tensors_of(node)) == 1
+        cheap = cheap and can_call(node, wanted)
+        operands = rows.operand_layouts(node, 0, wanted, space) if cheap else None
+        labelled = [(o.node, o.layout) for o in operands or () if o.layout is not None and rows.is_labelled(o.layout)]
+        if not labelled or not all(_has_rows(part, space) for _, part in labelled):
+            graph.add_edge(start, ("in", node, wanted))
+        for operand, part in labelled:
+            graph.add_edge(("out", operand, part), ("in", node, wanted))
+            todo.append((operand, part))
+    _, (computed, _) = nx.minimum_cut(graph.reverse(), goal, start)  # networkx cuts next to the target
+    return {key[1:] for key in computed if key[0] == "in"}
+
+
+def _row_bytes(node: fx.Node, layout: Layout) -> int:
+    """Bytes of one row; sizes that are not numbers count as 1."""
+    tensor = _tensor(node)
+    features = [ir.expr_of(size) for label, size in zip(layout, tensor.shape, strict=True) if label is None]
+    return tensor.dtype.itemsize * int(sympy.prod([size if size.is_Integer else 1 for size in features]))
 
 
 def _tensor(node: fx.Node) -> torch.Tensor:

@@ -193,7 +193,7 @@ class _Analysis:
         if self._pass_through_move(node, demand):
             return
         operands = rows.operand_layouts(node, 0, demand.layout, demand.space)
-        if operands is None or not self._rebuildable(node, demand.layout):
+        if operands is None or not can_resize(node, demand.layout, self.sizes):
             self._everything(node)  # the node itself is computed in full, its demanded rows gathered from it
             return
         self.demands.compact.append(node)
@@ -355,14 +355,6 @@ class _Analysis:
         """There are rows, and the inputs say how many."""
         return bool(space) and all(is_readable(size, self.sizes) for size in space)
 
-    def _rebuildable(self, node: fx.Node, layout: Layout) -> bool:
-        """Whether the op can be called with another number of rows: the feature sizes of its shape
-        argument must be numbers or readable off the inputs."""
-        if node.target not in SHAPED:
-            return True
-        sizes = [ir.expr_of(s) for label, s in zip(layout, rows.shape_of(node), strict=True) if label is None]
-        return all(is_readable(size, self.sizes) for size in sizes)
-
     def _keep_worthwhile(self) -> None:
         """Keep what is connected to a matmul that runs on fewer rows; elsewhere there is nothing to gain."""
         members = set(self.demands.compact)
@@ -393,6 +385,15 @@ def is_readable(size: sympy.Expr, sources: Mapping[sympy.Expr, Any]) -> bool:
     if size.is_Integer or size in sources:
         return True
     return bool(size.is_Mul or size.is_Add) and all(is_readable(part, sources) for part in size.args)
+
+
+def can_resize(node: fx.Node, layout: Layout, sources: Mapping[sympy.Expr, Any]) -> bool:
+    """Whether the op can be called with another number of rows: the feature sizes of its shape argument must be
+    numbers or readable off the inputs."""
+    if node.target not in SHAPED:
+        return True
+    sizes = [ir.expr_of(s) for label, s in zip(layout, rows.shape_of(node), strict=True) if label is None]
+    return all(is_readable(size, sources) for size in sizes)
 
 
 def early_nodes(graph: fx.Graph) -> set[fx.Node]:

@@ -234,7 +234,7 @@ def _space_of(matmul: fx.Node) -> Space | None:
     if not _depends_on_data(left):
         return None
     extent = ir.expr_of(rows.shape_of(left)[0])
-    if extent == 1:
+    if extent in (0, 1):
         return None
     while isinstance(left, fx.Node) and left.target is aten.view.default:
         left = left.args[0]  # type: ignore[assignment]

@@ -6,8 +6,8 @@ A value inside of a loop has rows (``passes/labels.py``).  It has to exist at fu
 - a later loop needs its rows, and cannot compute them again cheaply from what is materialised anyway.
 
 Everything else lives for one chunk.  Cheap means pointwise, norms, rotary embeddings, masks, views and
-lookups; a matmul or an attention is never computed twice.  What is cheap and needed in full, such as a view of
-a materialised value, is computed outside of all loops.
+lookups; a matmul or an attention is never computed twice.  Views of materialised values and cheap values of a few
+bytes per row that are needed in full are computed outside of all loops.
 
 Values of one stage and space share a loop, with one exception, which is what keeps a transformer's memory at x +
 K + V: where a materialised value (the new residual x') is all that the rest of the stage needs (the next layer's K
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import sympy
 import torch
 from torch import fx
 
@@ -29,14 +30,22 @@ from mosaic_compiler import ir
 from mosaic_compiler.kernels import ops
 from mosaic_compiler.passes import rows
 from mosaic_compiler.passes.labels import Edge, Labels
-from mosaic_compiler.passes.rows import ATTENTIONS, MATMULS, Space
-
-aten = rows.aten
+from mosaic_compiler.passes.rows import ATTENTIONS, DEAR, MATMULS, Space
 
 HEAVY = MATMULS | ATTENTIONS | {ops.gather_logits, ops.head_statistics}
-"""What a loop is made for, and what is never computed twice."""
+"""What a loop is made for."""
 
-_DEAR = HEAVY | {aten.sort.default, aten.sort.stable, aten.topk.default, aten.cumsum.default}
+
+_NARROW = 64
+"""Bytes per row up to which a cheap value may exist at full length outside of a loop (numbers per row)."""
+
+
+def _row_bytes(node: fx.Node, labels: Labels) -> int:
+    """Bytes of one row of a single result; sizes that are not numbers count as many."""
+    tensor = ir.tensor_of(node)
+    assert tensor is not None
+    features = [ir.expr_of(size) for label, size in zip(labels.layout(node), tensor.shape, strict=True) if label is None]
+    return tensor.dtype.itemsize * int(sympy.prod([size if size.is_Integer else 1 << 20 for size in features]))
 
 
 @dataclass
@@ -106,13 +115,17 @@ class _Finder:
                 if self._is_cheap(node):
                     self.regions.cheap.add(node)
                     if self._needed_in_full(node):
-                        self.regions.outside.add(node)
+                        if ir.is_view(node) or _row_bytes(node, self.labels) <= _NARROW:
+                            self.regions.outside.add(node)
+                        else:
+                            self.materialised.add(node)
+                            changed = True
                 elif self._needed_in_full(node) or self._needed_later(node):
                     self.materialised.add(self._base(node))
                     changed = True
 
     def _is_cheap(self, node: fx.Node) -> bool:
-        if node.target in _DEAR:
+        if node.target in DEAR or node.target in HEAVY:
             return False
         return all(
             operand not in self.inside or operand in self.materialised or operand in self.regions.cheap

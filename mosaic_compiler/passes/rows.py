@@ -382,3 +382,6 @@ _RULES: dict[OpOverload, Rule] = {
 
 MATMULS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default})
 ATTENTIONS = frozenset(target for target, rule in _RULES.items() if rule is _attention)
+
+DEAR = MATMULS | ATTENTIONS | {aten.sort.default, aten.sort.stable, aten.topk.default, aten.cumsum.default}
+"""Never computed twice; everything else with a rule is cheap: it costs about as much as reading its result."""

@@ -149,8 +149,7 @@ def _disagreements(node: fx.Node, loop: ChunkLoop) -> Iterator[str]:
     if len(inputs) != len(node.args) or len(loop.operands) != len(inputs) or not loop.sliced():
         yield f"{len(node.args)} operands for a body with {len(inputs)}"
         return
-    first = node.args[loop.sliced()[0]]
-    rows = ir.expr_of(ir.tensors_of(first)[0].shape[loop.operands[loop.sliced()[0]]])  # type: ignore[arg-type,union-attr,index]
+    rows = _rows_of(node, loop)
 
     def whole(tensor: torch.Tensor, dim: int | None) -> Any:
         sizes = [ir.expr_of(size) for size in tensor.shape]
@@ -276,13 +275,32 @@ def _effects(graph: fx.Graph, storage: ir.StorageMap) -> Iterator[Any]:
 def _degree(node: fx.Node) -> int:
     """Largest total degree, in the graph's symbols, of an output's number of elements."""
     loop = loop_of(node)
-    worst = max(map(_degree, loop.body.graph.nodes)) if loop is not None else 0
+    worst = 0
+    if loop is not None:
+        rows = {loop.chunk: _rows_of(node, loop)}
+        worst = max(_degree_in(inner, rows) for inner in loop.body.graph.nodes)
+    return max(worst, _degree_in(node, {}))
+
+
+def _degree_in(node: fx.Node, known: dict[sympy.Symbol, sympy.Expr]) -> int:
+    worst = 0
     for tensor in ir.tensors_of(node):
         if tensor is None:
             continue
-        elements = sympy.expand(sympy.prod([ir.expr_of(size) for size in tensor.shape]))
+        elements = sympy.expand(sympy.sympify(sympy.prod([ir.expr_of(size) for size in tensor.shape])).xreplace(known))
         worst = max(worst, _degree_of(elements))
     return worst
+
+
+def _rows_of(node: fx.Node, loop: ChunkLoop) -> sympy.Expr:
+    """How many rows a call of a loop goes over."""
+    position = loop.sliced()[0]
+    operand, dim = node.args[position], loop.operands[position]
+    assert isinstance(operand, fx.Node)
+    assert dim is not None
+    tensor = ir.tensor_of(operand)
+    assert tensor is not None
+    return ir.expr_of(tensor.shape[dim])
 
 
 def _degree_of(expr: sympy.Expr) -> int:

@@ -20,8 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
 import sympy
-import torch
+from numpy.typing import NDArray
 
 from mosaic_compiler.planning.lifetimes import Lives, Sizes
 from mosaic_compiler.planning.plan import ALIGNMENT
@@ -71,21 +72,21 @@ class ChunkModel:
         self._index: dict[sympy.Expr, int] = {}
         kept = [b for b in lives.buffers if b.kind != "output"]
         sizes = [self._index.setdefault(b.nbytes, len(self._index)) for b in kept]
-        self._size_of = torch.tensor(sizes, dtype=torch.int64)
-        self._starts = torch.tensor([b.start for b in kept], dtype=torch.int64)
-        self._ends = torch.tensor([b.end for b in kept], dtype=torch.int64)
-        self._in_arena = torch.tensor([b.kind == "arena" for b in kept], dtype=torch.bool)
+        self._size_of = np.array(sizes, dtype=np.int64)
+        self._starts = np.array([b.start for b in kept], dtype=np.int64)
+        self._ends = np.array([b.end for b in kept], dtype=np.int64)
+        self._in_arena = np.array([b.kind == "arena" for b in kept], dtype=np.bool_)
         self._terms = [_linear(expr, chunks) for expr in self._index]
         self._owner: list[sympy.Symbol | None] = [None] * self.positions
         for span in lives.loops.values():
             self._owner[span.start : span.end] = [span.loop.chunk] * (span.end - span.start)
         self._of_symbol = {
-            symbol: torch.tensor([i for i, owner in enumerate(self._owner) if owner == symbol], dtype=torch.int64)
+            symbol: np.array([i for i, owner in enumerate(self._owner) if owner == symbol], dtype=np.int64)
             for symbol in chunks
         }
         self._spans = {span.node.name: (span.start, span.end) for span in lives.loops.values()}
         self._local = {
-            name: torch.tensor([b.loop == name for b in kept], dtype=torch.bool) for name in self._spans
+            name: np.array([b.loop == name for b in kept], dtype=np.bool_) for name in self._spans
         }
 
     def at(self, sizes: Sizes) -> Evaluation:
@@ -106,6 +107,7 @@ def _linear(expr: sympy.Expr, chunks: set[sympy.Symbol]) -> tuple[sympy.Expr, sy
     return rest, symbol, slope
 
 
+_Bytes: TypeAlias = "NDArray[np.int64]"
 _Cost: TypeAlias = "Callable[[Mapping[sympy.Symbol, int], sympy.Symbol], int]"
 
 
@@ -118,33 +120,35 @@ class Evaluation:
         terms = model._terms
         self._symbols = list(self.rows)
         index = {symbol: i for i, symbol in enumerate(self._symbols)}
-        self._base = torch.tensor([sizes(a) if c is None or b is not None else 0 for a, c, b in terms], dtype=torch.int64)
-        self._slope = torch.tensor([sizes(b) if b is not None else 0 for _, _, b in terms], dtype=torch.int64)
-        self._which = torch.tensor([index[c] if c is not None else 0 for _, c, _ in terms], dtype=torch.int64)
+        self._base = np.array([sizes(a) if c is None or b is not None else 0 for a, c, b in terms], dtype=np.int64)
+        self._slope = np.array([sizes(b) if b is not None else 0 for _, _, b in terms], dtype=np.int64)
+        self._which = np.array([index[c] if c is not None else 0 for _, c, _ in terms], dtype=np.int64)
         self._odd = [(i, a, c) for i, (a, c, b) in enumerate(terms) if c is not None and b is None]
 
-    def nbytes(self, chunks: Mapping[sympy.Symbol, int]) -> torch.Tensor:
+    def nbytes(self, chunks: Mapping[sympy.Symbol, int]) -> _Bytes:
         """Bytes of every buffer, rounded up as in a plan.  int64 [buffers]."""
-        unique = self._base
+        unique = self._base.copy()
         if self._symbols:
-            values = torch.tensor([chunks[symbol] for symbol in self._symbols], dtype=torch.int64)
+            values = np.array([chunks[symbol] for symbol in self._symbols], dtype=np.int64)
             unique = unique + self._slope * values[self._which]
         for i, expr, symbol in self._odd:
             unique[i] = Sizes(self.sizes.symbols | {symbol: chunks[symbol]})(expr)
-        return ((unique + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT)[self.model._size_of]
+        aligned: _Bytes = ((unique + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT)[self.model._size_of]
+        return aligned
 
-    def live(self, chunks: Mapping[sympy.Symbol, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def live(self, chunks: Mapping[sympy.Symbol, int]) -> tuple[_Bytes, _Bytes]:
         """Live bytes by position: in the arena, and outside of it.  Two int64 [positions]."""
         nbytes = self.nbytes(chunks)
         inside = nbytes * self.model._in_arena
         return self._timeline(inside), self._timeline(nbytes - inside)
 
-    def _timeline(self, nbytes: torch.Tensor) -> torch.Tensor:
+    def _timeline(self, nbytes: _Bytes) -> _Bytes:
         model = self.model
-        change = torch.zeros(model.positions + 1, dtype=torch.int64)
-        change.index_add_(0, model._starts, nbytes)
-        change.index_add_(0, model._ends, -nbytes)
-        return change.cumsum(0)[:-1]
+        change = np.zeros(model.positions + 1, dtype=np.int64)
+        np.add.at(change, model._starts, nbytes)
+        np.subtract.at(change, model._ends, nbytes)
+        timeline: _Bytes = change.cumsum()[:-1]
+        return timeline
 
     def peak(self, chunks: Mapping[sympy.Symbol, int]) -> int:
         """Most bytes in the arena plus most bytes outside: what a plan at the lower bound needs."""

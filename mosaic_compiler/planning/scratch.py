@@ -35,8 +35,8 @@ def _cpu_flash_attention(node: fx.Node) -> sympy.Expr:
 
     Per thread: a score tile (query block x key block), running max and sum, and an accumulator
     (query block x head dim); reduced types keep a reduced copy of the tile beside it.  The query
-    block is at most 256 and the key block at most 512, whatever the length; low-precision kernels may
-    also pack keys and values, which is bounded by their own bytes.
+    block is at most 256 and the key block at most 512, whatever the length; low-precision kernels also
+    pack keys and values where the processor has matrix tiles (AMX), which takes about their own bytes.
     """
     query, key = node.args[0], node.args[1]
     assert isinstance(query, fx.Node)
@@ -48,7 +48,9 @@ def _cpu_flash_attention(node: fx.Node) -> sympy.Expr:
     tile = 256 * 512 + 2 * 256 + 256 * head_dim
     scratch = 4 * tile * torch.get_num_threads()
     if q.dtype.itemsize < 4:
-        scratch += 2 * 256 * 512 * torch.get_num_threads() + 2 * ir.storage_extent(k)
+        scratch += 2 * 256 * 512 * torch.get_num_threads()
+        if torch.cpu._is_amx_tile_supported():
+            scratch += 2 * ir.storage_extent(k)
     return scratch
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 from mosaic_compiler.backend import mosaic, observing
+from mosaic_compiler.ir import Provenance
 from mosaic_compiler.kernels.gather_logits import Choice
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.pipeline import PassRecord
 from mosaic_compiler.passes.row_demand import RowDecision
 from mosaic_compiler.planning.plan import MemoryPlan
 from mosaic_compiler.report import tables
+from mosaic_compiler.report.forecast import capture_step, fresh_caller, plan_for, unwrap
 from mosaic_compiler.runtime.step import CompiledStep, Fallback
 
 
@@ -34,6 +35,8 @@ class GraphReport:
     shrank none: the largest matmul, and the consumer that demanded all of its rows."""
     projections: tuple[tuple[str, Choice], ...] = ()
     """For each product of gathered rows: which implementation runs, and why."""
+    unruled: tuple[tuple[str, str, Provenance], ...] = ()
+    """Ops without a row rule that read matrices of rows (name, op, origin): they need all rows at once."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,9 @@ class Report:
                 yield Text()
                 yield tables.timeline(graph.plan.timeline)
                 yield Text()
+                if graph.plan.loops:
+                    yield tables.loops(graph.plan)
+                    yield Text()
                 yield tables.largest_buffers(graph.plan)
                 yield Text()
             if graph.rows:
@@ -89,6 +95,8 @@ class Report:
                 yield Text()
             for name, choice in graph.projections:
                 yield Text(f"{name}: {choice.kernel} ({choice.reason})")
+            for name, op, origin in graph.unruled:
+                yield Text(f"{name} ({op}) needs all rows at once: it has no row rule  {origin.source}")
             yield _pass_table(graph.passes)
             yield Text()
             yield _fallback_table(graph.fallbacks)
@@ -127,12 +135,23 @@ def _fallback_table(fallbacks: tuple[Fallback, ...]) -> Table | Text:
     return table
 
 
-def explain(fn: Callable[..., Any], *args: Any, **options: Any) -> Report:
+def explain(
+    fn: Callable[..., Any],
+    *args: Any,
+    tokens: int | None = None,
+    needed_rows: float = 1.0,
+    device: str = "cpu",
+    **options: Any,
+) -> Report:
     """Compile ``fn`` with the ``mosaic`` backend, run it once on ``args``, and report.
 
     Args:
         fn: a function or module (already compiled ones are unwrapped).
         args: its arguments; tensor sizes become symbols.
+        tokens: plan for a sequence of this length instead, and run nothing.  Weights and arguments may then be on the
+            meta device.
+        needed_rows: with ``tokens``: the share of rows that masks select (1.0: every row's logits are computed).
+        device: with ``tokens``: what meta tensors are planned for.
         options: as in ``torch.compile(..., options={...})``; see :class:`MosaicOptions`.
 
     Returns:
@@ -140,35 +159,26 @@ def explain(fn: Callable[..., Any], *args: Any, **options: Any) -> Report:
 
     Raises:
         OptionsError: for an unknown or malformed option.
+        BudgetError: if the step does not fit ``memory_budget``.
+        CaptureError: with ``tokens``, if the function cannot be captured as one graph.
     """
     MosaicOptions.parse(options)  # a clear error before anything is traced
+    if tokens is not None:
+        step = capture_step(fn, args, options, device=device)
+        return Report((_graph_report(step, plan_for(step, tokens, needed_rows).plan),), None)
     steps: list[CompiledStep] = []
 
     def backend(module: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         return mosaic(module, example_inputs, options=options)
 
-    compiled = torch.compile(_fresh_caller(), backend=backend, dynamic=True)
+    compiled = torch.compile(fresh_caller(), backend=backend, dynamic=True)
     with observing(steps.append), torch.no_grad():
-        result = compiled(_unwrap(fn), *args)
-    return Report(tuple(_graph_report(step) for step in steps), result)
+        result = compiled(unwrap(fn), *args)
+    return Report(tuple(_graph_report(step, step.plan) for step in steps), result)
 
 
-def _graph_report(step: CompiledStep) -> GraphReport:
+def _graph_report(step: CompiledStep, plan: MemoryPlan | None) -> GraphReport:
     notes = step.module.meta
     projections = tuple(notes.get("gather_choices", {}).items())
-    return GraphReport(step.plan, step.passes, step.fallbacks, notes.get("row_decisions", ()), projections)
-
-
-def _unwrap(fn: Callable[..., Any]) -> Callable[..., Any]:
-    fn = getattr(fn, "_orig_mod", fn)
-    return getattr(fn, "_torchdynamo_orig_callable", fn)
-
-
-def _fresh_caller() -> Callable[..., Any]:
-    """``call(fn, *args)`` with a code object of its own: Dynamo's recompile limit counts per code object,
-    so any number of reports can be made of one function."""
-
-    def call(fn: Callable[..., Any], *args: Any) -> Any:
-        return fn(*args)
-
-    return types.FunctionType(call.__code__.replace(), call.__globals__, "explained")
+    unruled = tuple(notes.get("unruled", ()))
+    return GraphReport(plan, step.passes, step.fallbacks, notes.get("row_decisions", ()), projections, unruled)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from mosaic_compiler.planning.plan import MemoryPlan
+from mosaic_compiler.planning.plan import MemoryPlan, PlannedLoop
 
 _BARS = " ▁▂▃▄▅▆▇█"
 
@@ -36,11 +36,46 @@ def summary(plan: MemoryPlan) -> Table:
             f"{plan.naive / plan.height:.1f} x the height" if plan.height else "",
         ),
         ("outside", format_bytes(outside), "outputs, and what opaque ops allocate"),
+        ("workspace", format_bytes(plan.workspace), "the peak without outputs: what a memory budget covers"),
         ("peak / average", f"{plan.par:.2f}", "of live bytes over the step"),
         ("sizes", ", ".join(f"{name}={value}" for name, value in plan.symbols) or "static", ""),
     )
     for name, value, remark in rows:
         table.add_row(name, Text(value, style="bold"), Text(remark, style="dim"))
+    return table
+
+
+def loops(plan: MemoryPlan) -> Table:
+    """The chunk loops; equal ones (layers) in one line."""
+    table = Table(
+        title="chunk loops (bytes: what the body holds at most, and what it would with all rows at once)",
+        title_justify="left",
+        box=None,
+        padding=(0, 1),
+    )
+    for column in ("loop", "computes"):
+        table.add_column(column, overflow="fold")
+    for column in ("rows", "chunk", "bytes", "unchunked"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("reads", "why this chunk", "from"):
+        table.add_column(column, overflow="fold")
+    groups: dict[tuple[object, ...], list[PlannedLoop]] = {}
+    for loop in plan.loops:
+        key = (loop.ops, loop.rows, loop.chunk, loop.nbytes, loop.unchunked, loop.reason, len(loop.operands))
+        groups.setdefault(key, []).append(loop)
+    for group in groups.values():
+        first = group[0]
+        table.add_row(
+            first.name if len(group) == 1 else f"{first.name} and {len(group) - 1} like it",
+            ", ".join(first.ops),
+            str(first.rows),
+            str(first.chunk),
+            format_bytes(first.nbytes),
+            format_bytes(first.unchunked),
+            ", ".join(first.operands),
+            first.reason,
+            " ".join(part for part in (first.module, first.source) if part),
+        )
     return table
 
 

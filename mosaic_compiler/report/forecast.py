@@ -1,0 +1,224 @@
+"""Plans for lengths that nobody runs: ``explain(..., tokens=N)`` and ``max_tokens``.
+
+A step is captured once, from a small example, and its plan is evaluated for other sizes.  Nothing runs, so weights are
+not needed either: parameters and inputs on the meta device are traced as tensors of ``device`` without memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from mosaic_compiler import ir
+from mosaic_compiler.backend import mosaic, observing
+from mosaic_compiler.errors import BudgetError, CaptureError, MosaicError, OptionsError
+from mosaic_compiler.options import MosaicOptions
+from mosaic_compiler.planning.budget import parse_budget
+from mosaic_compiler.planning.lifetimes import Sizes
+from mosaic_compiler.planning.planner import Planned
+from mosaic_compiler.runtime.step import CompiledStep
+
+
+def capture_step(
+    fn: Callable[..., Any], args: Sequence[Any], options: dict[str, Any], *, device: str = "cpu"
+) -> CompiledStep:
+    """Compile ``fn`` for ``args`` without running it.
+
+    Args:
+        fn: a function or module; the modules that it is, is bound to or closes over may be on the meta device.
+        args: an example; tensors may be on the meta device.
+        options: of the backend.
+        device: what meta tensors are planned for.
+
+    Raises:
+        CaptureError: if the function is not one graph.
+    """
+    steps: list[CompiledStep] = []
+
+    def backend(module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        mosaic(module, example_inputs, options=options)
+        return _stop
+
+    compiled = torch.compile(fresh_caller(), backend=backend, dynamic=True, fullgraph=True)
+    try:
+        with _without_memory(fn, args, torch.device(device)) as traced, observing(steps.append), torch.no_grad():
+            compiled(unwrap(fn), *traced)
+    except _Stopped:
+        pass
+    except torch._dynamo.exc.BackendCompilerFailed as failure:
+        if isinstance(failure.inner_exception, MosaicError):
+            raise failure.inner_exception from None
+        raise
+    except torch._dynamo.exc.Unsupported as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CaptureError(f"a plan ahead of running needs the function in one graph, and Dynamo says: {reason}") from None
+    if not steps:
+        raise CaptureError("nothing was compiled: the function runs no tensor operation")
+    return steps[0]
+
+
+class _Stopped(BaseException):
+    """Raised instead of running a step."""
+
+
+def _stop(*args: Any) -> Any:
+    raise _Stopped
+
+
+def sizes_for(step: CompiledStep, tokens: int, needed_rows: float) -> Sizes:
+    """All sizes of a step for a sequence of ``tokens``.
+
+    The other sizes are those of the example; what was as long as its sequence is taken to be so again.  ``needed_rows``
+    is the share of rows that masks select.
+
+    Raises:
+        OptionsError: if ``tokens`` or ``needed_rows`` is out of range.
+        CaptureError: if the captured graph has no symbolic length.
+    """
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+        raise OptionsError(f"tokens must be a whole number from 1, got {tokens!r}")
+    if not 0 <= needed_rows <= 1:
+        raise OptionsError(f"needed_rows is a share between 0 and 1, got {needed_rows!r}")
+    main = step.planner.tokens
+    if main is None:
+        raise CaptureError("the captured graph has no symbolic length: give an example of more than one token")
+    hints = _hints(step.module)
+    values = {symbol: tokens if hint == hints[main] else hint for symbol, hint in hints.items()}
+    sizes = Sizes(values)
+    for node in step.module.graph.nodes:
+        if ir.BINDS in node.meta:
+            mask = ir.tensor_of(node.args[0])
+            assert mask is not None
+            total = sizes(sympy.prod([ir.expr_of(size) for size in mask.shape]))
+            values[node.meta[ir.BINDS]] = round(total * needed_rows)
+            sizes = Sizes(values)
+    return sizes
+
+
+def _hints(module: fx.GraphModule) -> dict[sympy.Symbol, int]:
+    """The example's value of every symbol of the inputs."""
+    found: dict[sympy.Symbol, int] = {}
+    for node in module.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        for number in ir.numbers_in(ir.value_of(node)):
+            if isinstance(number, torch.SymInt) and isinstance(expr := ir.expr_of(number), sympy.Symbol):
+                found.setdefault(expr, int(number.node.hint))
+    return found
+
+
+def plan_for(step: CompiledStep, tokens: int, needed_rows: float = 1.0) -> Planned:
+    """The plan of a captured step for a sequence of ``tokens`` (see :func:`sizes_for`), within its memory budget.
+
+    Raises:
+        BudgetError: if it cannot fit.
+    """
+    return step.planner.plan(sizes_for(step, tokens, needed_rows), parse_budget(step.options.memory_budget))
+
+
+def max_tokens(
+    fn: Callable[..., Any],
+    example: Sequence[Any],
+    budget: int | str,
+    *,
+    needed_rows: float = 1.0,
+    device: str = "cpu",
+    **options: Any,
+) -> int:
+    """The longest sequence whose step fits a memory budget, without running it.
+
+    Args:
+        fn: a step, for example :class:`~mosaic_compiler.sampling.DenoisingStep`; its weights may be on the meta device.
+        example: its arguments at any length above 1.
+        budget: bytes, or a string such as ``"8GiB"``, for everything besides weights, inputs and outputs.
+        needed_rows: share of rows that masks select (1.0: every row's logits are computed).
+        device: what meta tensors are planned for.
+        options: of the backend, see :class:`MosaicOptions`.
+
+    Returns:
+        The number of tokens; 0 if not even one fits.
+
+    Raises:
+        OptionsError: for a malformed budget or option.
+        CaptureError: if the function cannot be captured as one graph.
+    """
+    limit = parse_budget(budget)
+    if limit is None:
+        raise OptionsError("max_tokens needs a budget: bytes, or a string such as '8GiB'")
+    MosaicOptions.parse(options)
+    step = capture_step(fn, example, options, device=device)
+    sizes = sizes_for(step, 1 << 16, needed_rows)
+    found = step.planner.longest(sizes, limit) or 0
+    while found:
+        try:
+            step.planner.plan(sizes_for(step, found, needed_rows), limit)
+        except BudgetError:  # the placement is above the lower bound
+            found -= max(found // 1000, 1)
+        else:
+            break
+    return found
+
+
+@contextmanager
+def _without_memory(fn: Callable[..., Any], args: Sequence[Any], device: torch.device) -> Iterator[tuple[Any, ...]]:
+    """``args`` and the parameters of ``fn`` with meta tensors as tensors of ``device`` that have no memory."""
+    modules = _modules_of(fn)
+    tensors = [t for module in modules for t in itertools.chain(module.parameters(), module.buffers())]
+    if not any(t.is_meta for t in (*tensors, *(a for a in args if isinstance(a, Tensor)))):
+        yield tuple(args)
+        return
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in fakes:
+            made: Any = FakeTensor(mode, tensor.detach().to("meta"), device)
+            fakes[id(tensor)] = nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
+        return fakes[id(tensor)]
+
+    replaced: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for module in {part for module in modules for part in module.modules()}:
+            for held in (module._parameters, module._buffers):
+                for name, tensor in held.items():
+                    if tensor is not None:
+                        replaced.append((held, name, tensor))
+        for held, name, tensor in replaced:
+            held[name] = fake(tensor)
+        with mode:
+            yield tuple(fake(a) if isinstance(a, Tensor) else a for a in args)
+    finally:
+        for held, name, tensor in replaced:
+            held[name] = tensor
+
+
+def _modules_of(fn: Callable[..., Any]) -> list[nn.Module]:
+    """The modules that a function is, is bound to, or closes over."""
+    fn = unwrap(fn)
+    candidates = [fn, getattr(fn, "__self__", None)]
+    candidates += [cell.cell_contents for cell in getattr(fn, "__closure__", None) or ()]
+    return [value for value in candidates if isinstance(value, nn.Module)]
+
+
+def unwrap(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function behind ``torch.compile``."""
+    fn = getattr(fn, "_orig_mod", fn)
+    return getattr(fn, "_torchdynamo_orig_callable", fn)
+
+
+def fresh_caller() -> Callable[..., Any]:
+    """``call(fn, *args)`` with a code object of its own: Dynamo's recompile limit counts per code object,
+    so any number of reports can be made of one function."""
+    import types
+
+    def call(fn: Callable[..., Any], *args: Any) -> Any:
+        return fn(*args)
+
+    return types.FunctionType(call.__code__.replace(), call.__globals__, "explained")
