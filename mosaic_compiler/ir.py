@@ -208,10 +208,12 @@ def alias_base(node: fx.Node) -> fx.Node | None:
     for result in schema.returns:
         if result.alias_info is not None:
             names |= result.alias_info.before_set
+    if not names and any(result.alias_info is not None for result in schema.returns):
+        names = {"*"}  # a list of views (unbind, split): the operand's alias set ends up in the wildcard
     if not names:
         return None
     for index, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and names & argument.alias_info.before_set:
+        if argument.alias_info is not None and names & (argument.alias_info.before_set | argument.alias_info.after_set):
             value = node.kwargs.get(argument.name, node.args[index] if index < len(node.args) else None)
             if isinstance(value, fx.Node):
                 return value

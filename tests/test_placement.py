@@ -120,7 +120,7 @@ def test_overlap_names_both_buffers_with_lives_and_offsets():
         ("[]", "not a plan"),
         ('{"schema": "other"}', "not a plan"),
         ('{"schema": "mosaic.plan", "version": 99}', "version 99"),
-        ('{"schema": "mosaic.plan", "version": 1}', "malformed plan: KeyError"),
+        ('{"schema": "mosaic.plan", "version": 2}', "malformed plan: KeyError"),
     ],
 )
 def test_bad_plan_files(text, message):

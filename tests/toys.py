@@ -29,6 +29,7 @@ UNARY: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "reshape": lambda x: (x.reshape(-1) * 2).view_as(x),
     "slice": lambda x: torch.cat((x[:1] * 2, x[1:])),
     "double": lambda x: x.double().sin().to(x.dtype),
+    "halves": lambda x: torch.stack([part * 2 for part in x.view(x.shape[0], 2, -1).unbind(1)], 1).view_as(x),
     "mask": lambda x: x.masked_fill(x > 0.5, 0.25),
     "layer_norm": lambda x: torch.nn.functional.layer_norm(x, (x.shape[-1],)),
     "cumsum": lambda x: x.cumsum(0) * 0.1,

@@ -228,8 +228,16 @@ def _spell_masked_select(rewriter: _Rewriter, node: fx.Node) -> bool:
 
 
 def _split_into_slices(rewriter: _Rewriter, node: fx.Node) -> bool:
-    """``split(x, size)[i]`` -> ``x[i * size : (i + 1) * size]``: one spelling for parts of a tensor."""
-    if node.target is not aten.split.Tensor or not all(user.target is operator.getitem for user in node.users):
+    """``split(x, size)[i]`` -> ``x[i * size : (i + 1) * size]``, ``unbind(x)[i]`` -> ``x[i]``: one spelling for parts
+    of a tensor."""
+    if not all(user.target is operator.getitem for user in node.users):
+        return False
+    if node.target is aten.unbind.int:
+        for user in list(node.users):
+            rewriter.replace(user, rewriter.emit(user, aten.select.int, node.args[0], ir.argument(node, "dim"), user.args[1]))
+        rewriter.graph.erase_node(node)
+        return True
+    if node.target is not aten.split.Tensor:
         return False
     source, size = node.args[:2]
     dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)

@@ -269,3 +269,7 @@ def _number_stages(graph: fx.Graph, labels: Labels) -> None:
     for node in graph.nodes:
         if node.target is operator.getitem and node in labels.of:
             late[node] = late[node.args[0]]  # an op with several results computes them all
+        elif node in labels.of and node.target in (aten.select.int, aten.slice.Tensor):
+            source = node.args[0]  # a part (queries out of a joint projection) is taken where the whole is at hand
+            if source in labels.of and any(kind is Edge.ROW for _, kind, _ in edges[node]):
+                late[node] = min(late[node], late[source])  # type: ignore[index]

@@ -48,6 +48,10 @@ def _row_bytes(node: fx.Node, labels: Labels) -> int:
     return tensor.dtype.itemsize * int(sympy.prod([size if size.is_Integer else 1 << 20 for size in features]))
 
 
+def _is_part(view: fx.Node, base: fx.Node, labels: Labels) -> bool:
+    return _row_bytes(view, labels) < _row_bytes(base, labels)
+
+
 @dataclass
 class Region:
     """One loop to be: its results, in graph order, and the stage and row space that they share."""
@@ -148,10 +152,11 @@ class _Finder:
         return self.labels.stage[node], self.labels.space[node]
 
     def _base(self, node: fx.Node) -> fx.Node:
-        """What a view looks into, as far as it is computed in a loop: the view itself costs nothing outside."""
+        """What a view looks into, as far as it is computed in a loop: the view itself costs nothing outside.  A view of
+        a part (keys out of a joint projection of queries, keys and values) stays what is materialised, as a copy."""
         while ir.is_view(node):
             base = ir.alias_base(node)
-            if base is None or base not in self.row_operands[node]:
+            if base is None or base not in self.row_operands[node] or _is_part(node, base, self.labels):
                 return node
             node = base
         return node

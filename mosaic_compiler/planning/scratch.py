@@ -31,7 +31,7 @@ def scratch_bytes(node: fx.Node) -> sympy.Expr:
 
 
 def _cpu_flash_attention(node: fx.Node) -> sympy.Expr:
-    """ATen/native/cpu/FlashAttentionKernel.cpp: one [threads, elements] float buffer.
+    """ATen/native/cpu/FlashAttentionKernel.cpp: one [threads, elements] float (or double) buffer.
 
     Per thread: a score tile (query block x key block), running max and sum, and an accumulator
     (query block x head dim); reduced types keep a reduced copy of the tile beside it.  The query
@@ -46,7 +46,7 @@ def _cpu_flash_attention(node: fx.Node) -> sympy.Expr:
     assert k is not None
     head_dim = ir.expr_of(q.shape[-1])
     tile = 256 * 512 + 2 * 256 + 256 * head_dim
-    scratch = 4 * tile * torch.get_num_threads()
+    scratch = max(4, q.dtype.itemsize) * tile * torch.get_num_threads()
     if q.dtype.itemsize < 4:
         scratch += 2 * 256 * 512 * torch.get_num_threads()
         if torch.cpu._is_amx_tile_supported():
