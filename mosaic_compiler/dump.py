@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from mosaic_compiler import ir
+from mosaic_compiler.loops import ChunkLoop, loop_of
 from mosaic_compiler.passes.pipeline import PassRecord
 from mosaic_compiler.planning.plan import MemoryPlan
 
@@ -30,20 +31,21 @@ _HEADER = '''"""{title}
 
 Constructed by {name} (took {milliseconds:.1f} ms, verified in {verify:.1f} ms).
 {nodes} nodes.  Run me: I call the graph on random inputs and print what comes out.
+Set ``chunk_rows`` of a loop to run it in chunks.
 """
 
 import torch
 from torch import device, inf, nan  # noqa: F401
-
+{imports}
 CONSTANTS = torch.load(__file__ + ".pt") if {has_constants} else {{}}
 
 
-class Graph(torch.nn.Module):
+{bodies}class Graph(torch.nn.Module):
     def __init__(self):
         super().__init__()
         for name, value in CONSTANTS.items():
             setattr(self, name, value)
-
+{loops}
 '''
 
 _FOOTER = """
@@ -129,15 +131,41 @@ def render(module: fx.GraphModule, record: PassRecord, path: Path) -> str:
     }
     if constants:
         torch.save(constants, f"{path}.pt")
+    found = {str(node.target): loop for node in module.graph.nodes if (loop := loop_of(node)) is not None}
     header = _HEADER.format(
+        imports="\nimport sympy\n\nfrom mosaic_compiler.loops import ChunkLoop, LoopOutput\n" if found else "",
+        bodies="".join(_body(name, loop) for name, loop in found.items()),
+        loops="".join(_construction(name, loop) for name, loop in found.items()),
         title=path.stem, name=record.name, milliseconds=record.seconds * 1e3, verify=record.verify_seconds * 1e3,
         nodes=record.nodes_after, has_constants=bool(constants),
     )  # fmt: skip
-    code = "\n".join("    " + line if line else "" for line in module.code.strip().splitlines())
+    code = _indented(module.code)
     inputs = "\n".join(
         f"        {_example(node)},  # {node.name}" for node in module.graph.nodes if node.op == "placeholder"
     )
     return header + code + _FOOTER.format(inputs=inputs)
+
+
+def _indented(code: str) -> str:
+    return "\n".join("    " + line if line else "" for line in code.strip().splitlines())
+
+
+def _body_class(name: str) -> str:
+    return "".join(part.title() for part in name.split("_")) + "Body"
+
+
+def _body(name: str, loop: ChunkLoop) -> str:
+    """The body of a loop as a class."""
+    return f"class {_body_class(name)}(torch.nn.Module):\n{_indented(loop.body.code)}\n\n\n"
+
+
+def _construction(name: str, loop: ChunkLoop) -> str:
+    """The line that makes a loop, with what it slices and where its results go."""
+    outputs = ", ".join(f"LoopOutput({o.dim}, {o.order}, {o.into})" for o in loop.outputs)
+    return (
+        f"        self.{name} = ChunkLoop(\n            {_body_class(name)}(), {loop.operands},\n"
+        f"            [{outputs}], sympy.Symbol({str(loop.chunk)!r}),\n        )\n"
+    )
 
 
 def _example(node: fx.Node) -> str:

@@ -268,7 +268,6 @@ class StorageMap:
             return tuple(self._roots[base][0] for _ in tensors_of(node))
         return tuple((node, index) if tensor is not None else None for index, tensor in enumerate(tensors_of(node)))
 
-
     def _loop_result(self, node: fx.Node, index: int, into: int | None) -> Root | None:
         if into is None:
             return (node, index)

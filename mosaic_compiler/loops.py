@@ -48,13 +48,13 @@ class ChunkLoop(nn.Module):
 
     def __init__(
         self,
-        body: fx.GraphModule,
+        body: nn.Module,
         operands: Sequence[int | None],
         outputs: Sequence[LoopOutput],
         chunk: sympy.Symbol,
     ) -> None:
         super().__init__()
-        self.body = body
+        self.body: Any = body
         self.operands = tuple(operands)
         self.outputs = tuple(outputs)
         self.chunk = chunk
@@ -83,7 +83,9 @@ class ChunkLoop(nn.Module):
             count = min(step, rows - start)
             parts = self.body(count, *self._cut(operands, start, count))
             if not results:
-                results = [self._whole(spec, part, rows, operands) for spec, part in zip(self.outputs, parts, strict=True)]
+                results = [
+                    self._whole(spec, part, rows, operands) for spec, part in zip(self.outputs, parts, strict=True)
+                ]
             for spec, part, whole in zip(self.outputs, parts, results, strict=True):
                 whole.narrow(spec.dim, start, count).copy_(part)
         return tuple(results)

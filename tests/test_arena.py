@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mosaic_compiler.errors import ArenaError, CanaryError
-from mosaic_compiler.runtime.arena import ArenaPool, HostArena, machine_memory
+from mosaic_compiler.planning.budget import host_memory
+from mosaic_compiler.runtime.arena import ArenaPool, HostArena
 
 MiB = 1 << 20
 
@@ -21,7 +22,7 @@ def resident_bytes() -> int:
 def test_reserving_costs_nothing_and_pages_come_and_go():
     before = resident_bytes()
     arena = HostArena()
-    assert arena.capacity >= machine_memory()
+    assert arena.capacity >= host_memory()
     assert resident_bytes() - before < 2 * MiB
     arena.ensure(200 * MiB)
     tensor = arena.tensor(0, torch.float32, [50 * MiB], [1], 200 * MiB)

@@ -14,6 +14,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import mosaic_compiler
 from mosaic_compiler.backend import observing
 from mosaic_compiler.errors import FallbackError, GradientError, OptionsError
+from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.runtime.arena import ArenaPool, pool_for
 from mosaic_compiler.sampling import DenoisingStep, block_window
 
@@ -344,3 +345,51 @@ def test_a_compiled_step_dies_with_its_function(net):
     torch._dynamo.reset()
     gc.collect()
     assert steps[0]() is None
+
+
+@pytest.mark.parametrize(
+    "budget", [0, -1, "8GB please", "8GB ", "lots", "-4GiB", "0MiB", 1.5, True, "8 gigs", b"8GiB"], ids=repr
+)
+def test_malformed_budgets(budget):
+    with pytest.raises(OptionsError, match="memory_budget"):
+        MosaicOptions(memory_budget=budget)
+
+
+@pytest.mark.parametrize("chunk", [0, -3, 1.5, "all", True], ids=repr)
+def test_malformed_chunk_rows(chunk):
+    with pytest.raises(OptionsError, match="chunk_rows"):
+        MosaicOptions(chunk_rows=chunk)
+
+
+def test_a_budget_above_the_machine_is_refused():
+    compiled = torch.compile(lambda x: x @ x.t(), backend="mosaic", options={"memory_budget": "900TiB"})
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"more than the .* bytes that cpu has") as error:
+        compiled(torch.randn(4, 3))
+    assert isinstance(error.value.inner_exception, OptionsError)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tokens": 0}, "tokens must be"),
+        ({"tokens": 2.5}, "tokens must be"),
+        ({"tokens": 100, "needed_rows": 1.5}, "share between 0 and 1"),
+    ],
+)
+def test_malformed_forecasts(arguments, message):
+    import mosaic_compiler
+
+    with pytest.raises(OptionsError, match=message):
+        mosaic_compiler.explain(lambda x: x @ x.t(), torch.randn(4, 3), **arguments)
+
+
+def test_a_forecast_needs_one_graph():
+    import mosaic_compiler
+    from mosaic_compiler.errors import CaptureError
+
+    def broken(x):
+        torch._dynamo.graph_break()
+        return x @ x.t()
+
+    with pytest.raises(CaptureError, match="one graph"):
+        mosaic_compiler.max_tokens(broken, (torch.randn(4, 3),), "1MiB")

@@ -142,9 +142,11 @@ def test_labels_are_sound(toy, batch, length, data):
             tainted.add(node)
     for node in reached - tainted:
         layouts = labels.of[node]
-        pairs = zip(before[node], after[node], layouts, strict=False) if len(layouts) > 1 else [
-            (before[node], after[node], layouts[0])
-        ]
+        pairs = (
+            zip(before[node], after[node], layouts, strict=False)
+            if len(layouts) > 1
+            else [(before[node], after[node], layouts[0])]
+        )
         for a, b, layout in pairs:
             if layout is not None and isinstance(a, torch.Tensor):
                 assert not other_rows_changed(a, b, layout, batch, row), (node, source)
@@ -164,10 +166,6 @@ def test_an_op_without_a_rule_needs_all_rows_and_is_named():
 
 
 # ---------------------------------------------------------------------------------------- structure
-def loops_of(step):
-    return [span for span in step.lives.loops.values()]
-
-
 def test_a_transformer_layer_is_two_loops_and_layers_share_their_bodies():
     module, weights = traced(Toy(layers=4), 1)
     rewritten, _ = run_passes(module)
@@ -240,12 +238,14 @@ def illegal(edit):
         return torch.cumsum(y, 0) @ w
 
     module, _ = run_passes(trace(f, torch.randn(9, 6), torch.randn(6, 6), dynamic=[(0,)]))
-    with pytest.raises(InvariantError, match="broken.*in-place"):
+    with pytest.raises(InvariantError, match=r"broken.*in-place"):
         run_passes(module, passes=[Broken()])
 
 
 def writers(module):
-    return [n for n in module.graph.nodes if loop_of(n) is not None and any(o.into is not None for o in loop_of(n).outputs)]
+    return [
+        n for n in module.graph.nodes if loop_of(n) is not None and any(o.into is not None for o in loop_of(n).outputs)
+    ]
 
 
 def test_a_residual_is_written_in_place():
@@ -305,12 +305,7 @@ def test_a_budget_is_obeyed_with_the_largest_chunks(toy, length, share):
     least, most = evaluation.peak(evaluation.smallest()), evaluation.peak(evaluation.rows)
     budget = int(least + share * (most - least))
     limited = compile_aten(module, MosaicOptions(memory_budget=budget))
-    try:
-        got = limited(arguments)
-    except BudgetError as error:
-        assert error.needed > budget or share < 0.02  # at the very minimum placement may need a little more
-        return
-    assert_equal(got, toy(*arguments))
+    assert_equal(limited(arguments), toy(*arguments))
     plan = limited.plan
     assert plan.workspace <= budget
     sizes = Sizes({limited.planner.tokens: length})

@@ -42,7 +42,7 @@ def test_tiny_llada_at_six_lengths_with_one_compile(tiny_llada, genesis):
 
 
 def random_model(name: str) -> torch.nn.Module:
-    from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    import transformers as hf
 
     torch.manual_seed(0)
     small = {
@@ -52,16 +52,24 @@ def random_model(name: str) -> torch.nn.Module:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
     }
+    causal = {**small, "is_causal": False, "use_cache": False, "eos_token_id": 2}
     if name == "llama":
-        config = LlamaConfig(**small, is_causal=False, use_cache=False)
-        return LlamaForCausalLM(config).eval()
+        return hf.LlamaForCausalLM(hf.LlamaConfig(**causal)).eval()
     if name == "qwen2":
-        config = Qwen2Config(**small, num_key_value_heads=2, is_causal=False, use_cache=False)
-        model = Qwen2ForCausalLM(config).eval()
+        model = hf.Qwen2ForCausalLM(hf.Qwen2Config(**causal, num_key_value_heads=2)).eval()
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3)  # biases too
         return model
-    return BertForMaskedLM(BertConfig(**small)).eval()
+    if name == "qwen3":
+        return hf.Qwen3ForCausalLM(hf.Qwen3Config(**causal, num_key_value_heads=2, head_dim=8)).eval()
+    if name == "olmoe":
+        experts = {"num_experts": 8, "num_experts_per_tok": 2, "experts_implementation": "grouped_mm"}
+        return hf.OlmoeForCausalLM(hf.OlmoeConfig(**causal, **experts)).eval()
+    if name == "modernbert":
+        ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+        config = hf.ModernBertConfig(**small, **ends, local_attention=16, global_attn_every_n_layers=2)
+        return hf.ModernBertForMaskedLM(config).eval()
+    return hf.BertForMaskedLM(hf.BertConfig(**small)).eval()
 
 
 def test_arena_high_water_equals_the_height():
@@ -98,6 +106,113 @@ def test_transformers_models_token_for_token(name, batch):
             assert torch.equal(compiled(*arguments), step(*arguments)), length
     assert len(steps) == 1
     assert {f.name for f in steps[0].fallbacks} == set()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "bert", "modernbert", "olmoe"])
+def test_transformers_models_in_chunks(name):
+    """Half-masked steps, 7 rows at a time; ModernBERT beyond its window of 16."""
+    step, steps = DenoisingStep(random_model(name), 3), []
+    with torch.no_grad(), observing(steps.append):
+        compiled = torch.compile(step, backend="mosaic", dynamic=True, options={"chunk_rows": 7})
+        for length in (50, 23, 64):
+            torch.manual_seed(length)
+            ids = torch.randint(4, 120, (1, length))
+            ids[:, ::2] = 3
+            arguments = ids, block_window(length, 0, length), torch.tensor([1 + length // 8])
+            assert torch.equal(compiled(*arguments), step(*arguments)), length
+            plan = steps[0].plan
+            assert all(loop.chunk == 7 for loop in plan.loops)
+            assert plan.height <= 1.01 * plan.lower_bound
+            assert not [b for b in plan.buffers if b.shape.count(length) > 1], "an N x N buffer"
+    assert len(steps) == 1
+    assert {f.name for f in steps[0].fallbacks} <= ({"opaque-op"} if name == "olmoe" else set())
+
+
+def dims(layers, heads, kv_heads, width, feed_forward, vocabulary):
+    """A Llama (or, with fewer key/value heads, Qwen2) of published dims on the meta device."""
+    import transformers as hf
+
+    config = {
+        "vocab_size": vocabulary, "hidden_size": width, "intermediate_size": feed_forward, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "is_causal": False, "use_cache": False,
+        "max_position_embeddings": 1 << 20, "dtype": torch.bfloat16,
+    }  # fmt: skip
+    with torch.device("meta"):
+        if kv_heads == heads:
+            return hf.LlamaForCausalLM(hf.LlamaConfig(**config)).to(torch.bfloat16).eval()
+        return hf.Qwen2ForCausalLM(hf.Qwen2Config(**config)).to(torch.bfloat16).eval()
+
+
+FULL_SIZE = {
+    "LLaDA-8B": ((32, 32, 4096, 12288, 126464), 24_576, 1.03),
+    "Dream-7B": ((28, 4, 3584, 18944, 152064), 9_216, 1.05),
+}
+
+
+@pytest.mark.parametrize("layers", [2, pytest.param(32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_full_size_dims_need_x_k_and_v_per_token(name, layers):
+    """Without weights: 1,024-row chunks, half of the rows masked; also the time of planning."""
+    import time
+
+    from mosaic_compiler.report.forecast import capture_step, plan_for, sizes_for
+
+    (heads, kv_heads, width, feed_forward, vocabulary), per_token, slack = FULL_SIZE[name]
+    model = dims(layers, heads, kv_heads, width, feed_forward, vocabulary)
+    ids, window = torch.zeros(1, 64, dtype=torch.long, device="meta"), torch.ones(1, 64, dtype=bool, device="meta")
+    example = (ids, window, torch.tensor([8], device="meta"))
+    step = capture_step(DenoisingStep(model, 3), example, {"chunk_rows": 1024})
+    assert next(model.parameters()).is_meta
+    for tokens in (65_536, 262_144):
+        plan = plan_for(step, tokens, 0.5).plan
+        assert plan.peak <= per_token * tokens * slack + (1 << 30)
+        assert plan.height <= 1.01 * plan.lower_bound
+        largest = max(plan.of_kind("arena"), key=lambda b: b.nbytes if b.shape.count(tokens) else 0)
+        assert largest.nbytes == tokens * width * 2  # x: no N x FF, no N x vocabulary, no N x N
+        wide = [b for b in plan.buffers if tokens in b.shape and b.nbytes > tokens * 64]
+        assert all(
+            b.nbytes <= max(tokens * kv_heads * 128 * 2, tokens * width * 2 * (b is largest)) or b.shape[-1] == width
+            for b in wide
+        )
+    budget = (per_token * 262_144) + (3 << 30)
+    step.planner.chunk_rows = None
+    times = []
+    for tokens in (131_072, 196_608, 262_144):
+        started = time.perf_counter()
+        plan = step.planner.plan(sizes_for(step, tokens, 0.5), budget).plan
+        times.append(time.perf_counter() - started)
+        assert plan.workspace <= budget
+    assert min(times) <= 0.1, times
+    print(f"{name}, {layers} layers: search and plan {min(times) * 1e3:.1f} ms")
+
+
+def test_max_tokens_and_explain_plan_without_running(tiny_llada):
+    step = DenoisingStep(tiny_llada, 3)
+    ids = torch.full((1, 64), 3)
+    example = (ids, block_window(64, 0, 64), torch.tensor([8]))
+    longest = mosaic_compiler.max_tokens(step, example, "64MiB", needed_rows=0.5)
+    assert 3072 * longest <= 64 << 20  # x + K + V in float32
+    assert longest >= 0.75 * (64 << 20) / 3072
+    report = mosaic_compiler.explain(step, *example, tokens=longest, needed_rows=0.5, memory_budget="64MiB")
+    assert report.plan.workspace <= 64 << 20
+    assert report.result is None
+    assert "chunk loops" in str(report)
+    assert any("would exceed the budget" in loop.reason for loop in report.plan.loops)
+    with pytest.raises(mosaic_compiler.BudgetError, match="would fit"):
+        mosaic_compiler.explain(step, *example, tokens=2 * longest, needed_rows=0.5, memory_budget="64MiB")
+
+
+def test_the_plan_ahead_is_the_plan_of_the_real_step(tiny_llada):
+    step, steps = DenoisingStep(tiny_llada, 3), []
+    ids = torch.full((1, 640), 5)
+    ids[:, ::2] = 3
+    example = (ids, block_window(640, 0, 640), torch.tensor([8]))
+    ahead = mosaic_compiler.explain(step, *example, tokens=640, needed_rows=0.5, memory_budget="5MiB").plan
+    with torch.no_grad(), observing(steps.append):
+        torch.compile(step, backend="mosaic", dynamic=True, options={"memory_budget": "5MiB"})(*example)
+    assert (ahead.peak, ahead.height, ahead.workspace) == tuple(
+        getattr(steps[0].plan, key) for key in ("peak", "height", "workspace")
+    )
 
 
 def test_grouped_query_heads_are_not_repeated():

@@ -12,6 +12,7 @@ from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.errors import InvariantError
+from mosaic_compiler.loops import ChunkLoop
 from mosaic_compiler.passes import run_passes, trace
 from mosaic_compiler.passes.verifier import INVARIANTS
 
@@ -158,7 +159,40 @@ def test_non_pointwise_write_into_an_operand_is_refused():
 
 
 def test_every_invariant_has_a_pass_that_breaks_it():
-    assert {invariant for _, invariant in BREAKS} == set(INVARIANTS)
+    assert {invariant for _, invariant in BREAKS} | {"loops"} == set(INVARIANTS)  # loops: see below
+
+
+def looped():
+    def f(x, w):
+        h = torch.cumsum(x @ w, 0)
+        return torch.cumsum(h + torch.relu(h @ w) @ w, 0)
+
+    return run_passes(trace(f, torch.randn(9, 6), torch.randn(6, 6), dynamic=[(0,)]))[0]
+
+
+def swap_operands(module: fx.GraphModule) -> None:
+    loop = next(node for node in module.graph.nodes if node.op == "call_module")
+    loop.args = tuple(reversed(loop.args))
+
+
+def lie_about_a_result(module: fx.GraphModule) -> None:
+    loop = next(node for node in module.graph.nodes if node.op == "call_module")
+    with ir.fake_mode_of(module):
+        loop.meta["val"] = tuple(value[:, :3].contiguous() for value in loop.meta["val"])
+        for user in loop.users:
+            user.meta["val"] = loop.meta["val"][user.args[1]]
+
+
+def slice_another_dim(module: fx.GraphModule) -> None:
+    node = next(node for node in module.graph.nodes if node.op == "call_module")
+    loop = node.meta["loop"]
+    node.meta["loop"] = ChunkLoop(loop.body, [1 if d == 0 else d for d in loop.operands], loop.outputs, loop.chunk)
+
+
+@pytest.mark.parametrize("edit", [swap_operands, lie_about_a_result, slice_another_dim])
+def test_a_loop_that_disagrees_with_its_body_is_refused(edit):
+    with pytest.raises(InvariantError, match=r"'loops'|'metadata'|'signature'"):
+        run_passes(looped(), passes=[BrokenPass(edit)])
 
 
 def test_an_untouched_graph_is_accepted():

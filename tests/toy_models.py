@@ -79,7 +79,8 @@ class Toy:
     def attention(self, h: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> Tensor:
         batch, length, _ = h.shape
         queries, keys, values = (
-            F.linear(h, w, w[:, 0] if self.bias else None).view(batch, length, -1, HEAD).transpose(1, 2) for w in (q, k, v)
+            F.linear(h, w, w[:, 0] if self.bias else None).view(batch, length, -1, HEAD).transpose(1, 2)
+            for w in (q, k, v)
         )
         if self.rotary:
             positions = torch.arange(length, device=h.device)

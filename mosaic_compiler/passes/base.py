@@ -24,9 +24,7 @@ class Pass(Protocol):
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule: ...
 
 
-def trace(
-    function: Callable[..., Any], *args: Any, dynamic: Sequence[tuple[int, ...]] | None = None
-) -> fx.GraphModule:
+def trace(function: Callable[..., Any], *args: Any, dynamic: Sequence[tuple[int, ...]] | None = None) -> fx.GraphModule:
     """Trace ``function`` into a functional ATen graph with symbolic sizes, ready for any pass.
 
     Args:
@@ -45,7 +43,9 @@ def trace(
         fakes = [mode.from_tensor(arg) for arg in args]
     else:
         choices = [*dynamic, *[()] * (len(args) - len(dynamic))]
-        fakes = [mode.from_tensor(arg, symbolic_context=_context(arg, dims)) for arg, dims in zip(args, choices, strict=True)]
+        fakes = [
+            mode.from_tensor(arg, symbolic_context=_context(arg, dims)) for arg, dims in zip(args, choices, strict=True)
+        ]
     return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*fakes)
 
 

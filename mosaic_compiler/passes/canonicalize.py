@@ -234,7 +234,9 @@ def _split_into_slices(rewriter: _Rewriter, node: fx.Node) -> bool:
         return False
     if node.target is aten.unbind.int:
         for user in list(node.users):
-            rewriter.replace(user, rewriter.emit(user, aten.select.int, node.args[0], ir.argument(node, "dim"), user.args[1]))
+            rewriter.replace(
+                user, rewriter.emit(user, aten.select.int, node.args[0], ir.argument(node, "dim"), user.args[1])
+            )
         rewriter.graph.erase_node(node)
         return True
     if node.target is not aten.split.Tensor:

@@ -57,7 +57,7 @@ class ChunkLoopsPass:
         if regions.loops:
             try:
                 result = _Rewriter(module, labels, regions).rewrite()
-            except _Knot as knot:
+            except _KnotError as knot:
                 unruled += (knot.node,)
         result.meta["unruled"] = tuple((node.name, str(node.target), ir.provenance(node)) for node in unruled)
         result.graph.lint()
@@ -75,7 +75,7 @@ def _reads_matrix(node: fx.Node, labels: Labels) -> bool:
     )
 
 
-class _Knot(Exception):
+class _KnotError(Exception):
     """Random draws in the order of the graph and loops depend on each other in a circle."""
 
     def __init__(self, node: fx.Node) -> None:
@@ -134,7 +134,7 @@ class _Rewriter(Emitter):
         if node not in self.values:
             token = id(self.regions.of.get(node, node))
             if token in self._busy:
-                raise _Knot(node)
+                raise _KnotError(node)
             self._busy.add(token)
             if node in self.regions.of:
                 self._loop(self.regions.of[node])
@@ -171,7 +171,11 @@ class _Rewriter(Emitter):
         if known is not None and not self.regions.inside.intersection(known.all_input_nodes):
             return self._value(known)
         for node in self.old.graph.nodes:  # for example the number of rows that a nonzero found
-            sizes = [] if node in self.regions.inside else [ir.expr_of(s) for t in ir.tensors_of(node) if t is not None for s in t.shape]
+            sizes = (
+                []
+                if node in self.regions.inside
+                else [ir.expr_of(s) for t in ir.tensors_of(node) if t is not None for s in t.shape]
+            )
             if ir.tensor_of(node) is not None and expr in sizes:
                 return self.emit(aten.sym_size.int, self._value(node), sizes.index(expr))
         assert expr.is_Mul or expr.is_Add, f"the size {expr} is no input's"

@@ -118,7 +118,11 @@ class _Rewriter:
                 continue
             if native is None and operand is not node.args[0]:
                 continue
-            if self.last_read[root] != self.order[node] or not ir.same_layout(tensor, out) or not covers_root(tensor, root):
+            if (
+                self.last_read[root] != self.order[node]
+                or not ir.same_layout(tensor, out)
+                or not covers_root(tensor, root)
+            ):
                 continue
             if any(self.storage.root(other) == root for other in node.all_input_nodes if other is not operand):
                 continue

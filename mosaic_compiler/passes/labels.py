@@ -54,8 +54,7 @@ class Labels:
 
     def layout(self, node: fx.Node) -> Layout:
         """The layout of a labelled node's first labelled output."""
-        found = next(layout for layout in self.of[node] if layout is not None)
-        return found
+        return next(layout for layout in self.of[node] if layout is not None)
 
     def edges(self, node: fx.Node) -> list[tuple[fx.Node, Edge, Layout | None]]:
         """Each tensor operand of a node with the kind of edge and the layout that the node needs of it
@@ -162,7 +161,11 @@ class _Labeller:
             for other in range(len(layouts)):
                 if other != index:
                     layouts[other] = next(
-                        (c for c in _candidates(node, other, space) if rows.operand_layouts(node, other, c, space) == wanted),
+                        (
+                            c
+                            for c in _candidates(node, other, space)
+                            if rows.operand_layouts(node, other, c, space) == wanted
+                        ),
                         None,
                     )
         self.labels.of[node], self.labels.space[node] = tuple(layouts), space
@@ -237,7 +240,7 @@ def _space_of(matmul: fx.Node) -> Space | None:
     if extent in (0, 1):
         return None
     while isinstance(left, fx.Node) and left.target is aten.view.default:
-        left = left.args[0]  # type: ignore[assignment]
+        left = left.args[0]
         sizes = [ir.expr_of(size) for size in rows.shape_of(left)]
         if len(sizes) > 2 and 1 not in sizes[:2] and sympy.expand(sizes[0] * sizes[1] - extent) == 0:
             return ChunkSpace((sizes[0], sizes[1]))
@@ -272,4 +275,4 @@ def _number_stages(graph: fx.Graph, labels: Labels) -> None:
         elif node in labels.of and node.target in (aten.select.int, aten.slice.Tensor):
             source = node.args[0]  # a part (queries out of a joint projection) is taken where the whole is at hand
             if source in labels.of and any(kind is Edge.ROW for _, kind, _ in edges[node]):
-                late[node] = min(late[node], late[source])  # type: ignore[index]
+                late[node] = min(late[node], late[source])

@@ -95,7 +95,7 @@ class BodyFactory:
                 source = next(queue)
                 return _Token(index[source] if isinstance(source, fx.Node) else ("operand", operands[source]))
 
-            arguments = fx.node.map_arg((node.args, dict(node.kwargs)), token)
+            arguments = fx.node.map_arg((node.args, dict(node.kwargs)), token)  # type: ignore[arg-type]
             parts.append((str(node.target), repr(arguments), self.labels.of[node], _layout(node)))
         parts += [(operand.layout, _layout(operand.value)) for operand in operands]
         return tuple(parts)
@@ -156,7 +156,7 @@ class _Body(Emitter):
             self.dims.append(None)
             return self._input(name, tensor)
         tensor, dim = self.factory.split_rows(tensor, operand.layout, self.space)
-        shape = list(tensor.shape)
+        shape: list[Any] = list(tensor.shape)
         shape[dim] = self.size
         self.dims.append(dim)
         with self.mode:

@@ -44,7 +44,9 @@ def _row_bytes(node: fx.Node, labels: Labels) -> int:
     """Bytes of one row of a single result; sizes that are not numbers count as many."""
     tensor = ir.tensor_of(node)
     assert tensor is not None
-    features = [ir.expr_of(size) for label, size in zip(labels.layout(node), tensor.shape, strict=True) if label is None]
+    features = [
+        ir.expr_of(size) for label, size in zip(labels.layout(node), tensor.shape, strict=True) if label is None
+    ]
     return tensor.dtype.itemsize * int(sympy.prod([size if size.is_Integer else 1 << 20 for size in features]))
 
 

@@ -120,4 +120,8 @@ def late_readers(loop: ChunkLoop, output: int, position: int) -> list[fx.Node]:
 
 def _same_shape(node: fx.Node, operand: fx.Node) -> bool:
     result, source = ir.tensor_of(node), ir.tensor_of(operand)
-    return result is not None and source is not None and [*map(ir.expr_of, result.shape)] == [*map(ir.expr_of, source.shape)]
+    return (
+        result is not None
+        and source is not None
+        and [*map(ir.expr_of, result.shape)] == [*map(ir.expr_of, source.shape)]
+    )

@@ -48,10 +48,15 @@ def check_machine(budget: int | None, device: torch.device) -> None:
         raise OptionsError(f"memory_budget of {budget} bytes is more than the {total} bytes that {device} has")
 
 
+def host_memory() -> int:
+    """Physical memory of this machine in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def total_memory(device: torch.device) -> int | None:
     """Bytes that a device has; ``None`` for devices without memory (meta)."""
     if device.type == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return host_memory()
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return None

@@ -6,8 +6,12 @@ live bytes of the whole step are a few additions for any choice of chunk sizes, 
 1. all loops unchunked; stop if that fits ("lazy");
 2. every loop whose own positions exceed the budget gets the largest chunk with which they do not;
 3. arena and memory outside of it have their worst moments at different positions: while their sum exceeds the budget,
-   the loop that holds one of them goes down until it does not hold it any more;
-4. every loop goes up again as far as the budget lets it.
+   one of the loops that hold them gets smaller chunks: enough of them at once, or bit by bit, in turns (both are
+   tried, and the one that loses less time is taken);
+4. every loop goes up again as far as the budget lets it, the one that gains most time first.
+
+The time that a loop loses to chunks is predicted from its matmuls and from how their rate depends on the number of
+rows (:data:`HALF_RATE`).
 
 Chunk sizes are such that the chunks of a loop are of about the same size: rows / 1, rows / 2, ..., rounded up to 128,
 then 64, 32, ..., 1.
@@ -24,10 +28,17 @@ import numpy as np
 import sympy
 from numpy.typing import NDArray
 
-from mosaic_compiler.planning.lifetimes import Lives, Sizes
+from mosaic_compiler import ir
+from mosaic_compiler.passes.rows import MATMULS
+from mosaic_compiler.planning.lifetimes import Lives, LoopSpan, Sizes
 from mosaic_compiler.planning.plan import ALIGNMENT
 
 UNIT = 128
+
+HALF_RATE = {"cuda": 280, "cpu": 20}
+"""Rows at which a matmul runs at half of its best rate: rate(c) ~ c / (c + half).  Measured: H100, bf16, [c, 4096] x
+[4096, 12288]: 357 TFLOP/s at 256 rows, 572 at 1,024, 686 at 4,096, 726 at 8,192; CPU (2 cores, AVX-512), float32,
+[c, 1024] x [1024, 4096]: 81 GFLOP/s at 8 rows, 166 at 32, 218 at 128, 261 at 4,096."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -84,14 +95,29 @@ class ChunkModel:
             symbol: np.array([i for i, owner in enumerate(self._owner) if owner == symbol], dtype=np.int64)
             for symbol in chunks
         }
+        self._half = HALF_RATE.get(lives.device.type, HALF_RATE["cuda"])
+        self._work = dict.fromkeys(chunks, 0)
+        for span in lives.loops.values():
+            self._work[span.loop.chunk] += _work_per_row(span)
         self._spans = {span.node.name: (span.start, span.end) for span in lives.loops.values()}
-        self._local = {
-            name: np.array([b.loop == name for b in kept], dtype=np.bool_) for name in self._spans
-        }
+        self._local = {name: np.array([b.loop == name for b in kept], dtype=np.bool_) for name in self._spans}
 
     def at(self, sizes: Sizes) -> Evaluation:
         """The model with all sizes but the chunks' put in."""
         return Evaluation(self, sizes)
+
+
+def _work_per_row(span: LoopSpan) -> int:
+    """Multiplications of one row with the weights of a loop's matmuls."""
+    total = 0
+    for node in span.scope.nodes:
+        for operand in node.all_input_nodes if node.target in MATMULS else ():
+            sizes = [
+                ir.expr_of(size) for tensor in ir.tensors_of(operand) if tensor is not None for size in tensor.shape
+            ]
+            if len(sizes) == 2 and all(size.is_Integer for size in sizes):
+                total += int(sizes[0] * sizes[1])
+    return total
 
 
 def _linear(expr: sympy.Expr, chunks: set[sympy.Symbol]) -> tuple[sympy.Expr, sympy.Symbol | None, sympy.Expr | None]:
@@ -174,16 +200,8 @@ class Evaluation:
             return self._shortfall()
         for symbol in chunks:
             chunks[symbol] = self._largest(symbol, chunks, budget, self._own_peak)
-        while self.peak(chunks) > budget:
-            symbol = self._holder(chunks)
-            options = [size for size in candidates(self.rows[symbol]) if size < chunks[symbol]]
-            before = self.peak(chunks)
-            for size in options:
-                chunks[symbol] = size
-                if self.peak(chunks) < before:
-                    break
-        for symbol in chunks:
-            chunks[symbol] = self._largest(symbol, chunks, budget, lambda c, _: self.peak(c))
+        ways = [self._within(chunks, budget, alone=alone) for alone in (True, False)]
+        chunks = min(ways, key=lambda way: sum(self._lost(symbol, size) for symbol, size in way.items()))
         reasons = {
             symbol: f"{self._next_larger(symbol, size)} rows would exceed the budget"
             if size < self.rows[symbol]
@@ -213,12 +231,36 @@ class Evaluation:
                 low = middle + 1
         return options[low] if options else 0
 
-    def _holder(self, chunks: Mapping[sympy.Symbol, int]) -> sympy.Symbol:
-        """The loop, of those at the two worst moments, whose smaller chunk gains most."""
+    def _within(self, given: Mapping[sympy.Symbol, int], budget: int, *, alone: bool) -> dict[sympy.Symbol, int]:
+        """Steps 3 and 4 of the search."""
+        chunks = dict(given)
+        while self.peak(chunks) > budget:
+            symbol, chunks[symbol] = self._step_down(chunks, budget, alone=alone)
+        for symbol in sorted(chunks, key=lambda s: -self._lost(s, chunks[s])):
+            chunks[symbol] = self._largest(symbol, chunks, budget, lambda c, _: self.peak(c))
+        return chunks
+
+    def _step_down(self, chunks: Mapping[sympy.Symbol, int], budget: int, *, alone: bool) -> tuple[sympy.Symbol, int]:
+        """Smaller chunks for one of the loops at the two worst moments: with ``alone`` those that meet the budget at
+        the least loss of time, if one loop can meet it alone; else half of those that gain the most bytes."""
         inside, outside = self.live(chunks)
         owners = {self.model._owner[int(inside.argmax())], self.model._owner[int(outside.argmax())]}
         movable = [s for s in self.rows if s in owners and chunks[s] > 1] or [s for s in self.rows if chunks[s] > 1]
-        return max(movable, key=lambda s: self.peak(chunks) - self.peak({**chunks, s: max(chunks[s] // 2, 1)}))
+        enough = []
+        for symbol in movable if alone else ():
+            size = self._largest(symbol, chunks, budget, lambda c, _: self.peak(c))
+            if self.peak({**chunks, symbol: size}) <= budget:
+                enough.append(
+                    (self._lost(symbol, size) - self._lost(symbol, chunks[symbol]), str(symbol), symbol, size)
+                )
+        if enough:
+            return min(enough)[2:]
+        halves = [(symbol, max(chunks[symbol] // 2, 1)) for symbol in movable]
+        return min(halves, key=lambda half: self.peak({**chunks, half[0]: half[1]}))
+
+    def _lost(self, symbol: sympy.Symbol, size: int) -> float:
+        """Time that loops lose to chunks of this size, in multiplications at the best rate."""
+        return self.model._work[symbol] * self.rows[symbol] * self.model._half / max(size, 1)
 
     def _shortfall(self) -> Shortfall:
         inside, outside = self.live(self.smallest())

@@ -322,9 +322,7 @@ class _Finder:
         kept = {root: b for root, b in root_buffers.items() if root not in direct}
         kept = {root: replace(b, end=len(nodes)) if root in results else b for root, b in kept.items()}
         names = {buffer.name: buffer for buffer in kept.values()}
-        owned = [
-            (root[0].name, names[buffer.name]) for root, buffer in root_buffers.items() if buffer.name in names
-        ]
+        owned = [(root[0].name, names[buffer.name]) for root, buffer in root_buffers.items() if buffer.name in names]
         owned += [(b.name.removesuffix(".scratch"), b) for b in buffers if b.kind == "scratch"]
         return _BodyLives(Scope(tuple(nodes), forms, storage, kept, direct), tuple(owned))
 
@@ -353,13 +351,11 @@ class _Finder:
         return LoopSpan(node, loop, ir.expr_of(tensor.shape[dim]), start, end, own), list(made.values())
 
 
-def _direct_results(
-    loop: ChunkLoop, forms: Mapping[fx.Node, Form], storage: ir.StorageMap
-) -> dict[ir.Root, int]:
+def _direct_results(loop: ChunkLoop, forms: Mapping[fx.Node, Form], storage: ir.StorageMap) -> dict[ir.Root, int]:
     """Results that the body's ops can write straight into the loop's: a chunk of them is dense there, because
     their rows are the outermost dim in memory."""
     found: dict[ir.Root, int] = {}
-    results: tuple[fx.Node, ...] = loop.body.graph.output_node().args[0]  # type: ignore[assignment]
+    results: tuple[fx.Node, ...] = loop.body.graph.output_node().args[0]
     for index, (node, spec) in enumerate(zip(results, loop.outputs, strict=True)):
         root, tensor = storage.root(node), ir.tensor_of(node)
         if root is None or tensor is None or root in found or not ir.is_computed(root):

@@ -157,9 +157,9 @@ class Planner:
             else ""
         )
         return BudgetError(
-            f"a step with {at or 'these sizes'} needs at least {needed} bytes, its memory budget is {budget}: raise the "
-            f"budget or shorten the sequence{advice}. The bottleneck, {worst.nbytes} of {total} bytes live at the worst "
-            f"moment, is {worst.describe()}",
+            f"a step with {at or 'these sizes'} needs at least {needed} bytes, its memory budget is {budget}: raise "
+            f"the budget or shorten the sequence{advice}. The bottleneck, {worst.nbytes} of {total} bytes live at the "
+            f"worst moment, is {worst.describe()}",
             needed,
             budget,
             fits,

@@ -58,7 +58,9 @@ def capture_step(
         raise
     except torch._dynamo.exc.Unsupported as error:
         reason = str(error).strip().splitlines()[0]
-        raise CaptureError(f"a plan ahead of running needs the function in one graph, and Dynamo says: {reason}") from None
+        raise CaptureError(
+            f"a plan ahead of running needs the function in one graph, and Dynamo says: {reason}"
+        ) from None
     if not steps:
         raise CaptureError("nothing was compiled: the function runs no tensor operation")
     return steps[0]
@@ -183,10 +185,10 @@ def _without_memory(fn: Callable[..., Any], args: Sequence[Any], device: torch.d
             fakes[id(tensor)] = nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
         return fakes[id(tensor)]
 
-    replaced: list[tuple[dict[str, Any], str, Any]] = []
+    replaced: list[tuple[Any, str, Any]] = []
     try:
-        for module in {part for module in modules for part in module.modules()}:
-            for held in (module._parameters, module._buffers):
+        for part in {part for module in modules for part in module.modules()}:
+            for held in (part._parameters, part._buffers):
                 for name, tensor in held.items():
                     if tensor is not None:
                         replaced.append((held, name, tensor))

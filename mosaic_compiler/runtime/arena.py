@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import math
 import mmap
-import os
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from typing import Protocol
 import torch
 
 from mosaic_compiler.errors import ArenaError
+from mosaic_compiler.planning.budget import host_memory
 from mosaic_compiler.planning.plan import align
 
 _numbers = itertools.count()
@@ -94,7 +94,7 @@ class HostArena(_Bytes):
 
     def __init__(self, capacity: int | None = None) -> None:
         self.number = next(_numbers)
-        _, self._memory = _reserve(capacity or machine_memory())
+        _, self._memory = _reserve(capacity or host_memory())
         self.reserved = 0
         self._touched = 0
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
@@ -125,11 +125,6 @@ class HostArena(_Bytes):
         if length > 0:
             self._memory.madvise(mmap.MADV_DONTNEED, start, length)
         self._touched = min(self._touched, height)
-
-
-def machine_memory() -> int:
-    """Physical memory of this machine in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _reserve(capacity: int) -> tuple[int, mmap.mmap]:

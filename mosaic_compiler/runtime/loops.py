@@ -118,7 +118,7 @@ class _BodyBinder(Binder):
         """Point all slices at the chunk that begins with row ``start``."""
         self._where[0] = start
         for c in self._cursors:
-            c.tensor.set_(c.storage, c.offset + start * c.step, c.shape, c.stride)  # type: ignore[call-overload]
+            c.tensor.set_(c.storage, c.offset + start * c.step, c.shape, c.stride)
 
     # ----------------------------------------------------------------------------------------- slices
     def _root_of(self, result: int) -> ir.Root | None:
@@ -147,8 +147,8 @@ class _BodyBinder(Binder):
         offset = part.storage_offset() - self.start * step
         tensor = torch.empty(0, dtype=part.dtype, device=part.device)
         storage = part.untyped_storage()
-        tensor.set_(storage, part.storage_offset(), part.shape, part.stride())  # type: ignore[call-overload]
-        self._cursors.append(_Cursor(tensor, storage, offset, step, part.shape, part.stride()))
+        tensor.set_(storage, part.storage_offset(), part.shape, part.stride())
+        self._cursors.append(_Cursor(tensor, storage, int(offset), step, part.shape, part.stride()))
         return tensor
 
     # ----------------------------------------------------------------------------------------- nodes
