@@ -60,5 +60,9 @@ class CanaryError(MosaicError):
     """Poison mode found a write outside of a planned buffer."""
 
 
+class StaleGraphError(MosaicError):
+    """A weight is not what the graph was compiled for, and Dynamo did not notice."""
+
+
 class FallbackError(MosaicError):
     """Strict mode: something would have run in a slower or fatter way than planned."""

@@ -8,6 +8,7 @@ aliasing and mutation are read from operator schemas.
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import re
 from collections.abc import Iterator
@@ -56,13 +57,24 @@ def expr_of(size: Any) -> sympy.Expr:
     return sympy.sympify(size)
 
 
+def own_strides(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Strides of a result in storage of its own, where no two elements share a place.
+
+    Some fake kernels copy the strides of an expanded operand (0), which no real kernel does.
+    """
+    pairs = list(zip(tensor.shape, tensor.stride(), strict=True))
+    if all(expr_of(stride) != 0 or expr_of(size) == 1 for size, stride in pairs):
+        return tuple(tensor.stride())
+    return tuple(math.prod(tensor.shape[dim + 1 :]) for dim in range(tensor.dim()))
+
+
 def storage_extent(tensor: torch.Tensor) -> sympy.Expr:
-    """Bytes from the tensor's first to its last element; 0 where a size is 0.
+    """Bytes from the first to the last element of a result in storage of its own; 0 where a size is 0.
 
     A dense tensor of ``[rows, D]`` float32 has ``4 * rows * D``.
     """
     last: sympy.Expr = sympy.Integer(0)
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+    for size, stride in zip(tensor.shape, own_strides(tensor), strict=True):
         extent = expr_of(size)
         if extent == 0:
             return sympy.Integer(0)

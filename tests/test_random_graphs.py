@@ -1,14 +1,17 @@
-"""Random graphs x random shapes through the whole compiler: equal to eager, bit for bit."""
+"""Random graphs x random shapes through the whole compiler: equal to eager, bit for bit.
+
+Only a product that ``row-demand`` puts on fewer rows may round differently: BLAS picks its kernel by size.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import toys
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mosaic_compiler.backend import compile_aten
+from mosaic_compiler.backend import compile_aten, observing
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes import trace
 from mosaic_compiler.planning.lifetimes import Sizes, find_lives
@@ -16,25 +19,33 @@ from mosaic_compiler.planning.lifetimes import Sizes, find_lives
 shapes = st.tuples(st.integers(2, 9), st.integers(2, 7).map(lambda half: 2 * half))
 
 
-def assert_same(got: list[torch.Tensor], expected: tuple[torch.Tensor, ...]) -> None:
+def assert_same(got: list[torch.Tensor], expected: tuple[torch.Tensor, ...], tolerance: float = 0.0) -> None:
     assert len(got) == len(expected)
     for a, b in zip(got, expected, strict=True):
-        assert a.shape == b.shape
-        assert a.dtype == b.dtype
-        assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def tolerance_of(module: torch.fx.GraphModule) -> float:
+    """0, unless a product runs on fewer rows."""
+    return 1e-4 if any(d.rows != d.total for d in module.meta.get("row_decisions", ())) else 0.0
 
 
 @settings(max_examples=50)
+@example(toys.Program((("attend", 0, 1),), ((2, "first_row"),)), [(5, 8)], "auto", False)
+@example(toys.Program((("pick", 0, 0), ("matmul", 2, 0)), ((3, "first_row"),)), [(5, 8)], "auto", False)
+@example(toys.Program((("matmul", 0, 0), ("amax", 2, 0)), ((3, "first_row"),)), [(5, 8)], "auto", False)
+@example(toys.Program((("amax", 0, 0), ("write_rows", 2, 0)), ((3, "whole"),)), [(5, 8)], "auto", True)
 @given(
     toys.programs, st.lists(shapes, min_size=1, max_size=3), st.sampled_from(["auto", "size", "naive"]), st.booleans()
 )
 def test_equals_eager_at_every_shape(program, sizes, placement, poison):
     module = trace(program, *toys.inputs(5, 6, 0))
     step = compile_aten(module, MosaicOptions(placement=placement, poison=poison))
+    tolerance = tolerance_of(step.module)
     for seed, (rows, width) in enumerate(sizes):
         arguments = toys.inputs(rows, width, seed)
         got = step(list(arguments))
-        assert_same(got, program(*arguments))
+        assert_same(got, program(*arguments), tolerance)
         kept = [t.clone() for t in got]
         step(list(toys.inputs(rows, width, seed + 100)))
         assert_same(got, tuple(kept))  # what was returned stays as it was
@@ -52,10 +63,11 @@ def test_every_pass_output_runs_and_equals(program, shape):
     run_passes(module, observe=lambda graph, record: seen.append(graph))
     arguments = toys.inputs(*shape, 1)
     for graph in seen:
-        assert_same(list(graph(*[a.clone() for a in arguments])), program(*arguments))
+        assert_same(list(graph(*[a.clone() for a in arguments])), program(*arguments), tolerance_of(graph))
 
 
 @settings(max_examples=30)
+@example(toys.Program((("amax", 0, 0), ("write_rows", 2, 0)), ((3, "whole"),)), (5, 8))
 @given(toys.programs, shapes)
 def test_lives_against_an_oracle_that_watches_storages(program, shape):
     """Run the graph node by node on real tensors and see when each storage is touched for the last time."""
@@ -120,11 +132,12 @@ def test_input_mutation_through_torch_compile(program, shape, which):
 
     torch._dynamo.reset()
     compiled = torch.compile(mutating, backend="mosaic", dynamic=True, fullgraph=True, options={"poison": True})
-    mine, theirs = toys.inputs(*shape, 3), toys.inputs(*shape, 3)
-    with torch.no_grad():
+    mine, theirs, steps = toys.inputs(*shape, 3), toys.inputs(*shape, 3), []
+    with torch.no_grad(), observing(steps.append):
         got, expected = compiled(*mine), mutating(*theirs)
-    assert_same(list(got), expected)
-    assert_same(list(mine), theirs)
+    tolerance = max(tolerance_of(step.module) for step in steps)
+    assert_same(list(got), expected, tolerance)
+    assert_same(list(mine), theirs, tolerance)
 
 
 @pytest.mark.parametrize("poison", [False, True])

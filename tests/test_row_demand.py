@@ -369,6 +369,20 @@ def test_returned_logits_stay_whole_and_the_consumer_is_named():
     assert "view" in decision.consumer or "output" in decision.consumer
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("move", ["last", "tail", "step", "sample"])
+def test_a_returned_slice_has_the_strides_of_eager(move, batch):
+    def f(h, w):
+        return MOVES[move](h @ w)
+
+    h, w, _ = inputs(batch, 9, 0.5, 1)
+    step = compile_aten(trace(f, h, w), MosaicOptions())
+    (got,), expected = step([h, w]), f(h, w)
+    torch.testing.assert_close(got, expected)
+    long = [dim for dim, size in enumerate(expected.shape) if size > 1]
+    assert [got.stride(dim) for dim in long] == [expected.stride(dim) for dim in long]
+
+
 def test_a_mask_that_depends_on_the_logits_is_a_sound_fallback():
     def f(h, w, ids):
         logits = h @ w

@@ -31,6 +31,7 @@ def multiply(x, y):
 CASES = {
     "attention": (attend, QKV, torch.float32),
     "attention-bf16": (attend, QKV, torch.bfloat16),
+    "attention-bf16-odd": (attend, [(2, 4, 901, 33)] * 3, torch.bfloat16),
     "attention-masked": (attend_masked, QKV, torch.float32),
     "mixed-dtypes": (lambda x, y: x.double() * y.double() + x, [SQUARE] * 2, torch.float32),
     "mixed-where": (lambda x, y: torch.where(x > y, x.double(), y), [SQUARE] * 2, torch.float32),

@@ -31,9 +31,9 @@ def _kernel() -> Any:
     import triton.language as tl
 
     def kernel(  # type: ignore[no-untyped-def]
-        hidden, index, weight, out, rows, vocabulary, depth,
+        hidden, index, weight, out, rows, vocabulary,
         hidden_row, hidden_col, weight_row, weight_col, out_row, out_col,
-        BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+        DEPTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
         PRECISE: tl.constexpr,
     ):  # fmt: skip
         # Programs walk the output in groups of GROUP row blocks, so that a weight tile is reused from L2.
@@ -51,16 +51,16 @@ def _kernel() -> Any:
         source = tl.load(index + row, mask=row < rows, other=0).to(tl.int64)  # [BLOCK_M]
         wide_col = col.to(tl.int64)
         total = tl.zeros((BLOCK_M, BLOCK_V), dtype=tl.float32)
-        for start in range(0, depth, BLOCK_D):
+        for start in range(0, DEPTH, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             a = tl.load(
                 hidden + source[:, None] * hidden_row + d[None, :] * hidden_col,
-                mask=(row[:, None] < rows) & (d[None, :] < depth),
+                mask=(row[:, None] < rows) & (d[None, :] < DEPTH),
                 other=0.0,
             )
             b = tl.load(
                 weight + wide_col[None, :] * weight_row + d[:, None] * weight_col,
-                mask=(col[None, :] < vocabulary) & (d[:, None] < depth),
+                mask=(col[None, :] < vocabulary) & (d[:, None] < DEPTH),
                 other=0.0,
             )
             if PRECISE:  # float32, and what the interpreter (which has no bfloat16 dot) computes
@@ -128,9 +128,9 @@ def gather_logits_triton(
         tile = _SMALL if hidden.device.type == "cpu" else _fastest(hidden, index, weight, out)
     blocks = -(-rows // tile.block_m) * -(-vocabulary // tile.block_v)
     _kernel()[(blocks,)](
-        hidden, index, weight, out, rows, vocabulary, depth,
+        hidden, index, weight, out, rows, vocabulary,
         *hidden.stride(), *weight.stride(), *out.stride(),
-        BLOCK_M=tile.block_m, BLOCK_V=tile.block_v, BLOCK_D=tile.block_d, GROUP=tile.group,
+        DEPTH=depth, BLOCK_M=tile.block_m, BLOCK_V=tile.block_v, BLOCK_D=tile.block_d, GROUP=tile.group,
         PRECISE=hidden.dtype == torch.float32 or hidden.device.type == "cpu",
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

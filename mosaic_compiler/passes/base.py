@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -46,7 +47,8 @@ def trace(function: Callable[..., Any], *args: Any, dynamic: Sequence[tuple[int,
         fakes = [
             mode.from_tensor(arg, symbolic_context=_context(arg, dims)) for arg, dims in zip(args, choices, strict=True)
         ]
-    return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*fakes)
+    with enable_python_dispatcher():  # as AOTAutograd does: some compositions in C++ want sizes as numbers
+        return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*fakes)
 
 
 def _context(tensor: torch.Tensor, dims: tuple[int, ...]) -> StatelessSymbolicContext[Any, Any]:

@@ -139,6 +139,8 @@ class _Analysis:
         self.graph = graph
         self.early = early_nodes(graph)
         self.sizes = size_sources(graph)
+        self.storage = ir.StorageMap(graph)
+        self.returned = ir.escaping_roots(graph, self.storage)
 
     def run(self) -> Demands:
         nodes = list(self.graph.nodes)
@@ -283,8 +285,11 @@ class _Analysis:
         source = node.args[0] if node.args else None
         if dims is None or not isinstance(source, fx.Node) or not self._is_early_move(node):
             return False
-        tensor = ir.tensor_of(source)
+        out, tensor = ir.tensor_of(node), ir.tensor_of(source)
+        assert out is not None
         assert tensor is not None
+        if self.storage.root(node) in self.returned and not ir.is_contiguous(out):
+            return False  # the caller gets the strides of eager; picked rows would be dense
         dims = max(dims, min(2, tensor.dim() - 1))
         layout, space = rows.leading_layout(tensor, dims)
         if layout[dims - 1] is None or not _has_features(layout, tensor) or not self._readable(space):

@@ -135,7 +135,7 @@ class _Body(Emitter):
         self.dims: list[int | None] = []
         self.numbers: dict[sympy.Expr, fx.Node] = {}
         self._operands = {operand: self._operand(operand) for operand in contents.operands()}
-        self._last_input = next(reversed(self.graph.nodes))
+        self._last_input = list(self.graph.nodes)[-1]
         self._entered: dict[Operand, fx.Node] = {}
         self._flat: fx.Node | None = None
         self.copies: dict[fx.Node, fx.Node] = {}

@@ -41,7 +41,8 @@ class RowDemandPass:
     rewrite is sound.  Where a demand reaches a matmul, the values it covers are computed on gathered rows,
     and small results are scattered back.
 
-    Requires: a canonical graph.  Guarantees: the same outputs; rows that nobody demands hold zeros.
+    Requires: a canonical graph.  Guarantees: the same outputs, up to the rounding of products on fewer rows (BLAS
+    may take another kernel for them); rows that nobody demands hold zeros.
 
     Before (R rows)::
 

@@ -161,6 +161,8 @@ class Selectors(Emitter):
         for demand in self.demands.of.values():
             for segment in demand.moves if demand is not None else ():
                 todo += _inputs_of_moves(segment)
+        for move in self.demands.moved:  # also where its base is needed whole, and so has no demand
+            todo += _inputs_of_moves(Segment((), move))
         while todo:
             node = todo.pop()
             if node not in wanted and node.op == "call_function":

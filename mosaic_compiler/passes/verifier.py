@@ -27,6 +27,7 @@ from mosaic_compiler import ir
 from mosaic_compiler.errors import InvariantError
 from mosaic_compiler.loops import ChunkLoop, loop_of
 from mosaic_compiler.passes.reuse_rows import late_readers
+from mosaic_compiler.planning.forms import without_out
 
 INVARIANTS = ("topology", "metadata", "signature", "effects", "in-place", "loops", "quadratic")
 
@@ -126,11 +127,14 @@ class Verifier:
             return None  # a re-run would invent new symbols for the same data-dependent sizes
         if ir.BINDS in node.meta:
             return None
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), ir.value_of)
-        key = (node.target, _signature_of(args), _signature_of(kwargs))
+        assert isinstance(node.target, OpOverload)
+        target = without_out(node.target)  # a fake destination would be written too: resized, or its sizes fixed
+        names = {a.name for a in target._schema.arguments}
+        args, kwargs = fx.node.map_arg((node.args, {k: v for k, v in node.kwargs.items() if k in names}), ir.value_of)
+        key = (target, _signature_of(args), _signature_of(kwargs))
         if key not in self._known:
             with mode:
-                self._known[key] = _layout(node.target(*args, **kwargs))  # type: ignore[operator]
+                self._known[key] = _layout(target(*args, **kwargs))
         return self._known[key]
 
 

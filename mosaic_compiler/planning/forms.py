@@ -181,6 +181,16 @@ def native_out(op: OpOverload) -> tuple[OpOverload, tuple[str, ...]] | None:
 
 
 @functools.cache
+def without_out(op: OpOverload) -> OpOverload:
+    """``aten.mul.Tensor`` for ``aten.mul.out``: what is computed, written nowhere.  Other ops: themselves."""
+    if any(a.is_out for a in op._schema.arguments):
+        for candidate in ir.overloads_of(op):
+            if _signature(candidate, outs=True) == _signature(op, outs=False):
+                return candidate
+    return op
+
+
+@functools.cache
 def inplace_twin(op: OpOverload) -> OpOverload | None:
     """``aten.relu_.default`` for ``aten.relu.default``: same arguments, first one written."""
     namespace, _, name = op._schema.name.partition("::")

@@ -35,8 +35,9 @@ def _cpu_flash_attention(node: fx.Node) -> sympy.Expr:
 
     Per thread: a score tile (query block x key block), running max and sum, and an accumulator
     (query block x head dim); reduced types keep a reduced copy of the tile beside it.  The query
-    block is at most 256 and the key block at most 512, whatever the length; low-precision kernels also
-    pack keys and values where the processor has matrix tiles (AMX), which takes about their own bytes.
+    block is at most 256 and the key block at most 512, whatever the length.  Where the CPU multiplies a
+    reduced type in tiles (AMX), keys and values are packed, with an even head dim and an even length; per
+    thread, a key block is transposed for that, and an odd head dim needs a padded query block.
     """
     query, key = node.args[0], node.args[1]
     assert isinstance(query, fx.Node)
@@ -50,7 +51,9 @@ def _cpu_flash_attention(node: fx.Node) -> sympy.Expr:
     if q.dtype.itemsize < 4:
         scratch += 2 * 256 * 512 * torch.get_num_threads()
         if torch.cpu._is_amx_tile_supported():
-            scratch += 2 * ir.storage_extent(k)
+            batch, heads, length, _ = (ir.expr_of(size) for size in k.shape)
+            packed = batch * heads * ((head_dim + 1) * length + head_dim * (length + 1))
+            scratch += 2 * packed + 2 * (512 * head_dim + 256 * (head_dim + 1)) * torch.get_num_threads()
     return scratch
 
 

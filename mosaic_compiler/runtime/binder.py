@@ -157,7 +157,7 @@ class Binder:
         tensor = ir.tensors_of(node)[index]
         assert tensor is not None
         shape = [self.sizes(size) for size in tensor.shape]
-        stride = [self.sizes(step) for step in tensor.stride()]
+        stride = [self.sizes(step) for step in ir.own_strides(tensor)]
         buffer = self.shared.placed[self.scope.root_buffers[(node, index)].name]
         if buffer.kind == "arena":
             assert buffer.offset is not None
@@ -218,7 +218,7 @@ class Binder:
             if tensor is None
             else torch.empty_strided(
                 [self.sizes(size) for size in tensor.shape],
-                [self.sizes(step) for step in tensor.stride()],
+                [self.sizes(step) for step in ir.own_strides(tensor)],
                 dtype=tensor.dtype,
                 device=tensor.device,
             )

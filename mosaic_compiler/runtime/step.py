@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from mosaic_compiler import ir
-from mosaic_compiler.errors import CaptureError, FallbackError
+from mosaic_compiler.errors import CaptureError, FallbackError, StaleGraphError
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.pipeline import PassRecord
 from mosaic_compiler.planning import MemoryPlan
@@ -80,6 +80,7 @@ class CompiledStep:
         self._on_plan = on_plan
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         self._static = tuple(i for i in static_inputs if ir.tensor_of(placeholders[i]) is not None)
+        self._weights = tuple((i, placeholders[i].name, ir.tensor_of(placeholders[i])) for i in self._static)
         self._prologue = Prologue(module.graph)
         self._readers = _symbol_readers(module, placeholders, self._prologue.symbols)
         self._budget = parse_budget(options.memory_budget)
@@ -120,6 +121,7 @@ class CompiledStep:
 
     def _bind(self, arena: Arena, sizes: Sizes, planned: Planned, values: Sequence[Any]) -> _Entry:
         """A program for these sizes, in a plan with room for a few more rows; forgets stale programs."""
+        self._check_weights(sizes, values)
         for key, (_, weights) in list(self._programs.items()):
             if any((tensor := ref()) is None or tensor.data_ptr() != pointer for ref, pointer in weights):
                 del self._programs[key]  # its weights were freed or moved: do not keep the old ones in memory
@@ -138,6 +140,17 @@ class CompiledStep:
             poison=self.options.poison,
         )
         return program, [(weakref.ref(values[i]), values[i].data_ptr()) for i in self._static]
+
+    def _check_weights(self, sizes: Sizes, values: Sequence[Any]) -> None:
+        """Dynamo may take a module's parameters for immutable, and not look at what their ``.data`` is now."""
+        for index, name, expected in self._weights:
+            was, now = _layout(expected, sizes), _layout(values[index], sizes)
+            if was != now:
+                raise StaleGraphError(
+                    f"{name} was compiled as (dtype, device, sizes, strides) {was}, and now is {now}: call "
+                    "torch._dynamo.reset() after such a change, or set "
+                    "torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False before compiling"
+                )
 
     def sizes(self, numbers: Sequence[int], counts: Sequence[int]) -> Sizes:
         """Values for all symbols: of the inputs' sizes, and of the numbers of computed rows."""
@@ -164,6 +177,13 @@ class CompiledStep:
                 self._plans.pop(next(iter(self._plans)))
             self._on_plan(planned.plan)
         return planned
+
+
+def _layout(tensor: Any, sizes: Sizes) -> tuple[Any, ...]:
+    """Dtype, device, sizes and strides as numbers; the stride of a size of 0 or 1 does not count."""
+    shape = [sizes(size) for size in tensor.shape]
+    strides = [sizes(step) if size > 1 else 0 for size, step in zip(shape, tensor.stride(), strict=True)]
+    return str(tensor.dtype), str(tensor.device), shape, strides
 
 
 def find_fallbacks(lives: Lives) -> tuple[Fallback, ...]:
