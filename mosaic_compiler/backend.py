@@ -18,7 +18,7 @@ from mosaic_compiler.capture import drop_true_masks
 from mosaic_compiler.dump import GraphDump
 from mosaic_compiler.errors import GradientError
 from mosaic_compiler.options import MosaicOptions
-from mosaic_compiler.passes.pipeline import passes_for, run_passes
+from mosaic_compiler.passes.pipeline import PassRecord, passes_for, run_passes, without_loops
 from mosaic_compiler.runtime.step import CompiledStep
 from mosaic_compiler.settings import read_settings
 
@@ -68,11 +68,18 @@ def compile_aten(module: fx.GraphModule, options: MosaicOptions, static_inputs: 
     settings = read_settings()
     dump = GraphDump(options.dump, module, settings.debug)
     passes = passes_for(vocabulary_tile=options.vocabulary_tile)
-    final, records = run_passes(module, passes=passes, disable=options.disable, observe=dump.after_pass)
-    step = CompiledStep(final, options, records, static_inputs, on_plan=dump.plan)
+    stages = {"capture": module}
+
+    def observe(graph: fx.GraphModule, record: PassRecord) -> None:
+        stages[record.name] = graph
+        dump.after_pass(graph, record)
+
+    final, records = run_passes(module, passes=passes, disable=options.disable, observe=observe)
+    flat = without_loops(stages, final, options.disable)
+    step = CompiledStep(final, options, records, static_inputs, on_plan=dump.plan, flat=flat)
     dump.compiled(step)
-    for observe in getattr(_observers, "stack", ()):
-        observe(step)
+    for notify in getattr(_observers, "stack", ()):
+        notify(step)
     return step
 
 

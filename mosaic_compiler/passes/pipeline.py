@@ -13,11 +13,12 @@ Order matters:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
 
+from mosaic_compiler import ir
 from mosaic_compiler.passes.base import Pass
 from mosaic_compiler.passes.canonicalize import CanonicalizePass
 from mosaic_compiler.passes.chunk_loops import ChunkLoopsPass
@@ -87,3 +88,24 @@ def run_passes(
         observe(result, record)
         module = result
     return module, tuple(records)
+
+
+def without_loops(
+    stages: Mapping[str, fx.GraphModule], final: fx.GraphModule, disable: Sequence[str] = ()
+) -> fx.GraphModule | None:
+    """The graph that ``final`` would be without its loops: what runs where nothing needs chunks.
+
+    Args:
+        stages: the graph after each pass, by the pass's name, in order.
+        final: the graph after all passes.
+
+    Returns:
+        ``None`` if ``final`` has no loops, or its prologue is another one.
+    """
+    names = list(stages)
+    if ChunkLoopsPass.name not in names or not any(node.op == "call_module" for node in final.graph.nodes):
+        return None
+    before = stages[names[names.index(ChunkLoopsPass.name) - 1]]
+    flat, _ = run_passes(before, passes=(InPlacePass(),), disable=disable)
+    early, own = ({n.name for n in ir.prologue_nodes(graph)} for graph in (final.graph, flat.graph))
+    return flat if early == own else None

@@ -33,10 +33,10 @@ class Prologue:
         self.symbols: tuple[sympy.Symbol, ...] = tuple(n.meta[BINDS] for n in self.nodes if BINDS in n.meta)
         self._placeholders = [node for node in graph.nodes if node.op == "placeholder"]
 
-    def run(self, inputs: Sequence[Any]) -> tuple[list[Any], tuple[int, ...]]:
-        """Returns the values of ``results`` and the numbers for ``symbols``."""
+    def run(self, inputs: Sequence[Any]) -> tuple[dict[str, Any], tuple[int, ...]]:
+        """Returns the values of ``nodes`` by name, and the numbers for ``symbols``."""
         if not self.nodes:
-            return [], ()
+            return {}, ()
         values: dict[fx.Node, Any] = dict(zip(self._placeholders, inputs, strict=True))
         counts: list[int] = []
         with torch.no_grad():
@@ -45,7 +45,7 @@ class Prologue:
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
                 if BINDS in node.meta:
                     counts.append(values[node].shape[0])
-        return [values[node] for node in self.results], tuple(counts)
+        return {node.name: values[node] for node in self.nodes}, tuple(counts)
 
 
 def capacity(count: int) -> int:

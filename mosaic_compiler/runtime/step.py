@@ -50,11 +50,22 @@ class Fallback:
     source: str
 
 
+@dataclass(frozen=True)
+class _Variant:
+    """The step in loops, or as one flat graph (where nothing needs chunks, nothing is computed again per loop)."""
+
+    module: fx.GraphModule
+    lives: Lives
+    prologue: Prologue
+    planner: Planner
+
+
 class CompiledStep:
     """One compiled graph: call it with the list of graph inputs, get the list of outputs.
 
     Attributes:
         module: the graph after all passes; it still runs by itself.
+        planner: plans its loops.
         lives, fallbacks, passes: what planning and ``explain()`` know about it.
         plan: the plan of the last call, ``None`` before the first.
     """
@@ -68,6 +79,7 @@ class CompiledStep:
         passes: Sequence[PassRecord] = (),
         static_inputs: Sequence[int] = (),
         on_plan: Callable[[MemoryPlan], None] = lambda plan: None,
+        flat: fx.GraphModule | None = None,
     ) -> None:
         self.module, self.options, self.passes = module, options, tuple(passes)
         self.lives: Lives = find_lives(module)
@@ -81,37 +93,43 @@ class CompiledStep:
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         self._static = tuple(i for i in static_inputs if ir.tensor_of(placeholders[i]) is not None)
         self._weights = tuple((i, placeholders[i].name, ir.tensor_of(placeholders[i])) for i in self._static)
-        self._prologue = Prologue(module.graph)
-        self._readers = _symbol_readers(module, placeholders, self._prologue.symbols)
         self._budget = parse_budget(options.memory_budget)
         check_machine(self._budget, self.lives.device)
-        self.planner = Planner(
-            self.lives,
-            counted=self._prologue.symbols,
-            placement=options.placement,
-            chunk_rows=options.chunk_rows,
-            widen=with_guards if options.poison else lambda buffers: buffers,
-        )
-        self._plans: dict[tuple[int, ...], Planned] = {}
+        self._loops = self._variant(module, self.lives)
+        self._flat = self._variant(flat, find_lives(flat)) if flat is not None and options.chunk_rows is None else None
+        self._prologue, self.planner = self._loops.prologue, self._loops.planner
+        self._readers = _symbol_readers(module, placeholders, self._prologue.symbols)
+        self._plans: dict[tuple[int, ...], tuple[_Variant, Planned]] = {}
         self._programs: OrderedDict[Any, _Entry] = OrderedDict()
         self._pool = pool_for(self.lives.device)
         self._pool.register(self)
+
+    def _variant(self, module: fx.GraphModule, lives: Lives) -> _Variant:
+        prologue = Prologue(module.graph)
+        planner = Planner(
+            lives,
+            counted=prologue.symbols,
+            placement=self.options.placement,
+            chunk_rows=self.options.chunk_rows,
+            widen=with_guards if self.options.poison else lambda buffers: buffers,
+        )
+        return _Variant(module, lives, prologue, planner)
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         pointers = tuple([inputs[i].data_ptr() for i in self._static])
         numbers = tuple([read(inputs) for _, read in self._readers])
         with self._pool.lease() as arena:
             early, counts = self._prologue.run(inputs)
-            values = [*inputs, *early]
-            del early
             sizes = self.sizes(numbers, counts)
             room = tuple([capacity(count) for count in counts])
-            planned = self.plan_for(self.sizes(numbers, room))
+            variant, planned = self.plan_for(self.sizes(numbers, room))
+            values = [*inputs, *(early[node.name] for node in variant.prologue.results)]
+            del early
             arena.ensure(planned.plan.height)
             key = (arena.number, numbers, room, pointers)
             entry = self._programs.get(key)
             if entry is None:
-                entry = self._programs[key] = self._bind(arena, sizes, planned, values)
+                entry = self._programs[key] = self._bind(arena, sizes, variant, planned, values)
             else:
                 self._programs.move_to_end(key)
             program = entry[0]
@@ -119,7 +137,7 @@ class CompiledStep:
             self.plan = program.plan
             return program.run(values)
 
-    def _bind(self, arena: Arena, sizes: Sizes, planned: Planned, values: Sequence[Any]) -> _Entry:
+    def _bind(self, arena: Arena, sizes: Sizes, variant: _Variant, planned: Planned, values: Sequence[Any]) -> _Entry:
         """A program for these sizes, in a plan with room for a few more rows; forgets stale programs."""
         self._check_weights(sizes, values)
         for key, (_, weights) in list(self._programs.items()):
@@ -128,15 +146,15 @@ class CompiledStep:
         while len(self._programs) >= self.options.program_cache:
             self._programs.popitem(last=False)
         program = bind(
-            self.module,
-            self.lives,
+            variant.module,
+            variant.lives,
             planned.plan,
             self._with_chunks(sizes, planned),
             values,
             frozenset(self._static),
             arena,
-            varying=frozenset(self._prologue.symbols),
-            early=self._prologue.results,
+            varying=frozenset(variant.prologue.symbols),
+            early=variant.prologue.results,
             poison=self.options.poison,
         )
         return program, [(weakref.ref(values[i]), values[i].data_ptr()) for i in self._static]
@@ -160,8 +178,8 @@ class CompiledStep:
     def _with_chunks(self, sizes: Sizes, planned: Planned) -> Sizes:
         return Sizes(sizes.symbols | dict(planned.chunks))
 
-    def plan_for(self, sizes: Sizes) -> Planned:
-        """The verified plan for these sizes, made once.
+    def plan_for(self, sizes: Sizes) -> tuple[_Variant, Planned]:
+        """The verified plan for these sizes, made once, and the graph that it is for.
 
         Raises:
             BudgetError: if no chunk sizes fit the memory budget.
@@ -172,11 +190,24 @@ class CompiledStep:
             budget = self._budget
             if budget is None and self.lives.chunks:
                 budget = free_memory(self.lives.device, self._pool.reserved())
-            planned = self._plans[key] = self.planner.plan(sizes, budget)
+            planned = self._plans[key] = self.choose(sizes, budget)
             if len(self._plans) > 4 * self.options.program_cache:
                 self._plans.pop(next(iter(self._plans)))
-            self._on_plan(planned.plan)
+            self._on_plan(planned[1].plan)
         return planned
+
+    def choose(self, sizes: Sizes, budget: int | None) -> tuple[_Variant, Planned]:
+        """The flat graph if it fits the budget, else loops.
+
+        Raises:
+            BudgetError: if no chunk sizes fit the memory budget.
+        """
+        flat = self._flat
+        if flat is not None and (budget is None or flat.planner.model.at(sizes).peak({}) <= budget):
+            planned = flat.planner.plan(sizes)
+            if budget is None or planned.plan.workspace <= budget:
+                return flat, planned
+        return self._loops, self._loops.planner.plan(sizes, budget)
 
 
 def _layout(tensor: Any, sizes: Sizes) -> tuple[Any, ...]:
