@@ -40,9 +40,11 @@ format: setup ## Rewrite the sources in the project's format
 
 bench-gpu: setup ## Measure row demand and its kernel on this machine's GPU
 	$(BIN)/python -m benchmarks.rows_gpu
+	$(BIN)/python -m benchmarks.chunks_gpu
 
 bench: setup ## Measure the step on this machine's CPU and write benchmarks/results/
 	$(BIN)/python -m benchmarks.step_cpu
+	$(BIN)/python -m benchmarks.budget_cpu
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch._dynamo.backends.common import aot_autograd
 from mosaic_compiler.capture import drop_true_masks
 from mosaic_compiler.dump import GraphDump
 from mosaic_compiler.errors import GradientError
+from mosaic_compiler.ir import fake_mode_of
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.pipeline import PassRecord, passes_for, run_passes, without_loops
 from mosaic_compiler.runtime.step import CompiledStep
@@ -74,13 +75,22 @@ def compile_aten(module: fx.GraphModule, options: MosaicOptions, static_inputs: 
         stages[record.name] = graph
         dump.after_pass(graph, record)
 
-    final, records = run_passes(module, passes=passes, disable=options.disable, observe=observe)
-    flat = without_loops(stages, final, options.disable)
+    with _no_guards(module):
+        final, records = run_passes(module, passes=passes, disable=options.disable, observe=observe)
+        flat = without_loops(stages, final, options.disable)
     step = CompiledStep(final, options, records, static_inputs, on_plan=dump.plan, flat=flat)
     dump.compiled(step)
     for notify in getattr(_observers, "stack", ()):
         notify(step)
     return step
+
+
+def _no_guards(module: fx.GraphModule) -> AbstractContextManager[None]:
+    """What fake tensors ask about symbols that a pass invented (chunk sizes) must not become Dynamo's guards: it
+    does not know them."""
+    mode = fake_mode_of(module)
+    environment = getattr(mode, "shape_env", None)
+    return nullcontext() if environment is None else environment.suppress_guards()
 
 
 @contextmanager

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
-from mosaic_compiler.planning.placement import place
+from mosaic_compiler.planning.placement import place_blocks
 from mosaic_compiler.planning.plan import Buffer, MemoryPlan, PlannedLoop
 
 __all__ = ["Buffer", "MemoryPlan", "PlannedLoop", "make_plan"]
@@ -18,21 +19,24 @@ def make_plan(
     algorithm: str = "auto",
     symbols: Sequence[tuple[str, int]] = (),
     loops: Sequence[PlannedLoop] = (),
+    blocks: Mapping[str, str] = MappingProxyType({}),
 ) -> MemoryPlan:
     """Place the arena buffers and return the verified plan.
 
     Args:
         buffers: lives in bytes and schedule positions, in any order, without offsets.
         schedule: node names by position.
-        algorithm: ``auto``, ``live-total``, ``size`` or ``naive``.
+        algorithm: ``auto``, ``live-total``, ``size``, ``lifetime`` or ``naive``.
         symbols: the sizes that the bytes were computed for, kept for the reader.
         loops: the chunk loops and their sizes, kept for the reader.
+        blocks: the loop that a buffer is local to, by the buffer's name: each loop's own buffers are placed as one
+            block.
 
     Raises:
         PlanError: if a life is malformed.
     """
     arena = [buffer for buffer in buffers if buffer.kind == "arena"]
-    name, offsets = place(arena, algorithm)
+    name, offsets = place_blocks(arena, blocks, algorithm)
     placed = (dataclasses.replace(b, offset=offsets[b.name]) if b.kind == "arena" else b for b in buffers)
     return MemoryPlan(
         buffers=tuple(sorted(placed, key=lambda b: (b.start, b.end, b.name))),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TypeAlias
 
-from mosaic_compiler.planning.plan import Buffer, live_bytes, lower_bound
+from mosaic_compiler.planning.plan import Buffer, align, live_bytes, lower_bound
 
 Offsets: TypeAlias = "dict[str, int]"
 Placement: TypeAlias = "Callable[[Sequence[Buffer]], Offsets]"
@@ -44,6 +44,12 @@ def by_live_total(buffers: Sequence[Buffer]) -> Offsets:
         return (-worst[buffer.name], -lifetime, -lifetime * buffer.size, buffer.start, buffer.name)
 
     return first_fit(sorted(buffers, key=key))
+
+
+def by_lifetime(buffers: Sequence[Buffer]) -> Offsets:
+    """First fit in order of decreasing (lifetime, size): what lives through loops goes to the bottom, and every loop's
+    own buffers stack above it."""
+    return first_fit(sorted(buffers, key=lambda b: (b.start - b.end, -b.size, b.start, b.name)))
 
 
 def first_fit(ordered: Sequence[Buffer]) -> Offsets:
@@ -94,7 +100,9 @@ def _max_live_total(buffers: Sequence[Buffer]) -> dict[str, int]:
     return result
 
 
-ALGORITHMS: Mapping[str, Placement] = MappingProxyType({"live-total": by_live_total, "size": by_size, "naive": naive})
+ALGORITHMS: Mapping[str, Placement] = MappingProxyType(
+    {"live-total": by_live_total, "size": by_size, "lifetime": by_lifetime, "naive": naive}
+)
 
 
 def height_of(buffers: Sequence[Buffer], offsets: Mapping[str, int]) -> int:
@@ -111,7 +119,7 @@ def place(buffers: Sequence[Buffer], algorithm: str = "auto") -> tuple[str, Offs
         return algorithm, ALGORITHMS[algorithm](buffers)
     bound = lower_bound(buffers)
     best: tuple[int, str, Offsets] | None = None
-    for name in ("live-total", "size"):
+    for name in ("live-total", "size", "lifetime"):
         offsets = ALGORITHMS[name](buffers)
         height = height_of(buffers, offsets)
         if best is None or height < best[0]:
@@ -120,3 +128,41 @@ def place(buffers: Sequence[Buffer], algorithm: str = "auto") -> tuple[str, Offs
             break
     assert best is not None
     return best[1], best[2]
+
+
+def place_blocks(buffers: Sequence[Buffer], blocks: Mapping[str, str], algorithm: str = "auto") -> tuple[str, Offsets]:
+    """As :func:`place`, with the buffers that are local to one loop placed as one block.
+
+    What lives at full length does not change while a loop runs, so nothing is lost by it; equal loops (layers) are
+    placed once.  If the height is above the bound nevertheless, all buffers are placed one by one as well.
+    """
+    if algorithm != "auto" or not blocks:
+        return place(buffers, algorithm)
+    members: dict[str, list[Buffer]] = {}
+    outer: list[Buffer] = []
+    for buffer in buffers:
+        if buffer.name in blocks:
+            members.setdefault(blocks[buffer.name], []).append(buffer)
+        else:
+            outer.append(buffer)
+    known: dict[tuple[tuple[int, int, int], ...], tuple[list[int], int]] = {}
+    inside: dict[str, list[int]] = {}
+    for loop, own in members.items():
+        start = min(b.start for b in own)
+        key = tuple((b.start - start, b.end - start, b.size) for b in own)
+        if key not in known:
+            _, found = place(own)
+            known[key] = [found[b.name] for b in own], height_of(own, found)
+        inside[loop], height = known[key]
+        outer.append(Buffer(f"{loop}.*", "arena", align(height), start, max(b.end for b in own)))
+    name, offsets = place(outer)
+    result = {buffer.name: offsets[buffer.name] for buffer in outer}
+    for loop, own in members.items():
+        base = result.pop(f"{loop}.*")
+        result.update({b.name: base + at for b, at in zip(own, inside[loop], strict=True)})
+    height = height_of(buffers, result)
+    if height > lower_bound(buffers):
+        single, alone = place(buffers)
+        if height_of(buffers, alone) < height:
+            return single, alone
+    return name, result

@@ -15,7 +15,7 @@ from mosaic_compiler.planning.chunks import ChunkModel, Evaluation, Shortfall, l
 from mosaic_compiler.planning.lifetimes import Lives, LoopSpan, Sizes
 from mosaic_compiler.planning.plan import Buffer, MemoryPlan, PlannedLoop, live_bytes
 
-_TRIES = 4
+_TRIES = 8
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Planner:
         self.counted = tuple(counted)
         self.model = ChunkModel(lives)
         self.symbols = lives.symbols
+        self._blocks = {buffer.name: buffer.loop for buffer in lives.buffers if buffer.loop}
 
     @property
     def tokens(self) -> sympy.Symbol | None:
@@ -105,6 +106,7 @@ class Planner:
             self.lives.schedule,
             algorithm=self.placement,
             symbols=[(str(symbol), sizes(symbol)) for symbol in self.symbols],
+            blocks=self._blocks,
             loops=[self._loop(span, evaluation, chunks, reasons) for span in self.lives.loops.values()],
         )
 
