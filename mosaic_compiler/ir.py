@@ -46,6 +46,13 @@ def tensor_of(node: fx.Node) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def only_tensor(node: fx.Node) -> torch.Tensor:
+    """The tensor of a node that is known to have just one."""
+    tensor = tensor_of(node)
+    assert tensor is not None, f"{node} is no single tensor"
+    return tensor
+
+
 def is_symbolic_number(value: object) -> bool:
     return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
 
@@ -286,6 +293,17 @@ class StorageMap:
         operand = node.args[into]
         assert isinstance(operand, fx.Node)
         return self._roots[operand][0]
+
+
+def rows_of_loop(node: fx.Node) -> sympy.Expr:
+    """How many rows a call of a loop goes over."""
+    loop = loop_of(node)
+    assert loop is not None
+    position = loop.sliced()[0]
+    operand, dim = node.args[position], loop.operands[position]
+    assert isinstance(operand, fx.Node)
+    assert dim is not None
+    return expr_of(only_tensor(operand).shape[dim])
 
 
 def is_computed(root: Root) -> bool:

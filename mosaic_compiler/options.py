@@ -73,6 +73,11 @@ class MosaicOptions:
         valid_count = isinstance(count, int) and not isinstance(count, bool) and count >= 1
         _expect(valid_count, "program_cache", "a whole number from 1", count)
 
+    @property
+    def budget(self) -> int | None:
+        """``memory_budget`` in bytes."""
+        return self.memory_budget if isinstance(self.memory_budget, int) else None
+
     @classmethod
     def parse(
         cls, given: Mapping[str, Any] | None, mode: str | None = None, settings: Settings | None = None

@@ -215,11 +215,6 @@ def test_random_draws_keep_their_order():
 
 
 # ------------------------------------------------------------------------------------------ writes
-def residual(x, w1, w2):
-    h = x @ w1
-    return h + torch.relu(h @ w2) @ w2
-
-
 def illegal(edit):
     """Apply an edit to a loop that overwrites its operand, and verify."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -178,15 +177,7 @@ class _Rewriter(Emitter):
             )
             if ir.tensor_of(node) is not None and expr in sizes:
                 return self.emit(aten.sym_size.int, self._value(node), sizes.index(expr))
-        assert expr.is_Mul or expr.is_Add, f"the size {expr} is no input's"
-        combine = operator.mul if expr.is_Mul else operator.add
-        result, *rest = map(self.number, expr.args)
-        for factor in rest:
-            pair = (result, factor)
-            result = self.bare(combine, *pair)
-            result.meta["val"] = combine(*(ir.value_of(x) if isinstance(x, fx.Node) else x for x in pair))
-        assert isinstance(result, fx.Node)
-        return result
+        return self.combined(expr, self.number)
 
     # ------------------------------------------------------------------------------------------ loops
     def _loop(self, region: Region) -> None:
@@ -202,7 +193,7 @@ class _Rewriter(Emitter):
         node.meta["loop"] = built.loop
         node.meta["origins"] = {copy: ir.provenance(original) for original, copy in built.copies.items()}
         splits = [
-            self.factory.split_rows(_tensor(output), self.labels.layout(output), region.space)[0]
+            self.factory.split_rows(ir.only_tensor(output), self.labels.layout(output), region.space)[0]
             for output in region.outputs
         ]
         node.meta["val"] = tuple(splits)
@@ -210,7 +201,7 @@ class _Rewriter(Emitter):
             self.origin = output
             result = self.emit_getitem(node, index)
             if FLAT in self.labels.layout(output):
-                shape = [self.number(ir.expr_of(size)) for size in _tensor(output).shape]
+                shape = [self.number(ir.expr_of(size)) for size in ir.only_tensor(output).shape]
                 result = self.emit(aten.view.default, result, shape)
             self.values[output] = result
 
@@ -220,7 +211,7 @@ class _Rewriter(Emitter):
         if operand.layout is None or FLAT not in operand.layout:
             return value
         if operand not in self._splits:
-            split, _ = self.factory.split_rows(_tensor(operand.value), operand.layout, region.space)
+            split, _ = self.factory.split_rows(ir.only_tensor(operand.value), operand.layout, region.space)
             shape = [self.number(ir.expr_of(size)) for size in split.shape]
             self._splits[operand] = self.emit(aten.view.default, value, shape)
         return self._splits[operand]
@@ -236,9 +227,3 @@ class _Attributes(torch.nn.Module):
                 setattr(self, str(node.target), getattr(module, str(node.target)))
         for name, loop in loops.items():
             self.add_module(name, loop)
-
-
-def _tensor(node: fx.Node) -> torch.Tensor:
-    tensor = ir.tensor_of(node)
-    assert tensor is not None
-    return tensor

@@ -184,7 +184,7 @@ class Compactor(Emitter):
             return self.emit(aten.transpose.int, picked, layout.index(0), row_dim)
         column = self.emit(aten.remainder.Scalar, index, inner)
         order = [layout.index(0), layout.index(1)]
-        order += [dim for dim in ir.memory_order(_tensor(source)) if dim not in order]
+        order += [dim for dim in ir.memory_order(ir.only_tensor(source)) if dim not in order]
         in_front = order == list(range(len(layout)))
         front = source if in_front else self.emit(aten.permute.default, source, order)
         picked = self.emit(aten.index.Tensor, front, [row, column])  # [M, features...]
@@ -196,7 +196,7 @@ class Compactor(Emitter):
     def _select_rows(self, source: fx.Node, dim: int, index: fx.Node) -> fx.Node:
         """``index_select`` that keeps the order of dims in memory, so that whole rows are copied and the
         views behind it stay views."""
-        order = ir.memory_order(_tensor(source))
+        order = ir.memory_order(ir.only_tensor(source))
         if order == list(range(len(order))):
             return self.emit(aten.index_select.default, source, dim, index)
         front = self.emit(aten.permute.default, source, order)
@@ -285,7 +285,7 @@ def computed_again(
         node, wanted = todo.pop()
         if graph.has_edge(("in", node, wanted), ("out", node, wanted)):
             continue
-        graph.add_edge(("in", node, wanted), ("out", node, wanted), capacity=_row_bytes(node, wanted))
+        graph.add_edge(("in", node, wanted), ("out", node, wanted), capacity=rows.row_bytes(node, wanted, unknown=1))
         cheap = node.op == "call_function" and node.target not in DEAR and len(ir.tensors_of(node)) == 1
         cheap = cheap and can_call(node, wanted)
         operands = rows.operand_layouts(node, 0, wanted, space) if cheap else None
@@ -297,19 +297,6 @@ def computed_again(
             todo.append((operand, part))
     _, (computed, _) = nx.minimum_cut(graph.reverse(), goal, start)  # networkx cuts next to the target
     return {key[1:] for key in computed if key[0] == "in"}
-
-
-def _row_bytes(node: fx.Node, layout: Layout) -> int:
-    """Bytes of one row; sizes that are not numbers count as 1."""
-    tensor = _tensor(node)
-    features = [ir.expr_of(size) for label, size in zip(layout, tensor.shape, strict=True) if label is None]
-    return tensor.dtype.itemsize * int(sympy.prod([size if size.is_Integer else 1 for size in features]))
-
-
-def _tensor(node: fx.Node) -> torch.Tensor:
-    tensor = ir.tensor_of(node)
-    assert tensor is not None
-    return tensor
 
 
 def _row_dim(layout: Layout, space: Space) -> int:

@@ -226,9 +226,8 @@ class _Body(Emitter):
     def _flat_rows(self) -> fx.Node:
         """B * c."""
         if self._flat is None:
-            batch = self._number(self.space[0])
-            self._flat = self.bare(operator.mul, batch, self.rows)
-            self._flat.meta["val"] = (ir.value_of(batch) if isinstance(batch, fx.Node) else batch) * self.size
+            self._flat = self.arithmetic(operator.mul, self._number(self.space[0]), self.rows)
+        assert self._flat is not None
         return self._flat
 
     def _number(self, expr: sympy.Expr) -> Any:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import sympy
 import torch
 from torch import fx
 
@@ -41,13 +40,7 @@ _NARROW = 64
 
 
 def _row_bytes(node: fx.Node, labels: Labels) -> int:
-    """Bytes of one row of a single result; sizes that are not numbers count as many."""
-    tensor = ir.tensor_of(node)
-    assert tensor is not None
-    features = [
-        ir.expr_of(size) for label, size in zip(labels.layout(node), tensor.shape, strict=True) if label is None
-    ]
-    return tensor.dtype.itemsize * int(sympy.prod([size if size.is_Integer else 1 << 20 for size in features]))
+    return rows.row_bytes(node, labels.layout(node), unknown=1 << 20)
 
 
 def _is_part(view: fx.Node, base: fx.Node, labels: Labels) -> bool:

@@ -89,9 +89,14 @@ def leading_layout(tensor: torch.Tensor, dims: int) -> tuple[Layout, Space]:
 
 # ------------------------------------------------------------------------------------------ helpers
 def shape_of(node: Any) -> torch.Size:
-    tensor = ir.tensor_of(node)
-    assert tensor is not None
-    return tensor.shape
+    return ir.only_tensor(node).shape
+
+
+def row_bytes(node: fx.Node, layout: Layout, *, unknown: int) -> int:
+    """Bytes of one row of a single result; sizes that are not numbers count as ``unknown``."""
+    tensor = ir.only_tensor(node)
+    features = [ir.expr_of(size) for label, size in zip(layout, tensor.shape, strict=True) if label is None]
+    return tensor.dtype.itemsize * int(sympy.prod([size if size.is_Integer else unknown for size in features]))
 
 
 def normal_dim(dim: int, rank: int) -> int:

@@ -8,7 +8,7 @@ node whose metadata has :data:`ir.BINDS`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
@@ -61,6 +61,24 @@ class Emitter:
         node = self.bare(operator.getitem, source, index)
         node.meta["val"] = ir.value_of(source)[index]
         return node
+
+    def arithmetic(self, combine: Any, left: Any, right: Any) -> Any:
+        """The sum or product of two sizes, each an int or a node."""
+        if isinstance(left, int) and isinstance(right, int):
+            return combine(left, right)
+        node = self.bare(combine, left, right)
+        node.meta["val"] = combine(*(ir.value_of(x) if isinstance(x, fx.Node) else x for x in (left, right)))
+        return node
+
+    def combined(self, expr: sympy.Expr, size: Callable[[sympy.Expr], Any]) -> fx.Node:
+        """A sum or product of sizes, each of which ``size`` gives as an int or a node."""
+        assert expr.is_Mul or expr.is_Add, f"cannot read the size {expr} off the inputs"
+        combine = operator.mul if expr.is_Mul else operator.add
+        result, *rest = map(size, expr.args)
+        for factor in rest:
+            result = self.arithmetic(combine, result, factor)
+        assert isinstance(result, fx.Node)
+        return result
 
     def _emit_reshape(self, source: fx.Node, shape: Sequence[Any]) -> fx.Node:
         tensor = ir.tensor_of(source)
@@ -145,13 +163,7 @@ class Selectors(Emitter):
         if expr in self._sources:
             node, dim = self._sources[expr]
             return node if dim is None else self.emit(aten.sym_size.int, node, dim)
-        assert expr.is_Mul or expr.is_Add, f"cannot read the size {expr} off the inputs"
-        combine = operator.mul if expr.is_Mul else operator.add
-        result, *rest = (self.size(factor) for factor in expr.args)
-        for factor in rest:
-            result = self._arithmetic(combine, result, factor)
-        assert isinstance(result, fx.Node)
-        return result
+        return self.combined(expr, self.size)
 
     # ---------------------------------------------------------------------------------- hoisting
     def _hoist(self) -> fx.Node:
@@ -249,16 +261,8 @@ class Selectors(Emitter):
         for dim, size in enumerate(rows.shape_of(moved)):
             extent = ir.expr_of(size)
             factor = int(extent) if extent.is_Integer else self.emit(aten.sym_size.int, moved, dim)
-            result = factor if result == 1 else self._arithmetic(operator.mul, result, factor)
+            result = factor if result == 1 else self.arithmetic(operator.mul, result, factor)
         return result
-
-    def _arithmetic(self, combine: Any, left: Any, right: Any) -> Any:
-        """The sum or product of two sizes, each an int or a node."""
-        if isinstance(left, int) and isinstance(right, int):
-            return combine(left, right)
-        node = self.bare(combine, left, right)
-        node.meta["val"] = combine(*(ir.value_of(x) if isinstance(x, fx.Node) else x for x in (left, right)))
-        return node
 
     def _apply(self, node: fx.Node, base: fx.Node, numbers: fx.Node) -> fx.Node:
         """``node`` with ``numbers`` (shaped as the base's rows) in the place of ``base``."""

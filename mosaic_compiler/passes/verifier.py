@@ -153,7 +153,7 @@ def _disagreements(node: fx.Node, loop: ChunkLoop) -> Iterator[str]:
     if len(inputs) != len(node.args) or len(loop.operands) != len(inputs) or not loop.sliced():
         yield f"{len(node.args)} operands for a body with {len(inputs)}"
         return
-    rows = _rows_of(node, loop)
+    rows = ir.rows_of_loop(node)
 
     def whole(tensor: torch.Tensor, dim: int | None) -> Any:
         sizes = [ir.expr_of(size) for size in tensor.shape]
@@ -281,7 +281,7 @@ def _degree(node: fx.Node) -> int:
     loop = loop_of(node)
     worst = 0
     if loop is not None:
-        rows = {loop.chunk: _rows_of(node, loop)}
+        rows = {loop.chunk: ir.rows_of_loop(node)}
         worst = max(_degree_in(inner, rows) for inner in loop.body.graph.nodes)
     return max(worst, _degree_in(node, {}))
 
@@ -294,17 +294,6 @@ def _degree_in(node: fx.Node, known: dict[sympy.Symbol, sympy.Expr]) -> int:
         elements = sympy.expand(sympy.sympify(sympy.prod([ir.expr_of(size) for size in tensor.shape])).xreplace(known))
         worst = max(worst, _degree_of(elements))
     return worst
-
-
-def _rows_of(node: fx.Node, loop: ChunkLoop) -> sympy.Expr:
-    """How many rows a call of a loop goes over."""
-    position = loop.sliced()[0]
-    operand, dim = node.args[position], loop.operands[position]
-    assert isinstance(operand, fx.Node)
-    assert dim is not None
-    tensor = ir.tensor_of(operand)
-    assert tensor is not None
-    return ir.expr_of(tensor.shape[dim])
 
 
 def _degree_of(expr: sympy.Expr) -> int:

@@ -99,8 +99,7 @@ class ChunkModel:
         self._work = dict.fromkeys(chunks, 0)
         for span in lives.loops.values():
             self._work[span.loop.chunk] += _work_per_row(span)
-        self._spans = {span.node.name: (span.start, span.end) for span in lives.loops.values()}
-        self._local = {name: np.array([b.loop == name for b in kept], dtype=np.bool_) for name in self._spans}
+        self._local = np.array([bool(b.loop) for b in kept], dtype=np.bool_)
 
     def at(self, sizes: Sizes) -> Evaluation:
         """The model with all sizes but the chunks' put in."""
@@ -184,11 +183,10 @@ class Evaluation:
     def smallest(self) -> dict[sympy.Symbol, int]:
         return {symbol: min(rows, 1) for symbol, rows in self.rows.items()}
 
-    def local_bytes(self, name: str, chunks: Mapping[sympy.Symbol, int]) -> int:
-        """Most bytes that the chunk-sized buffers of one loop hold at once."""
-        start, end = self.model._spans[name]
-        timeline = self._timeline(self.nbytes(chunks) * self.model._local[name])[start:end]
-        return int(timeline.max()) if len(timeline) else 0
+    def local_bytes(self, chunks: Mapping[sympy.Symbol, int]) -> dict[sympy.Symbol, int]:
+        """Most bytes that the chunk-sized buffers of a loop hold at once, by the loop's symbol."""
+        timeline = self._timeline(self.nbytes(chunks) * self.model._local)
+        return {symbol: int(timeline[at].max()) if len(at) else 0 for symbol, at in self.model._of_symbol.items()}
 
     # ----------------------------------------------------------------------------------------- search
     def search(self, budget: int) -> Choice | Shortfall:

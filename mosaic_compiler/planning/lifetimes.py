@@ -341,14 +341,8 @@ class _Finder:
                 module=origin.module if origin is not None else buffer.module,
                 source=origin.source if origin is not None else buffer.source,
             )
-        position = loop.sliced()[0]
-        operand = node.args[position]
-        assert isinstance(operand, fx.Node)
-        tensor, dim = ir.tensor_of(operand), loop.operands[position]
-        assert tensor is not None
-        assert dim is not None
         own = replace(body.scope, root_buffers={root: made[b.name] for root, b in body.scope.root_buffers.items()})
-        return LoopSpan(node, loop, ir.expr_of(tensor.shape[dim]), start, end, own), list(made.values())
+        return LoopSpan(node, loop, ir.rows_of_loop(node), start, end, own), list(made.values())
 
 
 def _direct_results(loop: ChunkLoop, forms: Mapping[fx.Node, Form], storage: ir.StorageMap) -> dict[ir.Root, int]:

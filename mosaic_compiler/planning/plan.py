@@ -93,10 +93,6 @@ class PlannedLoop:
     module: str = ""
     source: str = ""
 
-    @property
-    def iterations(self) -> int:
-        return -(-self.rows // self.chunk) if self.chunk else 0
-
 
 def live_bytes(buffers: Iterable[Buffer], positions: int) -> list[int]:
     """Bytes live at each of ``positions`` schedule positions (sizes rounded up to 512)."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 import sympy
 from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.errors import BudgetError
+from mosaic_compiler.passes.regions import HEAVY
 from mosaic_compiler.planning import make_plan
 from mosaic_compiler.planning.chunks import ChunkModel, Evaluation, Shortfall, longest
 from mosaic_compiler.planning.lifetimes import Lives, LoopSpan, Sizes
-from mosaic_compiler.planning.plan import Buffer, MemoryPlan, PlannedLoop, live_bytes
+from mosaic_compiler.planning.plan import MemoryPlan, PlannedLoop, live_bytes
 
 _TRIES = 8
 
@@ -34,7 +35,7 @@ class Planner:
         counted: symbols of computed rows; they grow with the number of tokens.
         placement: see :func:`make_plan`.
         chunk_rows: force this many rows per chunk.
-        widen: changes buffers before they are placed (poison mode adds canaries).
+        guard: bytes to leave behind each arena buffer (poison mode keeps canaries there).
     """
 
     def __init__(
@@ -44,13 +45,14 @@ class Planner:
         counted: Collection[sympy.Symbol] = (),
         placement: str = "auto",
         chunk_rows: int | None = None,
-        widen: Callable[[Sequence[Buffer]], Sequence[Buffer]] = lambda buffers: buffers,
+        guard: int = 0,
     ) -> None:
-        self.lives, self.placement, self.chunk_rows, self._widen = lives, placement, chunk_rows, widen
+        self.lives, self.placement, self.chunk_rows, self.guard = lives, placement, chunk_rows, guard
         self.counted = tuple(counted)
         self.model = ChunkModel(lives)
         self.symbols = lives.symbols
         self._blocks = {buffer.name: buffer.loop for buffer in lives.buffers if buffer.loop}
+        self._loops = [(span.loop.chunk, _described(span)) for span in lives.loops.values()]
 
     @property
     def tokens(self) -> sympy.Symbol | None:
@@ -71,14 +73,10 @@ class Planner:
             chunks, reasons = self._choose(evaluation, target, budget)
             planned = Planned(self._place(evaluation, chunks, reasons), chunks)
             over = planned.plan.workspace - budget if budget is not None else 0
-            if over <= 0 or target is None or self._widened:
+            if over <= 0 or target is None or self.guard:
                 return planned
             target -= over  # placement did not reach the lower bound: leave room for the difference
         raise self._error(evaluation, planned.plan.workspace, budget or 0, 0)
-
-    @property
-    def _widened(self) -> bool:
-        return bool(self._widen(_PROBE) != _PROBE)
 
     def _choose(
         self, evaluation: Evaluation, target: int | None, budget: int | None
@@ -86,7 +84,7 @@ class Planner:
         rows = evaluation.rows
         if self.chunk_rows is not None:
             chunks = {symbol: min(self.chunk_rows, count) for symbol, count in rows.items()}
-            if budget is not None and not self._widened and evaluation.peak(chunks) > budget:
+            if budget is not None and not self.guard and evaluation.peak(chunks) > budget:
                 raise self._error(evaluation, evaluation.peak(chunks), budget, self._worst(evaluation, chunks))
             return chunks, dict.fromkeys(rows, "chunk_rows asks for it")
         if target is None:
@@ -100,38 +98,27 @@ class Planner:
         self, evaluation: Evaluation, chunks: Mapping[sympy.Symbol, int], reasons: Mapping[sympy.Symbol, str]
     ) -> MemoryPlan:
         sizes = evaluation.sizes
-        buffers = self._widen(self.lives.at(Sizes(sizes.symbols | dict(chunks))))
+        buffers = self.lives.at(Sizes(sizes.symbols | dict(chunks)))
+        if self.guard:
+            buffers = tuple(replace(b, nbytes=b.nbytes + self.guard) if b.kind == "arena" else b for b in buffers)
+        nbytes, unchunked = evaluation.local_bytes(chunks), evaluation.local_bytes(evaluation.rows)
         return make_plan(
             buffers,
             self.lives.schedule,
             algorithm=self.placement,
             symbols=[(str(symbol), sizes(symbol)) for symbol in self.symbols],
             blocks=self._blocks,
-            loops=[self._loop(span, evaluation, chunks, reasons) for span in self.lives.loops.values()],
-        )
-
-    def _loop(
-        self,
-        span: LoopSpan,
-        evaluation: Evaluation,
-        chunks: Mapping[sympy.Symbol, int],
-        reasons: Mapping[sympy.Symbol, str],
-    ) -> PlannedLoop:
-        name, symbol = span.node.name, span.loop.chunk
-        origin = ir.provenance(span.node)
-        return PlannedLoop(
-            name=name,
-            start=span.start,
-            end=span.end,
-            rows=evaluation.rows[symbol],
-            chunk=chunks[symbol],
-            nbytes=evaluation.local_bytes(name, chunks),
-            unchunked=evaluation.local_bytes(name, evaluation.rows),
-            reason=reasons[symbol],
-            ops=_heavy_ops(span),
-            operands=_operands(span),
-            module=origin.module,
-            source=origin.source,
+            loops=[
+                replace(
+                    loop,
+                    rows=evaluation.rows[symbol],
+                    chunk=chunks[symbol],
+                    nbytes=nbytes[symbol],
+                    unchunked=unchunked[symbol],
+                    reason=reasons[symbol],
+                )
+                for symbol, loop in self._loops
+            ],
         )
 
     # ---------------------------------------------------------------------------------------- errors
@@ -168,13 +155,20 @@ class Planner:
         )
 
 
-_PROBE = (Buffer("probe", "arena", 1, 0, 1),)
-
-
-def _heavy_ops(span: LoopSpan) -> tuple[str, ...]:
-    from mosaic_compiler.passes.regions import HEAVY
-
-    return tuple(node.name for node in span.scope.nodes if node.target in HEAVY)
+def _described(span: LoopSpan) -> PlannedLoop:
+    """What a plan says about a loop whatever the sizes."""
+    origin = ir.provenance(span.node)
+    return PlannedLoop(
+        name=span.node.name,
+        start=span.start,
+        end=span.end,
+        rows=0,
+        chunk=0,
+        ops=tuple(node.name for node in span.scope.nodes if node.target in HEAVY),
+        operands=_operands(span),
+        module=origin.module,
+        source=origin.source,
+    )
 
 
 def _operands(span: LoopSpan) -> tuple[str, ...]:

@@ -122,7 +122,7 @@ def plan_for(step: CompiledStep, tokens: int, needed_rows: float = 1.0) -> Plann
     Raises:
         BudgetError: if it cannot fit.
     """
-    return step.choose(sizes_for(step, tokens, needed_rows), parse_budget(step.options.memory_budget))[1]
+    return step.choose(sizes_for(step, tokens, needed_rows), step.options.budget)[1]
 
 
 def max_tokens(

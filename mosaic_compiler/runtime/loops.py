@@ -143,12 +143,11 @@ class _BodyBinder(Binder):
         return slot
 
     def _cursor(self, part: torch.Tensor, step: int) -> torch.Tensor:
-        """A tensor object of its own over the same memory, at row 0, that :meth:`move` moves."""
-        offset = part.storage_offset() - self.start * step
+        """A tensor object of its own over the same memory, that :meth:`move` moves (a body that moves starts at 0)."""
         tensor = torch.empty(0, dtype=part.dtype, device=part.device)
-        storage = part.untyped_storage()
-        tensor.set_(storage, part.storage_offset(), part.shape, part.stride())
-        self._cursors.append(_Cursor(tensor, storage, int(offset), step, part.shape, part.stride()))
+        storage, offset = part.untyped_storage(), int(part.storage_offset())
+        tensor.set_(storage, offset, part.shape, part.stride())
+        self._cursors.append(_Cursor(tensor, storage, offset, step, part.shape, part.stride()))
         return tensor
 
     # ----------------------------------------------------------------------------------------- nodes

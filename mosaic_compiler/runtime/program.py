@@ -19,10 +19,10 @@ from torch import fx
 from mosaic_compiler import ir
 from mosaic_compiler.errors import ArenaError
 from mosaic_compiler.planning.lifetimes import Lives, Sizes
-from mosaic_compiler.planning.plan import Buffer, MemoryPlan
+from mosaic_compiler.planning.plan import MemoryPlan
 from mosaic_compiler.runtime.arena import Arena
 from mosaic_compiler.runtime.binder import Binder, Shared
-from mosaic_compiler.runtime.instructions import GUARD, Instruction, Slot
+from mosaic_compiler.runtime.instructions import Instruction, Slot
 
 
 class Program:
@@ -96,19 +96,12 @@ def bind(
         varying: symbols that :meth:`Program.resize` may change.
         early: the prologue nodes whose results follow the placeholders.
         poison: fill buffers at birth and death, check canaries (the plan must have been made with
-            :func:`with_guards`).
+            :data:`GUARD` bytes behind each arena buffer).
     """
     shared = Shared(arena, {buffer.name: buffer for buffer in plan.buffers}, lives.loops, [None] * len(inputs), poison)
     binder = _StepBinder(module, lives, plan, sizes, inputs, static, shared, varying, early)
     binder.rebind(sizes)
     return Program(binder)
-
-
-def with_guards(buffers: Sequence[Buffer]) -> tuple[Buffer, ...]:
-    """The same lives with room for a canary behind each arena buffer."""
-    import dataclasses
-
-    return tuple(dataclasses.replace(b, nbytes=b.nbytes + GUARD) if b.kind == "arena" else b for b in buffers)
 
 
 class _StepBinder(Binder):

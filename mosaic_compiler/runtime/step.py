@@ -23,12 +23,13 @@ from mosaic_compiler.errors import CaptureError, FallbackError, StaleGraphError
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.pipeline import PassRecord
 from mosaic_compiler.planning import MemoryPlan
-from mosaic_compiler.planning.budget import check_machine, free_memory, parse_budget
+from mosaic_compiler.planning.budget import check_machine, free_memory
 from mosaic_compiler.planning.forms import ACCOUNTED_OPAQUE, Kind
 from mosaic_compiler.planning.lifetimes import Lives, Sizes, find_lives
 from mosaic_compiler.planning.planner import Planned, Planner
 from mosaic_compiler.runtime.arena import Arena, pool_for
-from mosaic_compiler.runtime.program import Program, bind, with_guards
+from mosaic_compiler.runtime.instructions import GUARD
+from mosaic_compiler.runtime.program import Program, bind
 from mosaic_compiler.runtime.prologue import Prologue, capacity
 
 _Entry: TypeAlias = "tuple[Program, list[tuple[weakref.ref[Any], int]]]"
@@ -93,7 +94,7 @@ class CompiledStep:
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         self._static = tuple(i for i in static_inputs if ir.tensor_of(placeholders[i]) is not None)
         self._weights = tuple((i, placeholders[i].name, ir.tensor_of(placeholders[i])) for i in self._static)
-        self._budget = parse_budget(options.memory_budget)
+        self._budget = options.budget
         check_machine(self._budget, self.lives.device)
         self._loops = self._variant(module, self.lives)
         self._flat = self._variant(flat, find_lives(flat)) if flat is not None and options.chunk_rows is None else None
@@ -111,7 +112,7 @@ class CompiledStep:
             counted=prologue.symbols,
             placement=self.options.placement,
             chunk_rows=self.options.chunk_rows,
-            widen=with_guards if self.options.poison else lambda buffers: buffers,
+            guard=GUARD if self.options.poison else 0,
         )
         return _Variant(module, lives, prologue, planner)
 
