@@ -6,11 +6,13 @@ ones; sizes are multiples of 512, and so every offset is.
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TypeAlias
 
-from mosaic_compiler.planning.plan import Buffer, align, live_bytes, lower_bound
+from mosaic_compiler.planning.plan import Buffer, align, lower_bound
 
 Offsets: TypeAlias = "dict[str, int]"
 Placement: TypeAlias = "Callable[[Sequence[Buffer]], Offsets]"
@@ -87,16 +89,25 @@ def overlapping_lives(buffers: Sequence[Buffer]) -> list[list[int]]:
 
 
 def _max_live_total(buffers: Sequence[Buffer]) -> dict[str, int]:
-    """For each buffer the largest number of live bytes at any time of its life (a sparse table)."""
-    levels = [live_bytes(buffers, max((b.end for b in buffers), default=0))]
+    """For each buffer the largest number of live bytes at any time of its life (a sparse table).
+
+    Live bytes only grow where a buffer is born, so births are all the positions that have to be looked at.
+    """
+    births = sorted({buffer.start for buffer in buffers})
+    lives = [(bisect_left(births, b.start), bisect_left(births, b.end)) for b in buffers]
+    change = [0] * (len(births) + 1)
+    for buffer, (start, end) in zip(buffers, lives, strict=True):
+        change[start] += buffer.size
+        change[end] -= buffer.size
+    levels = [list(itertools.accumulate(change[:-1]))]
     while len(levels[-1]) > 1 << (len(levels) - 1):
         previous, half = levels[-1], 1 << (len(levels) - 1)
         levels.append([max(previous[i], previous[i + half]) for i in range(len(previous) - half)])
     result = {}
-    for buffer in buffers:
-        level = (buffer.end - buffer.start).bit_length() - 1
+    for buffer, (start, end) in zip(buffers, lives, strict=True):
+        level = (end - start).bit_length() - 1
         row = levels[level]
-        result[buffer.name] = max(row[buffer.start], row[buffer.end - (1 << level)])
+        result[buffer.name] = max(row[start], row[end - (1 << level)])
     return result
 
 
