@@ -12,7 +12,7 @@ from mosaic_compiler.errors import OptionsError
 from mosaic_compiler.planning.budget import parse_budget
 from mosaic_compiler.settings import Settings, read_settings
 
-PLACEMENTS = ("auto", "naive", "size", "live-total", "lifetime")
+PLACEMENTS = ("auto", "naive", "size", "live-total")
 
 
 def nearest(name: str, valid: tuple[str, ...]) -> str:

@@ -51,6 +51,23 @@ def test_rewrites(f, expected):
         assert rewritten(f, X) == expected
 
 
+def test_cat_with_nothing_goes():
+    assert rewritten(lambda x: torch.cat([torch.empty(0), x]) * 2, X) == [aten.mul.Tensor]
+    assert rewritten(lambda x: torch.cat([x[:0], x.t().contiguous().t(), x[:0]]) * 2, X).count(aten.cat.default) == 0
+    assert aten.cat.default in rewritten(lambda x: torch.cat([x, x]) * 2, X)
+    assert rewritten(lambda x: torch.cat([torch.empty(0), x]), X) == [aten.clone.default]  # the caller's own copy
+
+
+def test_keys_and_values_are_not_copied_for_their_layout():
+    q = torch.randn(1, 5, 2, 8)  # [B, N, H, d]
+
+    def attention(q):
+        q = q.transpose(1, 2)
+        return F.scaled_dot_product_attention(q, (q * 2).contiguous(), (q + 1).contiguous())
+
+    assert aten.clone.default not in rewritten(attention, q)
+
+
 def test_integer_plus_zero_goes():
     assert rewritten(lambda i: (i + 0) * 2, torch.arange(5)) == [aten.mul.Tensor]
 

@@ -157,6 +157,25 @@ def test_random_transformer_like_lives_reach_the_bound():
         assert plan.height == plan.lower_bound
 
 
+def test_the_search_turns_a_chain_around():
+    """k and v are placed while x is not alive yet; x has to go above them, for z to fit."""
+    sizes = {
+        "x": (2, 9, 2),
+        "k": (0, 4, 2),
+        "v": (0, 4, 2),
+        "z": (1, 2, 9),
+        "k1": (4, 9, 2),
+        "v1": (4, 9, 2),
+        "y": (7, 9, 8),
+    }
+    buffers = [Buffer(name, "arena", size * 512, start, end) for name, (start, end, size) in sizes.items()]
+    for name in ("live-total", "size"):
+        assert make_plan(buffers, schedule(), algorithm=name).height > 14 * 512
+    plan = make_plan(buffers, schedule())
+    assert plan.height == plan.lower_bound == 14 * 512
+    assert plan.algorithm.endswith("searched")
+
+
 @pytest.mark.parametrize("name", "ABCDE")
 def test_adversarial_instances_are_placed_without_overlap(name):
     path = Path(__file__).parent.parent.parent / "shared" / "dsa" / f"{name}.1048576.csv"

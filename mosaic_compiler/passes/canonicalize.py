@@ -14,6 +14,7 @@ from torch._ops import OpOverload
 
 from mosaic_compiler import ir
 from mosaic_compiler.passes.constants import constant_of
+from mosaic_compiler.passes.rows import ATTENTIONS
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -28,6 +29,8 @@ class CanonicalizePass:
     - ``_unsafe_view`` -> ``view``, ``prims.convert_element_type`` -> ``_to_copy``,
       ``embedding`` -> ``index_select``;
     - matrix products over a single element -> ``mul``;
+    - ``cat`` of one tensor with empty ones (an empty key/value cache): that tensor;
+    - copies that only reorder the memory of an attention's keys or values;
     - attention masks that are provably all-true (or all-zero), removed;
     - keys and values repeated for grouped-query attention: the attention kernels that take fewer
       key/value heads than query heads get the un-repeated ones.
@@ -78,10 +81,15 @@ class _Rewriter:
 
     def may_share(self, node: fx.Node, source: fx.Node) -> bool:
         """Whether ``node`` (a copy) may become ``source`` itself: neither escapes nor is written."""
-        roots = set(self._storage.roots(node)) | set(self._storage.roots(source))
-        return not roots & self._pinned
+        return not self.is_pinned(node) and not self.is_pinned(source)
+
+    def is_pinned(self, node: fx.Node) -> bool:
+        """Its memory escapes or is written."""
+        return bool(set(self._storage.roots(node)) & self._pinned)
 
     def replace(self, node: fx.Node, by: fx.Node) -> None:
+        if self.is_pinned(node):
+            self._pinned.update(root for root in self._storage.roots(by) if root is not None)
         node.replace_all_uses_with(by, propagate_meta=False)
         self.graph.erase_node(node)
 
@@ -340,6 +348,43 @@ def _spell_outer_product(rewriter: _Rewriter, node: fx.Node) -> bool:
     return True
 
 
+def _drop_empty_cat(rewriter: _Rewriter, node: fx.Node) -> bool:
+    """``cat([empty, x])``, as a key/value cache does it that has seen nothing: x in a dense layout."""
+    if node.target is not aten.cat.default:
+        return False
+    parts: Any = node.args[0]
+    full = [part for part in parts if not _is_empty(part)]
+    if len(full) != 1:
+        return False
+    source, out = full[0], ir.only_tensor(node)
+    if ir.only_tensor(source).dtype != out.dtype or not ir.is_contiguous(out):
+        return False
+    copy = rewriter.emit(node, aten.clone.default, source, memory_format=torch.contiguous_format)
+    rewriter.replace(node, copy)
+    _drop_noop_copy(rewriter, copy)
+    return True
+
+
+def _is_empty(node: fx.Node) -> bool:
+    return any(ir.expr_of(size) == 0 for size in ir.only_tensor(node).shape)
+
+
+def _drop_relayout(rewriter: _Rewriter, node: fx.Node) -> bool:
+    """``attention(q, k.contiguous(), v.contiguous())``: the kernels read keys and values in any layout."""
+    if node.target not in ATTENTIONS:
+        return False
+    for position in (1, 2):
+        copy = node.args[position]
+        if not isinstance(copy, fx.Node) or copy.target is not aten.clone.default:
+            continue
+        source = copy.args[0]
+        assert isinstance(source, fx.Node)
+        before = ir.only_tensor(source)
+        if ir.expr_of(before.stride(-1)) == 1 and not rewriter.is_pinned(source):
+            node.update_arg(position, source)
+    return False
+
+
 _RULES: Sequence[Callable[[_Rewriter, fx.Node], bool]] = (
     _drop_noop_view,
     _drop_noop_copy,
@@ -349,7 +394,9 @@ _RULES: Sequence[Callable[[_Rewriter, fx.Node], bool]] = (
     _spell_embedding,
     _spell_masked_select,
     _split_into_slices,
+    _drop_empty_cat,
     _drop_true_mask,
+    _drop_relayout,
     _fold_repeated_heads,
     _spell_outer_product,
 )

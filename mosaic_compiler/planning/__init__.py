@@ -26,7 +26,7 @@ def make_plan(
     Args:
         buffers: lives in bytes and schedule positions, in any order, without offsets.
         schedule: node names by position.
-        algorithm: ``auto``, ``live-total``, ``size``, ``lifetime`` or ``naive``.
+        algorithm: ``auto``, ``live-total``, ``size`` or ``naive``.
         symbols: the sizes that the bytes were computed for, kept for the reader.
         loops: the chunk loops and their sizes, kept for the reader.
         blocks: the loop that a buffer is local to, by the buffer's name: each loop's own buffers are placed as one

@@ -81,7 +81,7 @@ class ChunkModel:
         self.positions = len(lives.schedule)
         chunks = set(lives.chunks)
         self._index: dict[sympy.Expr, int] = {}
-        kept = [b for b in lives.buffers if b.kind != "output"]
+        kept = self.kept = [b for b in lives.buffers if b.kind != "output"]
         sizes = [self._index.setdefault(b.nbytes, len(self._index)) for b in kept]
         self._size_of = np.array(sizes, dtype=np.int64)
         self._starts = np.array([b.start for b in kept], dtype=np.int64)
@@ -179,6 +179,10 @@ class Evaluation:
         """Most bytes in the arena plus most bytes outside: what a plan at the lower bound needs."""
         inside, outside = self.live(chunks)
         return int(inside.max()) + int(outside.max()) if self.model.positions else 0
+
+    def outside(self, chunks: Mapping[sympy.Symbol, int]) -> int:
+        """Most bytes live outside of the arena."""
+        return int(self.live(chunks)[1].max()) if self.model.positions else 0
 
     def smallest(self) -> dict[sympy.Symbol, int]:
         return {symbol: min(rows, 1) for symbol, rows in self.rows.items()}

@@ -24,6 +24,8 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from types import MappingProxyType
 
 import sympy
 import torch
@@ -78,20 +80,6 @@ class SymbolicBuffer:
     source: str
     loop: str = ""
     """The call of a loop that it is local to."""
-
-    def at(self, sizes: Sizes) -> Buffer:
-        return Buffer(
-            name=self.name,
-            kind=self.kind,
-            nbytes=sizes(self.nbytes),
-            start=self.start,
-            end=self.end,
-            dtype=self.dtype,
-            shape=tuple(sizes(size) for size in self.shape),
-            op=self.op,
-            module=self.module,
-            source=self.source,
-        )
 
 
 @dataclass(frozen=True)
@@ -184,13 +172,30 @@ class Lives:
             found |= rows.free_symbols
         return tuple(sorted(found - self.chunks.keys(), key=str))
 
-    def at(self, sizes: Sizes) -> tuple[Buffer, ...]:
-        """The buffers with concrete bytes.  Chunk sizes that ``sizes`` does not know are all rows."""
+    def at(self, sizes: Sizes, offsets: Mapping[str, int] = MappingProxyType({})) -> tuple[Buffer, ...]:
+        """The buffers with concrete bytes, in order of birth.  Chunk sizes that are not given are all rows."""
         given = sizes.symbols
         missing = {chunk: sizes(rows) for chunk, rows in self.chunks.items() if chunk not in given}
         if missing:
             sizes = Sizes(given | missing)
-        return tuple(buffer.at(sizes) for buffer in self.buffers)
+        values = [sizes(expr) for expr in self._table[0]]
+        return tuple(
+            Buffer(b.name, b.kind, values[nbytes], b.start, b.end, b.dtype, tuple([values[i] for i in shape]), b.op,
+                   b.module, b.source, offsets.get(b.name))
+            for b, nbytes, shape in self._table[1]
+        )  # fmt: skip
+
+    @cached_property
+    def _table(self) -> tuple[list[sympy.Expr], list[tuple[SymbolicBuffer, int, tuple[int, ...]]]]:
+        """Every different size once, and the buffers in order of birth with the positions of their sizes."""
+        index: dict[sympy.Expr, int] = {}
+
+        def position(expr: sympy.Expr) -> int:
+            return index.setdefault(expr, len(index))
+
+        ordered = sorted(self.buffers, key=lambda b: (b.start, b.end, b.name))
+        rows = [(b, position(b.nbytes), tuple(position(size) for size in b.shape)) for b in ordered]
+        return list(index), rows
 
 
 def find_lives(module: fx.GraphModule) -> Lives:

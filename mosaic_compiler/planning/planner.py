@@ -11,9 +11,9 @@ from torch import fx
 from mosaic_compiler import ir
 from mosaic_compiler.errors import BudgetError
 from mosaic_compiler.passes.regions import HEAVY
-from mosaic_compiler.planning import make_plan
 from mosaic_compiler.planning.chunks import ChunkModel, Evaluation, Shortfall, longest
 from mosaic_compiler.planning.lifetimes import Lives, LoopSpan, Sizes
+from mosaic_compiler.planning.placement import Interval, height_of, place_blocks
 from mosaic_compiler.planning.plan import MemoryPlan, PlannedLoop, live_bytes
 
 _TRIES = 8
@@ -71,12 +71,13 @@ class Planner:
         target = budget
         for _ in range(_TRIES):
             chunks, reasons = self._choose(evaluation, target, budget)
-            planned = Planned(self._place(evaluation, chunks, reasons), chunks)
-            over = planned.plan.workspace - budget if budget is not None else 0
-            if over <= 0 or target is None or self.guard:
-                return planned
-            target -= over  # placement did not reach the lower bound: leave room for the difference
-        raise self._error(evaluation, planned.plan.workspace, budget or 0, 0)
+            height, placed = self._place(evaluation, chunks)
+            needed = height + evaluation.outside(chunks)
+            if budget is None or target is None or needed <= budget or self.guard:
+                return Planned(self._plan(evaluation, chunks, reasons, *placed), chunks)
+            target -= needed - budget  # placement did not reach the lower bound: leave room for the difference
+        assert budget is not None
+        raise self._error(evaluation, needed, budget, self._worst(evaluation, chunks))
 
     def _choose(
         self, evaluation: Evaluation, target: int | None, budget: int | None
@@ -95,20 +96,37 @@ class Planner:
         return dict(found.rows), dict(found.reasons)
 
     def _place(
-        self, evaluation: Evaluation, chunks: Mapping[sympy.Symbol, int], reasons: Mapping[sympy.Symbol, str]
+        self, evaluation: Evaluation, chunks: Mapping[sympy.Symbol, int]
+    ) -> tuple[int, tuple[str, Mapping[str, int]]]:
+        """Height, algorithm and offsets."""
+        nbytes = evaluation.nbytes(chunks).tolist()
+        lives = [
+            Interval(b.name, b.start, b.end, size + self.guard)
+            for b, size in zip(self.model.kept, nbytes, strict=True)
+            if b.kind == "arena"
+        ]
+        name, offsets = place_blocks(lives, self._blocks, self.placement)
+        return height_of(lives, offsets), (name, offsets)
+
+    def _plan(
+        self,
+        evaluation: Evaluation,
+        chunks: Mapping[sympy.Symbol, int],
+        reasons: Mapping[sympy.Symbol, str],
+        algorithm: str,
+        offsets: Mapping[str, int],
     ) -> MemoryPlan:
         sizes = evaluation.sizes
-        buffers = self.lives.at(Sizes(sizes.symbols | dict(chunks)))
+        buffers = self.lives.at(Sizes(sizes.symbols | dict(chunks)), offsets)
         if self.guard:
             buffers = tuple(replace(b, nbytes=b.nbytes + self.guard) if b.kind == "arena" else b for b in buffers)
         nbytes, unchunked = evaluation.local_bytes(chunks), evaluation.local_bytes(evaluation.rows)
-        return make_plan(
+        return MemoryPlan(
             buffers,
             self.lives.schedule,
-            algorithm=self.placement,
-            symbols=[(str(symbol), sizes(symbol)) for symbol in self.symbols],
-            blocks=self._blocks,
-            loops=[
+            symbols=tuple((str(symbol), sizes(symbol)) for symbol in self.symbols),
+            algorithm=algorithm,
+            loops=tuple(
                 replace(
                     loop,
                     rows=evaluation.rows[symbol],
@@ -118,7 +136,7 @@ class Planner:
                     reason=reasons[symbol],
                 )
                 for symbol, loop in self._loops
-            ],
+            ),
         )
 
     # ---------------------------------------------------------------------------------------- errors
