@@ -71,9 +71,10 @@ def free_memory(device: torch.device, held: int) -> int | None:
         available = _available_on_host()
         return None if available is None else available + held
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(free) + cached + held
+        free, total = torch.cuda.mem_get_info(device)
+        allocated = torch.cuda.memory_allocated(device)
+        share = int(torch.cuda.get_per_process_memory_fraction(device) * total) - allocated
+        return max(min(int(free) + torch.cuda.memory_reserved(device) - allocated + held, share), 0)
     return None
 
 

@@ -1,8 +1,8 @@
 """The arena: one reserved address range per device, backed by memory only where a plan needs it.
 
 ``HostArena`` reserves addresses with an anonymous no-reserve ``mmap``; pages come when they are first
-written and go back with ``madvise``.  Because the base address never moves, programs bound to it stay
-valid while the arena grows and shrinks.
+written and go back with ``madvise``.  ``CudaArena`` (``runtime/cuda_arena.py``) does the same on a GPU.  Because the
+base address never moves, programs bound to it stay valid while the arena grows and shrinks.
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ from mosaic_compiler.planning.budget import host_memory
 from mosaic_compiler.planning.plan import align
 
 _numbers = itertools.count()
+
+
+def next_number() -> int:
+    """Tells arenas apart: programs are bound to one of them."""
+    return next(_numbers)
 
 
 class Arena(Protocol):
@@ -53,11 +58,15 @@ class Arena(Protocol):
         """Give all memory back; the address range stays reserved."""
 
 
-class _Bytes:
+class ArenaBytes:
     """What every arena does with the bytes it has: typed views over them, and poison."""
 
-    _bytes: torch.Tensor
     _typed: dict[torch.dtype, torch.Tensor]
+
+    @property
+    def _bytes(self) -> torch.Tensor:
+        """uint8 [capacity]."""
+        raise NotImplementedError
 
     @property
     def capacity(self) -> int:
@@ -81,7 +90,7 @@ class _Bytes:
         return start + int(wrong[0]) if len(wrong) else None
 
 
-class HostArena(_Bytes):
+class HostArena(ArenaBytes):
     """An arena in host memory (see :class:`Arena`).
 
     Args:
@@ -93,12 +102,16 @@ class HostArena(_Bytes):
     """
 
     def __init__(self, capacity: int | None = None) -> None:
-        self.number = next(_numbers)
+        self.number = next_number()
         _, self._memory = _reserve(capacity or host_memory())
         self.reserved = 0
         self._touched = 0
-        self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self._whole = torch.frombuffer(self._memory, dtype=torch.uint8)
         self._typed: dict[torch.dtype, torch.Tensor] = {}
+
+    @property
+    def _bytes(self) -> torch.Tensor:
+        return self._whole
 
     def ensure(self, height: int) -> None:
         if height > self.capacity:
@@ -139,29 +152,33 @@ def _reserve(capacity: int) -> tuple[int, mmap.mmap]:
     raise ArenaError(f"cannot reserve {capacity} bytes of address space: raise the limit (ulimit -v)")
 
 
-class PlainArena(_Bytes):
+class PlainArena(ArenaBytes):
     """An arena that is one ordinary allocation on a device (see :class:`Arena`).
 
-    For devices without an arena of their own.  It moves when it has to grow, and gets another number then,
+    For devices without virtual memory management.  It moves when it has to grow, and gets another number then,
     so that programs bound to the old memory are not found any more.  ``explain()`` names it as the fallback
     ``plain-arena``.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.number = next(_numbers)
+        self.number = next_number()
         self.device = device
         self.reserved = 0
-        self._bytes = torch.empty(0, dtype=torch.uint8, device=device)
+        self._whole = torch.empty(0, dtype=torch.uint8, device=device)
         self._typed: dict[torch.dtype, torch.Tensor] = {}
+
+    @property
+    def _bytes(self) -> torch.Tensor:
+        return self._whole
 
     def ensure(self, height: int) -> None:
         if height > self.capacity:
             self._typed.clear()
-            self._bytes = torch.empty(0, dtype=torch.uint8, device=self.device)  # first give back, then take
-            self.number = next(_numbers)
+            self._whole = torch.empty(0, dtype=torch.uint8, device=self.device)  # first give back, then take
+            self.number = next_number()
             self.reserved = 0
             try:
-                self._bytes = torch.empty(align(height), dtype=torch.uint8, device=self.device)
+                self._whole = torch.empty(align(height), dtype=torch.uint8, device=self.device)
             except torch.OutOfMemoryError as error:
                 raise ArenaError(f"the plan needs {height} bytes on {self.device}: {error}") from None
         self.reserved = height
@@ -169,8 +186,8 @@ class PlainArena(_Bytes):
     def release(self) -> None:
         """Give all memory back.  The next plan gets a fresh allocation under another number."""
         self._typed.clear()
-        self._bytes = torch.empty(0, dtype=torch.uint8, device=self.device)
-        self.number = next(_numbers)
+        self._whole = torch.empty(0, dtype=torch.uint8, device=self.device)
+        self.number = next_number()
         self.reserved = 0
 
 
@@ -182,8 +199,27 @@ def check_bounds(offset: int, dtype: torch.dtype, shape: Sequence[int], stride: 
         raise ArenaError(f"a tensor of {list(shape)} {dtype} at {offset} ends at {end}, outside of the plan's {limit}")
 
 
+def arena_problem(device: torch.device) -> str | None:
+    """Why a device has no virtual-memory arena (then one plain allocation is used); ``None`` if it has one."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        from mosaic_compiler.runtime.cuda_arena import virtual_memory_problem
+
+        return virtual_memory_problem(device)
+    return None if device.type in ("cpu", "cuda") else f"there is no virtual-memory arena for {device.type} devices"
+
+
+def _new_arena(device: torch.device) -> Arena:
+    if device.type == "cpu":
+        return HostArena()
+    if device.type == "cuda" and arena_problem(device) is None:
+        from mosaic_compiler.runtime.cuda_arena import CudaArena
+
+        return CudaArena(device)
+    return PlainArena(device)
+
+
 class ArenaPool:
-    """The arenas of one device: one for everybody, and one more per level of re-entrance.
+    """The arenas of one device (of one of its streams): one for everybody, and one more per level of re-entrance.
 
     Threads take turns (a step uses all cores or the whole device anyway).  A compiled function that is
     called from within another one, in the same thread, gets the next arena, because the outer step's
@@ -201,7 +237,7 @@ class ArenaPool:
     def lease(self) -> Iterator[Arena]:
         with self._lock:
             if self._depth == len(self._arenas):
-                self._arenas.append(HostArena() if self._device.type == "cpu" else PlainArena(self._device))
+                self._arenas.append(_new_arena(self._device))
             arena = self._arenas[self._depth]
             self._depth += 1
             try:
@@ -235,14 +271,20 @@ class ArenaPool:
         return sum(arena.reserved for arena in self._arenas)
 
 
-_pools: dict[torch.device, ArenaPool] = {}
+_pools: dict[tuple[torch.device, int], ArenaPool] = {}
 _pools_lock = threading.Lock()
 
 
 def pool_for(device: torch.device) -> ArenaPool:
-    """The process-wide pool of a device.  Every compiled graph of every model shares it."""
+    """The process-wide pool of a device; of a GPU, that of the current stream, because work of two streams overlaps.
+
+    Every compiled graph of every model shares it.
+    """
+    stream = 0
+    if device.type == "cuda" and torch.cuda.is_available():
+        stream = int(torch.cuda.current_stream(device).cuda_stream)
     with _pools_lock:
-        return _pools.setdefault(device, ArenaPool(device))
+        return _pools.setdefault((device, stream), ArenaPool(device))
 
 
 def release_memory() -> int:

@@ -27,7 +27,7 @@ from mosaic_compiler.planning.budget import check_machine, free_memory
 from mosaic_compiler.planning.forms import ACCOUNTED_OPAQUE, Kind
 from mosaic_compiler.planning.lifetimes import Lives, Sizes, find_lives
 from mosaic_compiler.planning.planner import Planned, Planner
-from mosaic_compiler.runtime.arena import Arena, pool_for
+from mosaic_compiler.runtime.arena import Arena, ArenaPool, arena_problem, pool_for
 from mosaic_compiler.runtime.instructions import GUARD
 from mosaic_compiler.runtime.program import Program, bind
 from mosaic_compiler.runtime.prologue import Prologue, capacity
@@ -40,8 +40,8 @@ _Entry: TypeAlias = "tuple[Program, list[tuple[weakref.ref[Any], int]]]"
 class Fallback:
     """Something that runs in a slower or fatter way than planned memory would allow.
 
-    ``name`` is one of ``opaque-op`` (no ``out=`` form, internal memory unknown),
-    ``data-dependent-size`` and ``other-device`` (both: outside of the plan).
+    ``name`` is one of ``opaque-op`` (no ``out=`` form, internal memory unknown), ``data-dependent-size`` and
+    ``other-device`` (both: outside of the plan), and ``plain-arena`` (no virtual memory on the device).
     """
 
     name: str
@@ -102,8 +102,16 @@ class CompiledStep:
         self._readers = _symbol_readers(module, placeholders, self._prologue.symbols)
         self._plans: dict[tuple[int, ...], tuple[_Variant, Planned]] = {}
         self._programs: OrderedDict[Any, _Entry] = OrderedDict()
-        self._pool = pool_for(self.lives.device)
-        self._pool.register(self)
+        self._registered: set[ArenaPool] = set()
+
+    @property
+    def _pool(self) -> ArenaPool:
+        """The arenas of the device (of the current stream); they keep their memory while this step is alive."""
+        pool = pool_for(self.lives.device)
+        if pool not in self._registered:
+            self._registered.add(pool)
+            pool.register(self)
+        return pool
 
     def _variant(self, module: fx.GraphModule, lives: Lives) -> _Variant:
         prologue = Prologue(module.graph)
@@ -227,8 +235,8 @@ def find_fallbacks(lives: Lives) -> tuple[Fallback, ...]:
 
     for node in set(lives.unsized).difference(lives.prologue):
         add("data-dependent-size", node, "its bytes are known only while the step runs")
-    if lives.device.type != "cpu" and lives.nodes:
-        reason = f"{lives.device} has no arena of its own: one allocation, moved when it grows"
+    if lives.nodes and (problem := arena_problem(lives.device)) is not None:
+        reason = f"one allocation, moved when it grows, because {problem}"
         found.append(Fallback("plain-arena", "", "", reason, ""))
     for node in lives.elsewhere:
         tensors = [tensor for tensor in ir.tensors_of(node) if tensor is not None]
