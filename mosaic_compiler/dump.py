@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from mosaic_compiler import ir
+from mosaic_compiler.clusters import Cluster, cluster_of
 from mosaic_compiler.loops import ChunkLoop, loop_of
 from mosaic_compiler.passes.pipeline import PassRecord
 from mosaic_compiler.planning.plan import MemoryPlan
@@ -131,11 +132,10 @@ def render(module: fx.GraphModule, record: PassRecord, path: Path) -> str:
     }
     if constants:
         torch.save(constants, f"{path}.pt")
-    found = {str(node.target): loop for node in module.graph.nodes if (loop := loop_of(node)) is not None}
     header = _HEADER.format(
-        imports="\nimport sympy\n\nfrom mosaic_compiler.loops import ChunkLoop, LoopOutput\n" if found else "",
-        bodies="".join(_body(name, loop) for name, loop in found.items()),
-        loops="".join(_construction(name, loop) for name, loop in found.items()),
+        imports=_IMPORTS if any(node.op == "call_module" for node in module.graph.nodes) else "",
+        bodies=_bodies(module, ""),
+        loops=_constructions(module, ""),
         title=path.stem, name=record.name, milliseconds=record.seconds * 1e3, verify=record.verify_seconds * 1e3,
         nodes=record.nodes_after, has_constants=bool(constants),
     )  # fmt: skip
@@ -150,22 +150,54 @@ def _indented(code: str) -> str:
     return "\n".join("    " + line if line else "" for line in code.strip().splitlines())
 
 
+_IMPORTS = """
+import sympy  # noqa: F401
+
+from mosaic_compiler.clusters import Cluster  # noqa: F401
+from mosaic_compiler.loops import ChunkLoop, LoopOutput  # noqa: F401
+"""
+
+
+def _parts(module: fx.GraphModule) -> dict[str, ChunkLoop | Cluster]:
+    """The submodules that a graph calls, by name."""
+    found: dict[str, ChunkLoop | Cluster] = {}
+    for node in module.graph.nodes:
+        part = loop_of(node) or cluster_of(node)
+        if part is not None:
+            found[str(node.target)] = part
+    return found
+
+
 def _body_class(name: str) -> str:
     return "".join(part.title() for part in name.split("_")) + "Body"
 
 
-def _body(name: str, loop: ChunkLoop) -> str:
-    """The body of a loop as a class."""
-    return f"class {_body_class(name)}(torch.nn.Module):\n{_indented(loop.body.code)}\n\n\n"
+def _bodies(module: fx.GraphModule, prefix: str) -> str:
+    """The bodies of loops and clusters as classes, inner ones first."""
+    text = ""
+    for name, part in _parts(module).items():
+        full = prefix + name
+        text += _bodies(part.body, full + "_")
+        inner = _constructions(part.body, full + "_")
+        start = f"    def __init__(self):\n        super().__init__()\n{inner}\n" if inner else ""
+        text += f"class {_body_class(full)}(torch.nn.Module):\n{start}{_indented(part.body.code)}\n\n\n"
+    return text
 
 
-def _construction(name: str, loop: ChunkLoop) -> str:
-    """The line that makes a loop, with what it slices and where its results go."""
-    outputs = ", ".join(f"LoopOutput({o.dim}, {o.order}, {o.into})" for o in loop.outputs)
-    return (
-        f"        self.{name} = ChunkLoop(\n            {_body_class(name)}(), {loop.operands},\n"
-        f"            [{outputs}], sympy.Symbol({str(loop.chunk)!r}),\n        )\n"
-    )
+def _constructions(module: fx.GraphModule, prefix: str) -> str:
+    """The lines that make a graph's loops (with what they slice and where their results go) and clusters."""
+    text = ""
+    for name, part in _parts(module).items():
+        made = f"{_body_class(prefix + name)}()"
+        if isinstance(part, Cluster):
+            text += f"        self.{name} = Cluster({made}, {part.into})\n"
+            continue
+        outputs = ", ".join(f"LoopOutput({o.dim}, {o.order}, {o.into})" for o in part.outputs)
+        text += (
+            f"        self.{name} = ChunkLoop(\n            {made}, {part.operands},\n"
+            f"            [{outputs}], sympy.Symbol({str(part.chunk)!r}),\n        )\n"
+        )
+    return text
 
 
 def _example(node: fx.Node) -> str:

@@ -20,6 +20,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from mosaic_compiler.clusters import cluster_of
 from mosaic_compiler.loops import loop_of
 
 Root: TypeAlias = "tuple[fx.Node, int]"
@@ -95,6 +96,21 @@ def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
     pairs = zip((*a.shape, *a.stride()), (*b.shape, *b.stride()), strict=True)
     return all(expr_of(x) == expr_of(y) for x, y in pairs)
+
+
+def layout_of(value: Any) -> Any:
+    """Comparable description of what a node produces; strides of sizes 0 and 1 do not count."""
+    if isinstance(value, (tuple, list)):
+        return tuple(layout_of(item) for item in value)
+    if isinstance(value, torch.Tensor):
+        sizes = tuple(expr_of(size) for size in value.shape)
+        strides = tuple(
+            None if size in (0, 1) else expr_of(stride) for size, stride in zip(sizes, value.stride(), strict=True)
+        )
+        return (str(value.dtype), str(value.device), sizes, strides, expr_of(value.storage_offset()))
+    if is_symbolic_number(value) or isinstance(value, (int, float)):
+        return expr_of(value)
+    return repr(value)
 
 
 def is_contiguous(tensor: torch.Tensor) -> bool:
@@ -177,11 +193,19 @@ def overloads_of(op: OpOverload) -> list[OpOverload]:
     return [getattr(packet, name) for name in packet.overloads()]
 
 
-def mutated_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
-    """Nodes whose storage this node writes, by its operator schema; for a loop, the operands it takes over."""
-    loop = loop_of(node)
+def taken_over(node: fx.Node) -> tuple[int | None, ...] | None:
+    """For each result of a loop or cluster the operand whose memory it takes over; ``None`` for other nodes."""
+    loop, cluster = loop_of(node), cluster_of(node)
     if loop is not None:
-        return tuple(node.args[spec.into] for spec in loop.outputs if spec.into is not None)  # type: ignore[misc]
+        return tuple(spec.into for spec in loop.outputs)
+    return cluster.into if cluster is not None else None
+
+
+def mutated_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
+    """Nodes whose storage this node writes, by its operator schema; of a loop or cluster what it takes over."""
+    positions = taken_over(node)
+    if positions is not None:
+        return tuple(node.args[position] for position in positions if position is not None)  # type: ignore[misc]
     if not isinstance(node.target, OpOverload):
         return ()
     written: list[fx.Node] = []
@@ -279,15 +303,15 @@ class StorageMap:
             source, index = self._roots[node.args[0]], node.args[1]
             if isinstance(index, int) and tensor_of(node) is not None and index < len(source):
                 return (source[index],)
-        loop = loop_of(node)
-        if loop is not None:
-            return tuple(self._loop_result(node, index, spec.into) for index, spec in enumerate(loop.outputs))
+        positions = taken_over(node)
+        if positions is not None:
+            return tuple(self._result_of_module(node, index, into) for index, into in enumerate(positions))
         base = alias_base(node) if node.op == "call_function" else None
         if base is not None and len(self._roots[base]) == 1:
             return tuple(self._roots[base][0] for _ in tensors_of(node))
         return tuple((node, index) if tensor is not None else None for index, tensor in enumerate(tensors_of(node)))
 
-    def _loop_result(self, node: fx.Node, index: int, into: int | None) -> Root | None:
+    def _result_of_module(self, node: fx.Node, index: int, into: int | None) -> Root | None:
         if into is None:
             return (node, index)
         operand = node.args[into]

@@ -11,6 +11,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from mosaic_compiler import ir
+from mosaic_compiler.clusters import cluster_of, set_cluster
 from mosaic_compiler.loops import ChunkLoop, loop_of, set_loop
 from mosaic_compiler.planning.forms import inplace_twin, native_out
 
@@ -21,7 +22,8 @@ class InPlacePass:
 
     Legal when all of these hold (the verifier checks the same list, independently):
 
-    - ``op`` is pointwise: element i of the result is computed from element i of each operand;
+    - ``op`` is pointwise (or a cluster of such ops with one result): element i of the result is computed from
+      element i of each operand;
     - ``a`` has the result's dtype, sizes and strides, and covers its whole storage;
     - ``a``'s storage belongs to the step: it is no input, weight or constant, and no output;
     - no alias of ``a`` is read later, and no other operand overlaps ``a`` with another layout
@@ -49,7 +51,7 @@ class InPlacePass:
 
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
         module = ir.copy_graph(module)
-        _Rewriter(module.graph, results_may_move=True).run()
+        _Rewriter(module, results_may_move=True).run()
         bodies: dict[ChunkLoop, ChunkLoop] = {}
         for node in module.graph.nodes:
             loop = loop_of(node)
@@ -64,7 +66,7 @@ class InPlacePass:
 
 def _rewritten(body: fx.GraphModule) -> fx.GraphModule:
     body = ir.copy_graph(body)
-    _Rewriter(body.graph, results_may_move=False).run()
+    _Rewriter(body, results_may_move=False).run()
     body.graph.lint()
     body.recompile()
     return body
@@ -73,8 +75,9 @@ def _rewritten(body: fx.GraphModule) -> fx.GraphModule:
 class _Rewriter:
     """Rewrites one graph in place (see the pass)."""
 
-    def __init__(self, graph: fx.Graph, *, results_may_move: bool) -> None:
-        self.graph, self.results_may_move = graph, results_may_move
+    def __init__(self, module: fx.GraphModule, *, results_may_move: bool) -> None:
+        graph = module.graph
+        self.module, self.graph, self.results_may_move = module, graph, results_may_move
         self.order = {node: index for index, node in enumerate(graph.nodes)}
         self.storage = ir.StorageMap(graph)
         self.escaping = ir.escaping_roots(graph, self.storage)
@@ -96,19 +99,28 @@ class _Rewriter:
             own, reused = storage.root(node), storage.root(operand)
             assert own is not None
             assert reused is not None
-            _write_into(node, operand)
+            self._write_into(node, operand)
             storage.alias(node, reused)
             last_read[reused] = max(last_read[reused], last_read.get(own, self.order[node]))
             if own in self.escaping:
                 self.escaping.add(reused)
 
     def _operand_to_reuse(self, node: fx.Node) -> fx.Node | None:
-        if node.op != "call_function" or not ir.is_pointwise(node) or ir.alias_base(node) is not None:
-            return None
-        assert isinstance(node.target, OpOverload)
-        out = ir.tensor_of(node)
-        native, twin = native_out(node.target), inplace_twin(node.target)
-        if out is None or out.dim() == 0 or (native is None and twin is None):
+        cluster = cluster_of(node)
+        first_only = False
+        if cluster is not None:
+            if len(cluster.into) > 1 or not cluster.is_elementwise():
+                return None
+        else:
+            if node.op != "call_function" or not ir.is_pointwise(node) or ir.alias_base(node) is not None:
+                return None
+            assert isinstance(node.target, OpOverload)
+            native, twin = native_out(node.target), inplace_twin(node.target)
+            if native is None and twin is None:
+                return None
+            first_only = native is None
+        (out,) = ir.tensors_of(node)
+        if out is None or out.dim() == 0:
             return None
         if not self.results_may_move and self.storage.root(node) in self.escaping:
             return None
@@ -116,7 +128,7 @@ class _Rewriter:
             tensor, root = ir.tensor_of(operand), self.storage.root(operand)
             if tensor is None or root is None or root in self.escaping or not ir.is_computed(root):
                 continue
-            if native is None and operand is not node.args[0]:
+            if first_only and operand is not node.args[0]:
                 continue
             if (
                 self.last_read[root] != self.order[node]
@@ -129,18 +141,24 @@ class _Rewriter:
             return operand
         return None
 
-
-def _write_into(node: fx.Node, operand: fx.Node) -> None:
-    assert isinstance(node.target, OpOverload)
-    native = native_out(node.target)
-    if native is not None:
-        overload, names = native
-        node.target = overload
-        node.kwargs = {**node.kwargs, names[0]: operand}
-    else:
-        twin = inplace_twin(node.target)
-        assert twin is not None
-        node.target = twin
+    def _write_into(self, node: fx.Node, operand: fx.Node) -> None:
+        cluster = cluster_of(node)
+        if cluster is not None:
+            into = node.args.index(operand)
+            name = f"{node.target}_into_{into}"
+            known = getattr(self.module, name, None)
+            set_cluster(self.module, node, name, cluster.with_into([into]) if known is None else known)
+            return
+        assert isinstance(node.target, OpOverload)
+        native = native_out(node.target)
+        if native is not None:
+            overload, names = native
+            node.target = overload
+            node.kwargs = {**node.kwargs, names[0]: operand}
+        else:
+            twin = inplace_twin(node.target)
+            assert twin is not None
+            node.target = twin
 
 
 def covers_root(tensor: torch.Tensor, root: ir.Root) -> bool:

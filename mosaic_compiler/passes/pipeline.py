@@ -6,7 +6,8 @@ Order matters:
 2. ``row-demand`` before ``in-place``: it calls ops again on fewer rows, which only pure ops allow.
 3. ``gather-logits`` and ``vocabulary-tiles`` behind ``row-demand``: they match the head as it left it.
 4. ``chunk-loops`` when all graph-wide rewrites are done: those match nodes, not loop bodies.
-5. ``in-place`` and ``reuse-rows`` last: they introduce writes, and no other pass moves or merges nodes around a
+5. ``fuse`` behind ``chunk-loops``: what a loop computes is known by then, and clusters hide ops from it.
+6. ``in-place`` and ``reuse-rows`` last: they introduce writes, and no other pass moves or merges nodes around a
    write.  ``reuse-rows`` behind ``in-place``, because it must see when a body's results are written.
 """
 
@@ -19,9 +20,11 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from mosaic_compiler import ir
+from mosaic_compiler.loops import loop_of
 from mosaic_compiler.passes.base import Pass
 from mosaic_compiler.passes.canonicalize import CanonicalizePass
 from mosaic_compiler.passes.chunk_loops import ChunkLoopsPass
+from mosaic_compiler.passes.fuse import FusePass
 from mosaic_compiler.passes.gather_logits import GatherLogitsPass
 from mosaic_compiler.passes.in_place import InPlacePass
 from mosaic_compiler.passes.reuse_rows import ReuseRowsPass
@@ -35,6 +38,7 @@ PASSES: tuple[Pass, ...] = (
     GatherLogitsPass(),
     VocabularyTilesPass(),
     ChunkLoopsPass(),
+    FusePass(),
     InPlacePass(),
     ReuseRowsPass(),
 )
@@ -103,9 +107,9 @@ def without_loops(
         ``None`` if ``final`` has no loops, or its prologue is another one.
     """
     names = list(stages)
-    if ChunkLoopsPass.name not in names or not any(node.op == "call_module" for node in final.graph.nodes):
+    if ChunkLoopsPass.name not in names or not any(map(loop_of, final.graph.nodes)):
         return None
     before = stages[names[names.index(ChunkLoopsPass.name) - 1]]
-    flat, _ = run_passes(before, passes=(InPlacePass(),), disable=disable)
+    flat, _ = run_passes(before, passes=(FusePass(), InPlacePass()), disable=disable)
     early, own = ({n.name for n in ir.prologue_nodes(graph)} for graph in (final.graph, flat.graph))
     return flat if early == own else None

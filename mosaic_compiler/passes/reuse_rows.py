@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from mosaic_compiler import ir
+from mosaic_compiler.clusters import cluster_of
 from mosaic_compiler.loops import ChunkLoop, LoopOutput, loop_of, set_loop
 from mosaic_compiler.passes.in_place import covers_root
 
@@ -112,14 +113,19 @@ def late_readers(loop: ChunkLoop, output: int, position: int) -> list[fx.Node]:
             found.append(node)
         if node is root[0]:
             written = True
-            elementwise = ir.is_pointwise(node) and reads == [operand] and _same_shape(node, operand)
+            elementwise = _is_elementwise(node) and reads == [operand] and _same_shape(node, operand)
             if reads and not elementwise:
                 found.append(node)
     return found
 
 
+def _is_elementwise(node: fx.Node) -> bool:
+    cluster = cluster_of(node)
+    return ir.is_pointwise(node) if cluster is None else len(cluster.into) == 1 and cluster.is_elementwise()
+
+
 def _same_shape(node: fx.Node, operand: fx.Node) -> bool:
-    result, source = ir.tensor_of(node), ir.tensor_of(operand)
+    result, source = ir.tensors_of(node)[0], ir.tensor_of(operand)
     return (
         result is not None
         and source is not None

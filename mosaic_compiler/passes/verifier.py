@@ -7,6 +7,7 @@ signature  the outputs are those of the graph before: count, layout, and which i
 effects    random draws and writes to inputs are the same, in the same order
 in-place   a write into a buffer of the step is legal (``passes/in_place.py``, ``passes/reuse_rows.py``)
 loops      operands and results of a loop agree with its body: the same tensors with c rows
+clusters   operands and results of a cluster have the layout of its body's
 quadratic  no value grows faster with the inputs' sizes than some value did before (no new N x N)
 ========== ==================================================================================
 """
@@ -24,12 +25,13 @@ from torch import fx
 from torch._ops import OpOverload
 
 from mosaic_compiler import ir
+from mosaic_compiler.clusters import Cluster, cluster_of
 from mosaic_compiler.errors import InvariantError
 from mosaic_compiler.loops import ChunkLoop, loop_of
 from mosaic_compiler.passes.reuse_rows import late_readers
 from mosaic_compiler.planning.forms import without_out
 
-INVARIANTS = ("topology", "metadata", "signature", "effects", "in-place", "loops", "quadratic")
+INVARIANTS = ("topology", "metadata", "signature", "effects", "in-place", "loops", "clusters", "quadratic")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Verifier:
     def __init__(self, module: fx.GraphModule) -> None:
         self._reference = facts_of(module)
         self._known: dict[Any, Any] = {}
+        self._clusters: dict[Cluster, tuple[tuple[str, str], ...]] = {}
         self._bodies: dict[ChunkLoop, tuple[tuple[str, str], ...]] = {}
 
     def check(self, module: fx.GraphModule, pass_name: str) -> None:
@@ -94,31 +97,60 @@ class Verifier:
                 if node.target is operator.getitem:
                     source, index = node.args
                     expected = ir.value_of(source)[index]
-                    if _layout(expected) != _layout(ir.value_of(node)):
-                        yield f"{node.name} is {_layout(ir.value_of(node))}, a fake run gives {_layout(expected)}"
+                    got, expected = ir.layout_of(ir.value_of(node)), ir.layout_of(expected)
+                    if got != expected:
+                        yield f"{node.name} is {got}, a fake run gives {expected}"
                 continue
             got = self._fake_run(mode, node)
-            if got is not None and got != _layout(ir.value_of(node)):
-                yield f"{node.name} is {_layout(ir.value_of(node))}, a fake run gives {got}"
+            if got is not None and got != ir.layout_of(ir.value_of(node)):
+                yield f"{node.name} is {ir.layout_of(ir.value_of(node))}, a fake run gives {got}"
 
     def _loop(self, node: fx.Node) -> Iterator[tuple[str, str]]:
         """A call of a loop, and (once for all calls) its body."""
         loop = loop_of(node)
         if loop is None:
             if node.op == "call_module":
-                yield "loops", f"{node.name} calls a submodule that is no chunk loop"
+                yield from self._cluster(node)
             return
         if loop not in self._bodies:
             body = loop.body
             problems = [("topology", problem) for problem in _topology(body.graph)]
             problems = problems or [("metadata", problem) for problem in self._metadata(body)]
             problems += [("in-place", problem) for problem in _illegal_writes(body.graph)]
+            problems += [
+                found for inner in body.graph.nodes if inner.op == "call_module" for found in self._cluster(inner)
+            ]
             problems += [("effects", f"{n.name} has an effect") for n in body.graph.nodes if _is_effect_in_body(n)]
             self._bodies[loop] = tuple(problems)
         for invariant, problem in self._bodies[loop]:
             yield invariant, f"{node.name}: {problem}"
         for problem in _disagreements(node, loop):
             yield "loops", f"{node.name}: {problem}"
+
+    def _cluster(self, node: fx.Node) -> Iterator[tuple[str, str]]:
+        """A call of a cluster, and (once for all calls) its body."""
+        cluster = cluster_of(node)
+        if cluster is None:
+            yield "loops", f"{node.name} calls a submodule that is neither a chunk loop nor a cluster"
+            return
+        if cluster not in self._clusters:
+            body = cluster.body
+            problems = [("topology", problem) for problem in _topology(body.graph)]
+            problems = problems or [("metadata", problem) for problem in self._metadata(body)]
+            effects = [n for n in body.graph.nodes if n.op == "call_function" and ir.has_effect(n)]
+            self._clusters[cluster] = (*problems, *(("effects", f"{n.name} has an effect") for n in effects))
+        for invariant, problem in self._clusters[cluster]:
+            yield invariant, f"{node.name}: {problem}"
+        inputs = [ir.value_of(n) for n in cluster.body.graph.nodes if n.op == "placeholder"]
+        given = [ir.value_of(n) if isinstance(n, fx.Node) else n for n in node.args]
+        if ir.layout_of(tuple(given)) != ir.layout_of(tuple(inputs)):
+            yield (
+                "clusters",
+                f"{node.name} is called with {ir.layout_of(tuple(given))}, not {ir.layout_of(tuple(inputs))}",
+            )
+        results: Any = cluster.body.graph.output_node().args[0]
+        if ir.layout_of(ir.value_of(node)) != ir.layout_of(tuple(ir.value_of(n) for n in results)):
+            yield "clusters", f"{node.name} does not have the layout of its results"
 
     def _fake_run(self, mode: Any, node: fx.Node) -> Any:
         from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
@@ -134,7 +166,7 @@ class Verifier:
         key = (target, _signature_of(args), _signature_of(kwargs))
         if key not in self._known:
             with mode:
-                self._known[key] = _layout(target(*args, **kwargs))
+                self._known[key] = ir.layout_of(target(*args, **kwargs))
         return self._known[key]
 
 
@@ -167,7 +199,7 @@ def _disagreements(node: fx.Node, loop: ChunkLoop) -> Iterator[str]:
         given, expected = (ir.value_of(operand) if isinstance(operand, fx.Node) else operand), ir.value_of(entry)
         if isinstance(expected, torch.Tensor):
             if not isinstance(given, torch.Tensor) or whole(given, None) != whole(expected, dim):
-                yield f"operand {operand} is {_layout(given)}, its body takes {_layout(expected)}"
+                yield f"operand {operand} is {ir.layout_of(given)}, its body takes {ir.layout_of(expected)}"
         elif ir.expr_of(given) != ir.expr_of(expected):
             yield f"operand {operand} is {given}, its body takes {expected}"
     results: Any = loop.body.graph.output_node().args[0]
@@ -177,7 +209,7 @@ def _disagreements(node: fx.Node, loop: ChunkLoop) -> Iterator[str]:
     for index, (part, spec, result) in enumerate(zip(results, loop.outputs, ir.tensors_of(node), strict=True)):
         chunk = ir.tensor_of(part)
         if chunk is None or result is None or whole(chunk, spec.dim) != whole(result, None):
-            yield f"result {index} is {_layout(result)}, its chunks are {_layout(chunk)}"
+            yield f"result {index} is {ir.layout_of(result)}, its chunks are {ir.layout_of(chunk)}"
 
 
 def _signature_of(value: Any) -> Any:
@@ -186,23 +218,8 @@ def _signature_of(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return tuple(_signature_of(item) for item in value)
     if isinstance(value, torch.Tensor) or ir.is_symbolic_number(value):
-        return _layout(value)
+        return ir.layout_of(value)
     return (type(value).__name__, repr(value))
-
-
-def _layout(value: Any) -> Any:
-    """Comparable description of what a node produces; strides of sizes 0 and 1 do not count."""
-    if isinstance(value, (tuple, list)):
-        return tuple(_layout(item) for item in value)
-    if isinstance(value, torch.Tensor):
-        sizes = tuple(ir.expr_of(size) for size in value.shape)
-        strides = tuple(
-            None if size in (0, 1) else ir.expr_of(stride) for size, stride in zip(sizes, value.stride(), strict=True)
-        )
-        return (str(value.dtype), str(value.device), sizes, strides, ir.expr_of(value.storage_offset()))
-    if ir.is_symbolic_number(value) or isinstance(value, (int, float)):
-        return ir.expr_of(value)
-    return repr(value)
 
 
 # --------------------------------------------------------------------------------------- topology
@@ -257,7 +274,7 @@ def _output_fact(item: Any, storage: ir.StorageMap, data: dict[sympy.Symbol, sym
         return repr(item)
     root = storage.root(item)
     alias = root[0].target if root is not None and root[0].op in ("placeholder", "get_attr") else None
-    layout = _layout(ir.value_of(item))
+    layout = ir.layout_of(ir.value_of(item))
     if not isinstance(layout, tuple) or len(layout) != 5:
         return layout, alias
     sizes, strides = (tuple(n.xreplace(data) if n is not None else None for n in part) for part in layout[2:4])
@@ -269,7 +286,7 @@ def _effects(graph: fx.Graph, storage: ir.StorageMap) -> Iterator[Any]:
         if node.op not in ("call_function", "call_module"):
             continue
         if ir.is_random(node):
-            yield (str(node.target), _layout(ir.value_of(node)))
+            yield (str(node.target), ir.layout_of(ir.value_of(node)))
         for argument in ir.mutated_arguments(node):
             for root in storage.roots(argument):
                 if root is not None and not ir.is_computed(root):
@@ -374,7 +391,20 @@ def _overlapping_rows(node: fx.Node, written: fx.Node, storage: ir.StorageMap) -
             yield f"{node.name}: {reader.name} reads rows of {written.name} that are overwritten already"
 
 
+def _overlapping_cluster(node: fx.Node, cluster: Cluster, written: fx.Node, storage: ir.StorageMap) -> Iterator[str]:
+    """A cluster that overwrites an operand: element by element, and no other operand in the same storage."""
+    results = [tensor for tensor, into in zip(ir.tensors_of(node), cluster.into, strict=True) if into is not None]
+    target = ir.only_tensor(written)
+    if not cluster.is_elementwise() or any(t is None or not ir.same_layout(t, target) for t in results):
+        yield f"{node.name} overwrites {written.name}, and is not element by element the same"
+    if sum(storage.root(operand) == storage.root(written) for operand in node.all_input_nodes) > 1:
+        yield f"{node.name} overwrites {written.name} and has another operand in the same storage"
+
+
 def _overlapping_operands(node: fx.Node, written: fx.Node, storage: ir.StorageMap) -> Iterator[str]:
+    cluster = cluster_of(node)
+    if cluster is not None:
+        yield from _overlapping_cluster(node, cluster, written, storage)
     if not (isinstance(node.target, OpOverload) and any(a.is_out for a in node.target._schema.arguments)):
         return  # ops that mutate by themselves (copy_, index_put_) define their own overlap rules
     pointwise = ir.is_pointwise(node)

@@ -22,7 +22,9 @@ from torch import fx
 from torch._ops import OpOverload
 
 from mosaic_compiler import ir
+from mosaic_compiler.clusters import Cluster, cluster_of
 from mosaic_compiler.kernels import ops
+from mosaic_compiler.kernels.fused import kernel_for
 from mosaic_compiler.kernels.gather_logits import gather_logits_triton
 from mosaic_compiler.kernels.head_statistics import head_statistics_
 from mosaic_compiler.loops import loop_of
@@ -151,6 +153,13 @@ def _emit_head_statistics(outs: Sequence[Any], args: Sequence[Any], kwargs: dict
     return [Call(head_statistics_, (list(outs), *args[:5]))]
 
 
+def _emit_cluster(cluster: Cluster, outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
+    own = [out for out, into in zip(outs, cluster.into, strict=True) if into is None]
+    kernel = kernel_for(cluster)
+    kernel.compile()
+    return [Call(kernel, (*args, *own))]
+
+
 _SPECIAL: dict[OpOverload, Emit] = {
     ops.gather_logits: _emit_gather_logits,
     ops.head_statistics: _emit_head_statistics,
@@ -248,6 +257,8 @@ def form_of(node: fx.Node, main_device: torch.device) -> Form:
         return Form(Kind.CONSTANT)
     if loop_of(node) is not None:
         return Form(Kind.LOOP)
+    if (cluster := cluster_of(node)) is not None:
+        return Form(Kind.DESTINATION, functools.partial(_emit_cluster, cluster))
     outputs = ir.tensors_of(node)
     if not any(t is not None for t in outputs):
         effect = ir.has_effect(node)

@@ -142,7 +142,11 @@ class Binder:
         return list(args), dict(kwargs)
 
     def _destination(self, node: fx.Node) -> None:
-        outs = tuple(self._output_of(node, index) for index in range(len(ir.tensors_of(node))))
+        positions = ir.taken_over(node) or [None] * len(ir.tensors_of(node))
+        outs = tuple(
+            self._output_of(node, index) if into is None else self.values[node.args[into]]  # type: ignore[index]
+            for index, into in enumerate(positions)
+        )
         self.values[node] = outs if isinstance(ir.value_of(node), (tuple, list)) else outs[0]
         if self._is_empty(node):
             return

@@ -19,7 +19,9 @@ import torch
 from torch import fx
 
 from mosaic_compiler import ir
+from mosaic_compiler.clusters import clusters_in
 from mosaic_compiler.errors import CaptureError, FallbackError, StaleGraphError
+from mosaic_compiler.kernels.fused import kernel_for
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.pipeline import PassRecord
 from mosaic_compiler.planning import MemoryPlan
@@ -41,7 +43,9 @@ class Fallback:
     """Something that runs in a slower or fatter way than planned memory would allow.
 
     ``name`` is one of ``opaque-op`` (no ``out=`` form, internal memory unknown), ``data-dependent-size`` and
-    ``other-device`` (both: outside of the plan), and ``plain-arena`` (no virtual memory on the device).
+    ``other-device`` (both: outside of the plan), ``plain-arena`` (no virtual memory on the device),
+    ``unfused-cluster`` (a fused kernel does not compile) and ``fused-scratch`` (it would need unplanned memory); these
+    two run op by op.
     """
 
     name: str
@@ -84,11 +88,9 @@ class CompiledStep:
     ) -> None:
         self.module, self.options, self.passes = module, options, tuple(passes)
         self.lives: Lives = find_lives(module)
-        self.fallbacks = find_fallbacks(self.lives)
-        if options.strict and self.fallbacks:
-            raise FallbackError(
-                "strict mode: " + "; ".join(f"{f.name}: {f.node} ({f.reason}) {f.source}" for f in self.fallbacks)
-            )
+        self._planned_fallbacks = find_fallbacks(self.lives)
+        self._clusters = [*clusters_in(module), *(clusters_in(flat) if flat is not None else ())]
+        self._be_strict()
         self.plan: MemoryPlan | None = None
         self._on_plan = on_plan
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
@@ -103,6 +105,23 @@ class CompiledStep:
         self._plans: dict[tuple[int, ...], tuple[_Variant, Planned]] = {}
         self._programs: OrderedDict[Any, _Entry] = OrderedDict()
         self._registered: set[ArenaPool] = set()
+
+    @property
+    def fallbacks(self) -> tuple[Fallback, ...]:
+        """All named fallbacks; those of fused kernels are known once the step has been bound."""
+        found: dict[str, Fallback] = {}
+        for node, cluster in self._clusters:
+            failure = kernel_for(cluster).failure
+            if failure is not None:
+                source = ir.provenance(node).source
+                found.setdefault(node.name, Fallback(failure.name, node.name, "", failure.reason, source))
+        return (*self._planned_fallbacks, *found.values())
+
+    def _be_strict(self) -> None:
+        if self.options.strict and (found := self.fallbacks):
+            raise FallbackError(
+                "strict mode: " + "; ".join(f"{f.name}: {f.node} ({f.reason}) {f.source}" for f in found)
+            )
 
     @property
     def _pool(self) -> ArenaPool:
@@ -166,6 +185,7 @@ class CompiledStep:
             early=variant.prologue.results,
             poison=self.options.poison,
         )
+        self._be_strict()
         return program, [(weakref.ref(values[i]), values[i].data_ptr()) for i in self._static]
 
     def _check_weights(self, sizes: Sizes, values: Sequence[Any]) -> None:

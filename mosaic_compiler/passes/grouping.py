@@ -1,0 +1,261 @@
+"""Which ops run together as one kernel.
+
+A cluster's ops go over the same elements: T of them, or, behind a reduction over the last dim of width W, T / W rows.
+Three rules keep a cluster one kernel that computes nothing twice:
+
+- a computed value is not broadcast inside of a cluster, unless it comes from the cluster's own reduction (cos and sin
+  of [rows, d] are not computed again for every head);
+- all reductions are over the last dim, and have the same width;
+- clusters do not depend on each other in a circle.
+
+Views of what a cluster computes are part of it; views of anything else are operands, and cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from mosaic_compiler import ir
+from mosaic_compiler.kernels.fused import supports
+
+aten = torch.ops.aten
+
+MOST_OPS = 48
+"""Ops in one cluster: larger kernels run out of registers."""
+
+# reduction over one dim -> name of the argument that says which
+_REDUCTIONS: dict[OpOverload, str] = {
+    aten.mean.dim: "dim", aten.sum.dim_IntList: "dim", aten.amax.default: "dim", aten.amin.default: "dim",
+    aten.argmax.default: "dim", aten.argmin.default: "dim", aten.any.dim: "dim", aten.all.dim: "dim",
+}  # fmt: skip
+
+# results as large as the operand, computed with reductions inside; as above
+_NORMS: dict[OpOverload, str] = {aten._softmax.default: "dim", aten._log_softmax.default: "dim"}
+
+CREATORS = frozenset({aten.full.default, aten.zeros.default, aten.ones.default, aten.scalar_tensor.default})
+"""Constants that each cluster makes for itself."""
+
+_VIEWS = frozenset(
+    {
+        aten.view.default, aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default,
+        aten.squeeze.dim, aten.squeeze.dims, aten.expand.default, aten.slice.Tensor, aten.select.int,
+    }
+)  # fmt: skip
+
+_COPIES = frozenset({aten._to_copy.default, aten.clone.default})
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one op goes over.
+
+    Attributes:
+        elements: of its result; of its operand if it reduces.
+        width: of the dim it reduces, else ``None``.
+    """
+
+    elements: sympy.Expr
+    width: sympy.Expr | None
+
+
+@dataclass
+class Group:
+    """Ops that become one kernel.
+
+    Attributes:
+        nodes: in graph order, without the views between them.
+        elements, width: of all of them (see :class:`Work`).
+    """
+
+    nodes: list[fx.Node]
+    elements: sympy.Expr
+    width: sympy.Expr | None
+
+    def takes(self, work: Work) -> bool:
+        if self.width is not None and work.width is None and work.elements * self.width == self.elements:
+            return True  # behind the reduction
+        return bool(work.elements == self.elements) and (work.width in (None, self.width) or self.width is None)
+
+
+def find_groups(graph: fx.Graph, device: torch.device) -> list[Group]:
+    """All clusters of two ops or more, and single ops that only a kernel of its own can write into a given buffer."""
+    return _Finder(graph, device).find()
+
+
+class _Finder:
+    def __init__(self, graph: fx.Graph, device: torch.device) -> None:
+        self.graph, self.device = graph, device
+        self.order = {node: index for index, node in enumerate(graph.nodes)}
+        self.group: dict[fx.Node, Group] = {}
+        storage = ir.StorageMap(graph)
+        written = ir.written_roots(graph, storage)
+        self.early = set(ir.prologue_nodes(graph))
+        self.unsafe = {node for node in graph.nodes if written.intersection(storage.roots(node))}
+
+    def find(self) -> list[Group]:
+        for node in self.graph.nodes:
+            work = work_of(node, self.device)
+            if work is None or node in self.early or self.unsafe.intersection((node, *node.all_input_nodes)):
+                continue
+            group = Group([node], work.elements, work.width)
+            self.group[node] = group
+            for producer in self._producers(node):
+                other = self.group[producer]
+                if other is not group and self._may_join(other, group, node, producer, work):
+                    self._merge(other, group)
+                    group = other
+        found = {id(group): group for group in self.group.values()}
+        return [group for group in found.values() if len(group.nodes) > 1 or needs_kernel(group.nodes[0])]
+
+    def _producers(self, node: fx.Node) -> list[fx.Node]:
+        """Ops of groups whose results this one reads, views between them left out; the latest first."""
+        found = {source for operand in node.all_input_nodes if (source := self._base(operand)) in self.group}
+        return sorted(found, key=lambda n: -self.order[n])
+
+    def _base(self, node: fx.Node) -> fx.Node:
+        while is_absorbed_view(node):
+            node = node.args[0]  # type: ignore[assignment]
+        return node
+
+    def _may_join(self, other: Group, group: Group, node: fx.Node, producer: fx.Node, work: Work) -> bool:
+        if len(other.nodes) + len(group.nodes) > MOST_OPS:
+            return False
+        if len(group.nodes) == 1:
+            fits = other.takes(work) or (node.target is aten.cat.default and self._is_part_of(other, work))
+        else:
+            alike = group.width == other.width or None in (group.width, other.width)
+            fits = bool(group.elements == other.elements) and alike
+        return fits and not self._broadcasts(node, producer, other) and not self._circle(other, group)
+
+    def _is_part_of(self, other: Group, work: Work) -> bool:
+        """Pieces that a ``cat`` puts together: computed where they are needed, if they are just a negation or so."""
+        smaller = other.width is None and len(other.nodes) <= 4
+        return smaller and bool((work.elements / other.elements).is_Number)
+
+    def _broadcasts(self, node: fx.Node, producer: fx.Node, other: Group) -> bool:
+        """The producer's value is smaller than what the op goes over, and not the result of a reduction."""
+        if node.target is aten.cat.default:
+            return False
+        size = _elements(ir.only_tensor(producer))
+        if size == other.elements:
+            return False
+        return other.width is None or size * other.width != other.elements
+
+    def _circle(self, other: Group, group: Group) -> bool:
+        """Something outside of both would lie between them."""
+        members = {*other.nodes, *group.nodes}
+        first = min(self.order[other.nodes[0]], self.order[group.nodes[0]])
+        todo = [n for member in group.nodes for n in member.all_input_nodes]
+        todo += [n for member in other.nodes for n in member.all_input_nodes]
+        seen: set[fx.Node] = set()
+        while todo:
+            node = todo.pop()
+            unit = self.group[node].nodes if node in self.group else [node]
+            if node in seen or self._base(node) in members or self.order[unit[-1]] < first:
+                continue
+            seen.update(unit)
+            operands = [n for member in unit for n in member.all_input_nodes]
+            if any(self._base(n) in members for n in operands):
+                return True
+            todo += operands
+        return False
+
+    def _merge(self, into: Group, group: Group) -> None:
+        into.nodes = sorted({*into.nodes, *group.nodes}, key=self.order.__getitem__)
+        into.elements = max(into.elements, group.elements, key=_magnitude)
+        into.width = into.width if into.width is not None else group.width
+        for node in group.nodes:
+            self.group[node] = into
+
+
+def _magnitude(expr: sympy.Expr) -> int:
+    return int(expr.xreplace({symbol: sympy.Integer(1009) for symbol in expr.free_symbols}))
+
+
+def is_absorbed_view(node: fx.Node) -> bool:
+    """A view that a kernel can look through."""
+    return node.target in _VIEWS
+
+
+def needs_kernel(node: fx.Node) -> bool:
+    """An op that allocates its results unless it is compiled."""
+    from mosaic_compiler.planning.forms import Kind, form_of
+
+    tensor = ir.tensor_of(node)
+    return tensor is not None and form_of(node, tensor.device).kind is Kind.OPAQUE
+
+
+def work_of(node: fx.Node, device: torch.device) -> Work | None:
+    """What a fusable op goes over; ``None`` for all others."""
+    if not isinstance(node.target, OpOverload) or ir.has_effect(node) or node.target in CREATORS:
+        return None
+    out = ir.tensor_of(node)
+    operands = [ir.tensor_of(operand) for operand in node.all_input_nodes if ir.tensors_of(operand) != (None,)]
+    if out is None or out.device != device or any(t is None or t.device != device for t in operands):
+        return None
+    if (
+        not operands
+        or out.dim() == 0
+        or out.dtype.is_complex
+        or any(t.dtype.is_complex for t in operands if t is not None)
+    ):
+        return None
+    if node.target in _REDUCTIONS or node.target in _NORMS:
+        return _reduction(node, device)
+    if not supports(node.target):
+        return None
+    if ir.is_pointwise(node) or node.target in _COPIES or node.target is aten.cat.default:
+        return Work(_elements(out), None) if _plain(node, out) else None
+    if node.target is aten.gather.default:
+        return _gather(node)
+    return None
+
+
+def _plain(node: fx.Node, out: torch.Tensor) -> bool:
+    """Sizes that data decides, and copies to another device, are for the op's own kernel."""
+    if node.target in _COPIES:
+        source = ir.tensor_of(node.all_input_nodes[0])
+        return source is not None and source.device == out.device
+    if node.target is aten.cat.default:
+        parts: Any = node.args[0]
+        return 1 < len(parts) <= 4
+    return ir.alias_base(node) is None
+
+
+def _reduction(node: fx.Node, device: torch.device) -> Work | None:
+    if device.type == "cpu" and node.target in _NORMS:
+        return None  # Inductor keeps all exponentials in memory there
+    source = ir.only_tensor(node.all_input_nodes[0])
+    dim = ir.argument(node, (_REDUCTIONS | _NORMS)[node.target])  # type: ignore[index]
+    if isinstance(dim, Sequence):
+        if len(dim) != 1:
+            return None
+        (dim,) = dim
+    if not isinstance(dim, int) or source.dim() == 0 or dim not in (-1, source.dim() - 1):
+        return None
+    width = ir.expr_of(source.shape[-1])
+    if ir.expr_of(source.stride(-1)) != 1 or not width.is_Integer or width == 1:
+        return None
+    return Work(_elements(source), width)
+
+
+def _gather(node: fx.Node) -> Work | None:
+    """One element per row, looked up in what a reduction goes over."""
+    source, dim, index = node.args[:3]
+    assert isinstance(source, fx.Node)
+    assert isinstance(index, fx.Node)
+    tensor, chosen = ir.only_tensor(source), ir.only_tensor(index)
+    if source.target not in _NORMS or dim not in (-1, tensor.dim() - 1) or ir.expr_of(chosen.shape[-1]) != 1:
+        return None
+    return Work(_elements(chosen), None)
+
+
+def _elements(tensor: torch.Tensor) -> sympy.Expr:
+    return sympy.expand(sympy.prod([ir.expr_of(size) for size in tensor.shape]))
