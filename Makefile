@@ -38,9 +38,9 @@ format: setup ## Rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench-gpu: setup ## Measure row demand and its kernel on this machine's GPU
-	$(BIN)/python -m benchmarks.rows_gpu
-	$(BIN)/python -m benchmarks.chunks_gpu
+bench-gpu: setup ## Measure steps, peaks, limits and kernels on this machine's GPU
+	$(BIN)/python -m benchmarks.gpu.rows
+	$(BIN)/python -m benchmarks.gpu
 
 bench: setup ## Measure the step on this machine's CPU and write benchmarks/results/
 	$(BIN)/python -m benchmarks.step_cpu

@@ -6,11 +6,13 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -48,9 +50,20 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dic
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def write(name: str, body: Mapping[str, Any]) -> Path:
-    """Write ``benchmarks/results/<name>.json`` with the machine's description."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table; numbers with three digits, missing ones as a dash."""
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("model", "system") else "right")
+    for row in rows:
+        table.add_row(*("-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row))
+    Console(width=120).print(table)
+
+
+def write(name: str, body: Mapping[str, Any], folder: str | None = None) -> Path:
+    """Write ``benchmarks/results/<name>.json`` (or into another folder) with the machine's description."""
+    results = RESULTS if folder is None else Path(folder)
+    results.mkdir(parents=True, exist_ok=True)
+    path = results / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), **body}, indent=1) + "\n")
     return path

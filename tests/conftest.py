@@ -14,11 +14,14 @@ TINY_LLADA = Path(__file__).parent.parent / "examples" / "tiny-llada"
 
 
 @pytest.fixture(autouse=True)
-def _fresh_dynamo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each test compiles afresh, with one thread per worker and no MOSAIC_ switches set."""
+def _fresh_dynamo(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test compiles afresh, with one thread per worker and no MOSAIC_ switches set, but without ``fuse`` (kernels
+    take seconds to compile; ``tests/test_fuse.py`` has it on)."""
     torch.set_num_threads(1)
     for name in ("MOSAIC_DEBUG", "MOSAIC_DISABLE", "MOSAIC_DUMP", "MOSAIC_POISON", "MOSAIC_STRICT"):
         monkeypatch.delenv(name, raising=False)
+    if request.node.get_closest_marker("fuse") is None:
+        monkeypatch.setenv("MOSAIC_DISABLE", "fuse")
     yield
     torch._dynamo.reset()
 

@@ -96,7 +96,7 @@ def test_poison_mode_finds_a_write_behind_a_buffer():
     from mosaic_compiler.passes import trace
 
     module = trace(lambda x: (x * 2).exp().sum(-1) * 3, torch.randn(4, 8))
-    step = compile_aten(module, MosaicOptions(poison=True, disable=("in-place",)))
+    step = compile_aten(module, MosaicOptions(poison=True, disable=("fuse", "in-place")))
     x = torch.randn(16, 8)
     step([x])
     program = next(iter(step._programs.values()))[0]

@@ -49,7 +49,7 @@ def assert_equal(got, expected):
 @given(toys, st.sampled_from([1, 1, 2, 3]), st.data())
 def test_rewritten_equals_original_for_any_chunk_size(toy, batch, data):
     module, weights = traced(toy, batch)
-    rewritten, _ = run_passes(module)
+    rewritten, _ = run_passes(module, disable=("fuse",))
     loops = [part for part in rewritten.modules() if isinstance(part, ChunkLoop)]
     assert loops
     for _ in range(3):
@@ -65,7 +65,9 @@ def test_rewritten_equals_original_for_any_chunk_size(toy, batch, data):
 def test_compiled_equals_original_for_any_chunk_size(toy, batch, poison, data):
     module, weights = traced(toy, batch)
     first = data.draw(lengths)
-    step = compile_aten(module, MosaicOptions(chunk_rows=data.draw(chunk_sizes(first)), poison=poison))
+    step = compile_aten(
+        module, MosaicOptions(chunk_rows=data.draw(chunk_sizes(first)), poison=poison, disable=("fuse",))
+    )
     for length in (first, data.draw(lengths), first):
         given_ids = ids(batch, length, length)
         assert_equal(step([given_ids, *weights]), toy(given_ids, *weights))
@@ -157,7 +159,7 @@ def test_an_op_without_a_rule_needs_all_rows_and_is_named():
         y = x @ w
         return torch.cumsum(y, 0) @ w
 
-    module, _ = run_passes(trace(f, torch.randn(9, 6), torch.randn(6, 6), dynamic=[(0,)]))
+    module, _ = run_passes(trace(f, torch.randn(9, 6), torch.randn(6, 6), dynamic=[(0,)]), disable=("fuse",))
     assert any("cumsum" in op for _, op, _ in module.meta["unruled"])
     x, w = torch.randn(11, 6), torch.randn(6, 6)
     for loop in (part for part in module.modules() if isinstance(part, ChunkLoop)):
@@ -168,11 +170,11 @@ def test_an_op_without_a_rule_needs_all_rows_and_is_named():
 # ---------------------------------------------------------------------------------------- structure
 def test_a_transformer_layer_is_two_loops_and_layers_share_their_bodies():
     module, weights = traced(Toy(layers=4), 1)
-    rewritten, _ = run_passes(module)
+    rewritten, _ = run_passes(module, disable=("fuse",))
     calls = [node for node in rewritten.graph.nodes if loop_of(node) is not None]
     assert len(calls) == 8
     assert len({node.target for node in calls}) <= 5
-    step = compile_aten(module, MosaicOptions(chunk_rows=5))
+    step = compile_aten(module, MosaicOptions(chunk_rows=5, disable=("fuse",)))
     step([ids(1, 33, 0), *weights])
     names = {b.name: b for b in step.plan.buffers}
     wide = [b for b in names.values() if b.kind == "arena" and 33 in b.shape and b.nbytes > 33 * 8 * 2]
@@ -185,7 +187,7 @@ WIDTH_BYTES = 16 * 8
 
 def test_grouped_query_heads_are_stored_once():
     module, weights = traced(Toy(kv_heads=1), 1)
-    step = compile_aten(module, MosaicOptions(chunk_rows=5))
+    step = compile_aten(module, MosaicOptions(chunk_rows=5, disable=("fuse",)))
     step([ids(1, 33, 0), *weights])
     keys = [b for b in step.plan.buffers if b.kind == "arena" and b.shape == (1, 1, 33, 4)]
     assert keys
@@ -194,7 +196,7 @@ def test_grouped_query_heads_are_stored_once():
 
 def test_a_window_mask_exists_for_one_chunk_only():
     module, weights = traced(Toy(window=3), 1)
-    step = compile_aten(module, MosaicOptions(chunk_rows=5))
+    step = compile_aten(module, MosaicOptions(chunk_rows=5, disable=("fuse",)))
     step([ids(1, 33, 0), *weights])
     assert not [b for b in step.plan.buffers if list(b.shape).count(33) > 1]
     assert [b for b in step.plan.buffers if 5 in b.shape and 33 in b.shape]
@@ -206,7 +208,9 @@ def test_random_draws_keep_their_order():
         b = a + torch.rand_like(a)
         return torch.relu(b @ w) + torch.rand_like(b)
 
-    step = compile_aten(trace(f, torch.randn(9, 6), torch.randn(6, 6), dynamic=[(0,)]), MosaicOptions(chunk_rows=4))
+    step = compile_aten(
+        trace(f, torch.randn(9, 6), torch.randn(6, 6), dynamic=[(0,)]), MosaicOptions(chunk_rows=4, disable=("fuse",))
+    )
     x, w = torch.randn(11, 6), torch.randn(6, 6)
     torch.manual_seed(5)
     expected = f(x, w)
@@ -232,7 +236,7 @@ def illegal(edit):
         y = h + torch.relu(h @ w) @ w
         return torch.cumsum(y, 0) @ w
 
-    module, _ = run_passes(trace(f, torch.randn(9, 6), torch.randn(6, 6), dynamic=[(0,)]))
+    module, _ = run_passes(trace(f, torch.randn(9, 6), torch.randn(6, 6), dynamic=[(0,)]), disable=("fuse",))
     with pytest.raises(InvariantError, match=r"broken.*in-place"):
         run_passes(module, passes=[Broken()])
 
@@ -248,7 +252,7 @@ def test_a_residual_is_written_in_place():
         h = torch.cumsum(x @ w, 0)
         return torch.cumsum(h + torch.relu(h @ w) @ w, 0)
 
-    module, _ = run_passes(trace(f, torch.randn(9, 6), torch.randn(6, 6), dynamic=[(0,)]))
+    module, _ = run_passes(trace(f, torch.randn(9, 6), torch.randn(6, 6), dynamic=[(0,)]), disable=("fuse",))
     assert len(writers(module)) == 1
 
 
@@ -292,14 +296,14 @@ def test_reading_rows_after_they_were_overwritten_is_refused():
 @given(toys, st.integers(40, 700), st.floats(0, 1))
 def test_a_budget_is_obeyed_with_the_largest_chunks(toy, length, share):
     module, weights = traced(toy, 1)
-    step = compile_aten(module, MosaicOptions())
+    step = compile_aten(module, MosaicOptions(disable=("fuse",)))
     arguments = [ids(1, length, 0), *weights]
     step(arguments)
     sizes = Sizes({step.planner.tokens: length})
     evaluation = step.planner.model.at(sizes)
     least, most = evaluation.peak(evaluation.smallest()), evaluation.peak(evaluation.rows)
     budget = int(least + share * (most - least))
-    limited = compile_aten(module, MosaicOptions(memory_budget=budget))
+    limited = compile_aten(module, MosaicOptions(memory_budget=budget, disable=("fuse",)))
     assert_equal(limited(arguments), toy(*arguments))
     plan = limited.plan
     assert plan.workspace <= budget
@@ -321,7 +325,7 @@ def test_measured_memory_stays_within_the_budget():
     module, weights = traced(toy, 1)
     arguments = [ids(1, 4096, 0), *weights]
     for budget in ("3.2MiB", "4MiB", "6MiB"):
-        step = compile_aten(module, MosaicOptions(memory_budget=budget))
+        step = compile_aten(module, MosaicOptions(memory_budget=budget, disable=("fuse",)))
         step(arguments)
         outputs, allocated = _cpu_peak(lambda step=step: step(arguments))
         returned = sum(t.numel() * t.element_size() for t in outputs)
@@ -333,7 +337,7 @@ def test_measured_memory_stays_within_the_budget():
 def test_a_budget_above_the_peak_chunks_nothing():
     toy = Toy()
     module, weights = traced(toy, 1)
-    step = compile_aten(module, MosaicOptions(memory_budget="1GiB"))
+    step = compile_aten(module, MosaicOptions(memory_budget="1GiB", disable=("fuse",)))
     step([ids(1, 500, 0), *weights])
     assert not step.plan.loops  # the flat graph: nothing is computed again
     with_loops = step.planner.plan(Sizes({step.planner.tokens: 500}), 1 << 30).plan
@@ -343,7 +347,7 @@ def test_a_budget_above_the_peak_chunks_nothing():
 def test_too_small_a_budget_is_an_error_that_says_what_fits():
     toy = Toy()
     module, weights = traced(toy, 1)
-    step = compile_aten(module, MosaicOptions(memory_budget="1500KB"))
+    step = compile_aten(module, MosaicOptions(memory_budget="1500KB", disable=("fuse",)))
     small = [ids(1, 64, 0), *weights]
     step(small)
     with pytest.raises(BudgetError) as error:

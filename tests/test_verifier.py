@@ -159,7 +159,7 @@ def test_non_pointwise_write_into_an_operand_is_refused():
 
 
 def test_every_invariant_has_a_pass_that_breaks_it():
-    assert {invariant for _, invariant in BREAKS} | {"loops"} == set(INVARIANTS)  # loops: see below
+    assert {invariant for _, invariant in BREAKS} | {"loops", "clusters"} == set(INVARIANTS)  # these: see below
 
 
 def looped():
@@ -167,7 +167,7 @@ def looped():
         h = torch.cumsum(x @ w, 0)
         return torch.cumsum(h + torch.relu(h @ w) @ w, 0)
 
-    return run_passes(trace(f, torch.randn(9, 6), torch.randn(6, 6), dynamic=[(0,)]))[0]
+    return run_passes(trace(f, torch.randn(9, 6), torch.randn(6, 6), dynamic=[(0,)]), disable=("fuse",))[0]
 
 
 def swap_operands(module: fx.GraphModule) -> None:
@@ -193,6 +193,37 @@ def slice_another_dim(module: fx.GraphModule) -> None:
 def test_a_loop_that_disagrees_with_its_body_is_refused(edit):
     with pytest.raises(InvariantError, match=r"'loops'|'metadata'|'signature'"):
         run_passes(looped(), passes=[BrokenPass(edit)])
+
+
+def fused():
+    def f(x, y):
+        return torch.relu(x * 2) + y
+
+    module = run_passes(trace(f, torch.randn(9, 6), torch.randn(9, 6)))[0]
+    assert any(node.op == "call_module" for node in module.graph.nodes)
+    return module
+
+
+def call_with_another_operand(module: fx.GraphModule) -> None:
+    cluster = next(node for node in module.graph.nodes if node.op == "call_module")
+    first = cluster.args[0]
+    with module.graph.inserting_before(cluster), ir.fake_mode_of(module):
+        turned = module.graph.call_function(aten.t.default, (first,))
+        turned.meta["val"] = first.meta["val"].t()
+    cluster.args = (turned, *cluster.args[1:])
+
+
+def overwrite_an_input(module: fx.GraphModule) -> None:
+    node = next(node for node in module.graph.nodes if node.op == "call_module")
+    node.meta["cluster"] = node.meta["cluster"].with_into([0])
+
+
+@pytest.mark.parametrize(
+    ("edit", "invariant"), [(call_with_another_operand, "clusters"), (overwrite_an_input, "signature|effects")]
+)
+def test_a_cluster_that_disagrees_with_its_body_is_refused(edit, invariant):
+    with pytest.raises(InvariantError, match=invariant):
+        run_passes(fused(), passes=[BrokenPass(edit)])
 
 
 def test_an_untouched_graph_is_accepted():

@@ -85,7 +85,9 @@ def test_a_head_with_every_reader(batch, length, tile, share, poison):
         ids = torch.where(torch.rand(batch, n) < share, 3, 5)
         return torch.randn(batch, n, 8), torch.randn(21, 8), ids
 
-    step = compile_aten(trace(everything, *inputs(6)), MosaicOptions(vocabulary_tile=tile, poison=poison))
+    step = compile_aten(
+        trace(everything, *inputs(6)), MosaicOptions(vocabulary_tile=tile, poison=poison, disable=("fuse",))
+    )
     assert any("head_statistics" in str(node.target) for node in step.module.graph.nodes)
     arguments = inputs(length)
     for got, expected in zip(step(list(arguments)), everything(*arguments), strict=True):
@@ -107,7 +109,7 @@ def test_other_readers_keep_the_head_whole(reader):
         return reader(h @ w.t())
 
     arguments = torch.randn(4, 8), torch.randn(21, 8)
-    step = compile_aten(trace(f, *arguments), MosaicOptions(vocabulary_tile=4))
+    step = compile_aten(trace(f, *arguments), MosaicOptions(vocabulary_tile=4, disable=("fuse",)))
     assert not any("head_statistics" in str(node.target) for node in step.module.graph.nodes)
     for got, expected in zip(step(list(arguments)), f(*arguments), strict=True):
         assert torch.equal(got, expected)
@@ -119,7 +121,7 @@ def test_scratch_is_accounted():
         return x.argmax(-1), torch.softmax(x, -1).amax(-1), torch.topk(x, 3, -1)[1]
 
     arguments = [torch.randn(900, 32), torch.randn(5000, 32)]
-    step = compile_aten(trace(f, *arguments), MosaicOptions(vocabulary_tile=500))
+    step = compile_aten(trace(f, *arguments), MosaicOptions(vocabulary_tile=500, disable=("fuse",)))
     step(arguments)
     _, peak = _cpu_peak(lambda: step(arguments))
     assert peak <= max(step.plan.outside) + 4096
@@ -128,4 +130,4 @@ def test_scratch_is_accounted():
 @pytest.mark.parametrize("tile", [0, -5, True, "8k"])
 def test_bad_tiles(tile):
     with pytest.raises(mosaic_compiler.MosaicError, match="vocabulary_tile"):
-        MosaicOptions(vocabulary_tile=tile)
+        MosaicOptions(vocabulary_tile=tile, disable=("fuse",))

@@ -98,6 +98,14 @@ class FusedKernel:
         else:
             artifact([*[read(arguments) for read in self._form.readers], *tensors])
 
+    def bind(self, *arguments: Any) -> Callable[[], Any]:
+        """The call with these arguments, tensors that stay where they are or are moved by ``set_``."""
+        tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+        artifact = self.compile(any(tensor.numel() > _WIDE for tensor in tensors))
+        if artifact is None:
+            return functools.partial(self._run_op_by_op, arguments)
+        return functools.partial(_call, artifact, [*[read(arguments) for read in self._form.readers], *tensors])
+
     def compile(self, wide: bool = False) -> Callable[[list[Any]], Any] | None:
         """Compile, unless that was done already; ``None`` if it cannot be."""
         with self._lock:
@@ -137,6 +145,10 @@ class FusedKernel:
             (next(outs) if into is None else arguments[into]).copy_(result)
 
 
+def _call(artifact: Callable[[list[Any]], Any], arguments: list[Any]) -> None:
+    artifact(arguments.copy())
+
+
 class _TooMuchMemory(Exception):  # noqa: N818
     pass
 
@@ -159,7 +171,7 @@ class _Form:
             self._rename(tensor)
         for node in graph.nodes:
             self._rename(ir.tensors_of(node))
-        self.device = next(v.device for v in (*self.values, *self.outs) if isinstance(v, torch.Tensor))
+        self.device = ir.only_tensor(results[0]).device
         found = self._readers()
         missing = self.symbols.keys() - found.keys()
         self.problem = f"no operand says what {', '.join(map(str, missing))} is" if missing else ""
@@ -264,14 +276,14 @@ class _Form:
 
         :func:`scratch_bytes` is what the plan has for it.
         """
-        allowed = int(scratch_bytes(self.cluster).xreplace({s: sympy.Integer(h) for s, h in self._hints.items()}))
-        most = max(self._hints.values(), default=1)
+        most = sympy.Integer(max(self._hints.values(), default=1))
+        allowed = int(scratch_bytes(self.cluster).xreplace(dict.fromkeys(self.symbols, most)))
         total = 0
         for shape, dtype in _ALLOCATION.findall(source):
             elements = 1
             for factor in filter(None, map(str.strip, shape.split(","))):
                 expr = sympy.sympify(factor)
-                elements *= int(expr.xreplace(dict.fromkeys(expr.free_symbols, sympy.Integer(most))))
+                elements *= int(expr.xreplace(dict.fromkeys(expr.free_symbols, most)))
             total += elements * getattr(torch, dtype).itemsize
         if total > allowed + 4096:
             raise _TooMuchMemory(f"its kernel would allocate {total} bytes at {most} rows")
@@ -308,7 +320,7 @@ def scratch_bytes(cluster: Cluster) -> sympy.Expr:
 _aten = torch.ops.aten
 
 _SCRATCH: Mapping[OpOverload, int] = {
-    _aten.mean.dim: 4, _aten.sum.dim_IntList: 8, _aten.amax.default: 8, _aten.amin.default: 8,
+    _aten.mean.dim: 8, _aten.sum.dim_IntList: 8, _aten.amax.default: 8, _aten.amin.default: 8,
     _aten.argmax.default: 8, _aten.argmin.default: 8, _aten.any.dim: 1, _aten.all.dim: 1,
     _aten._softmax.default: -16, _aten._log_softmax.default: -16,
 }  # fmt: skip

@@ -290,7 +290,13 @@ def _drop_true_mask(rewriter: _Rewriter, node: fx.Node) -> bool:
     return False  # other rules may still apply to this node
 
 
-_GROUPED_ATTENTION = frozenset({aten._scaled_dot_product_flash_attention_for_cpu.default})
+_GROUPED_ATTENTION = frozenset(
+    {
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+    }
+)
 
 
 def _fold_repeated_heads(rewriter: _Rewriter, node: fx.Node) -> bool:

@@ -198,14 +198,9 @@ def work_of(node: fx.Node, device: torch.device) -> Work | None:
         return None
     out = ir.tensor_of(node)
     operands = [ir.tensor_of(operand) for operand in node.all_input_nodes if ir.tensors_of(operand) != (None,)]
-    if out is None or out.device != device or any(t is None or t.device != device for t in operands):
+    if out is None or out.device != device or out.dim() == 0 or out.dtype.is_complex:
         return None
-    if (
-        not operands
-        or out.dim() == 0
-        or out.dtype.is_complex
-        or any(t.dtype.is_complex for t in operands if t is not None)
-    ):
+    if not operands or not all(_is_readable(tensor, device) for tensor in operands):
         return None
     if node.target in _REDUCTIONS or node.target in _NORMS:
         return _reduction(node, device)
@@ -216,6 +211,13 @@ def work_of(node: fx.Node, device: torch.device) -> Work | None:
     if node.target is aten.gather.default:
         return _gather(node)
     return None
+
+
+def _is_readable(tensor: torch.Tensor | None, device: torch.device) -> bool:
+    """On the device, or a number on the CPU (Dynamo passes floats as such)."""
+    if tensor is None or tensor.dtype.is_complex:
+        return False
+    return tensor.device == device or (tensor.dim() == 0 and tensor.device.type == "cpu")
 
 
 def _plain(node: fx.Node, out: torch.Tensor) -> bool:

@@ -119,8 +119,8 @@ class _Rewriter:
             if native is None and twin is None:
                 return None
             first_only = native is None
-        (out,) = ir.tensors_of(node)
-        if out is None or out.dim() == 0:
+        out = ir.tensors_of(node)[0]
+        if len(ir.tensors_of(node)) > 1 or out is None or out.dim() == 0:
             return None
         if not self.results_may_move and self.storage.root(node) in self.escaping:
             return None

@@ -83,6 +83,50 @@ class SymbolicBuffer:
 
 
 @dataclass(frozen=True)
+class TensorFacts:
+    """Sizes and strides of a result as expressions, in storage of its own."""
+
+    dtype: torch.dtype
+    device: torch.device
+    shape: tuple[sympy.Expr, ...]
+    strides: tuple[sympy.Expr, ...]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a node produces, as binding needs it.
+
+    Attributes:
+        outputs: its tensors; ``None`` for what is none.
+        symbols: of all sizes and strides.
+        can_be_empty: for some sizes it has nothing to do.
+    """
+
+    outputs: tuple[TensorFacts | None, ...]
+    symbols: frozenset[sympy.Symbol]
+    can_be_empty: bool
+
+    @classmethod
+    def of(cls, node: fx.Node) -> Facts:
+        outputs = tuple(
+            None
+            if tensor is None
+            else TensorFacts(
+                tensor.dtype,
+                tensor.device,
+                tuple(ir.expr_of(size) for size in tensor.shape),
+                tuple(ir.expr_of(step) for step in ir.own_strides(tensor)),
+            )
+            for tensor in ir.tensors_of(node)
+        )
+        tensors = [output for output in outputs if output is not None]
+        numbers = {number for tensor in tensors for number in (*tensor.shape, *tensor.strides)}
+        symbols = frozenset(symbol for number in numbers for symbol in number.free_symbols)
+        filled = any(all(size.is_Integer and size != 0 for size in tensor.shape) for tensor in tensors)
+        return cls(outputs, symbols, bool(tensors) and not filled and not ir.has_effect(node))
+
+
+@dataclass(frozen=True)
 class Scope:
     """One graph that runs: the step's, or the body of one call of a loop.
 
@@ -98,6 +142,14 @@ class Scope:
     storage: ir.StorageMap
     root_buffers: Mapping[ir.Root, SymbolicBuffer]
     direct: Mapping[ir.Root, int]
+    facts: dict[fx.Node, Facts] = field(default_factory=dict)
+
+    def facts_of(self, node: fx.Node) -> Facts:
+        """What binding asks of a node, looked up once for all lengths."""
+        found = self.facts.get(node)
+        if found is None:
+            found = self.facts[node] = Facts.of(node)
+        return found
 
 
 @dataclass(frozen=True)
@@ -141,6 +193,7 @@ class Lives:
     loops: Mapping[fx.Node, LoopSpan] = field(repr=False)
     unsized: tuple[fx.Node, ...] = ()
     elsewhere: tuple[fx.Node, ...] = ()
+    _dependent: dict[frozenset[sympy.Symbol], tuple[fx.Node, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
@@ -184,6 +237,16 @@ class Lives:
                    b.module, b.source, offsets.get(b.name))
             for b, nbytes, shape in self._table[1]
         )  # fmt: skip
+
+    def depending_on(self, symbols: frozenset[sympy.Symbol]) -> tuple[fx.Node, ...]:
+        """The step's own nodes whose results, or something they read, have sizes with these symbols."""
+        if symbols not in self._dependent:
+            found: set[fx.Node] = set()
+            for node in self.scope.nodes:
+                if found.intersection(node.all_input_nodes) or ir.free_symbols(node) & symbols:
+                    found.add(node)
+            self._dependent[symbols] = tuple(node for node in self.scope.nodes if node in found)
+        return self._dependent[symbols]
 
     @cached_property
     def _table(self) -> tuple[list[sympy.Expr], list[tuple[SymbolicBuffer, int, tuple[int, ...]]]]:

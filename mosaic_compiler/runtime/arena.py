@@ -283,8 +283,12 @@ def pool_for(device: torch.device) -> ArenaPool:
     stream = 0
     if device.type == "cuda" and torch.cuda.is_available():
         stream = int(torch.cuda.current_stream(device).cuda_stream)
+    key = (device, stream)
     with _pools_lock:
-        return _pools.setdefault((device, stream), ArenaPool(device))
+        pool = _pools.get(key)
+        if pool is None:
+            pool = _pools[key] = ArenaPool(device)
+        return pool
 
 
 def release_memory() -> int:

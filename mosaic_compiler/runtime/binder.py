@@ -158,10 +158,10 @@ class Binder:
 
     def _output_of(self, node: fx.Node, index: int) -> Any:
         """The destination of one output: a tensor in the arena, or a slot with fresh memory."""
-        tensor = ir.tensors_of(node)[index]
+        tensor = self.scope.facts_of(node).outputs[index]
         assert tensor is not None
         shape = [self.sizes(size) for size in tensor.shape]
-        stride = [self.sizes(step) for step in ir.own_strides(tensor)]
+        stride = [self.sizes(step) for step in tensor.strides]
         buffer = self.shared.placed[self.scope.root_buffers[(node, index)].name]
         if buffer.kind == "arena":
             assert buffer.offset is not None
@@ -211,10 +211,10 @@ class Binder:
     def _is_empty(self, node: fx.Node) -> bool:
         """All results have zero elements: there is nothing to run.  (Some kernels divide by their number of
         rows: attention on the CPU crashes the process for 0 queries.)"""
-        tensors = [tensor for tensor in ir.tensors_of(node) if tensor is not None]
-        if not tensors or ir.has_effect(node) or not all(map(self.is_bound, ir.numbers_in(tuple(tensors)))):
+        facts = self.scope.facts_of(node)
+        if not facts.can_be_empty or not facts.symbols <= self.sizes.symbols.keys():
             return False
-        return all(any(self.sizes(size) == 0 for size in tensor.shape) for tensor in tensors)
+        return all(any(self.sizes(s) == 0 for s in tensor.shape) for tensor in facts.outputs if tensor is not None)
 
     def _empty_results(self, node: fx.Node) -> Any:
         made = tuple(
@@ -222,11 +222,11 @@ class Binder:
             if tensor is None
             else torch.empty_strided(
                 [self.sizes(size) for size in tensor.shape],
-                [self.sizes(step) for step in ir.own_strides(tensor)],
+                [self.sizes(step) for step in tensor.strides],
                 dtype=tensor.dtype,
                 device=tensor.device,
             )
-            for tensor in ir.tensors_of(node)
+            for tensor in self.scope.facts_of(node).outputs
         )
         return made if isinstance(ir.value_of(node), (tuple, list)) else made[0]
 

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from torch.utils._pytree import tree_map_only
 
 from mosaic_compiler.errors import CanaryError
+from mosaic_compiler.kernels.fused import FusedKernel
 from mosaic_compiler.planning.forms import Call
 from mosaic_compiler.planning.plan import ALIGNMENT, Buffer
 from mosaic_compiler.runtime.arena import Arena
@@ -73,6 +74,8 @@ def bound_call(call: Call, slots: list[Any]) -> Instruction:
     """A prebound call; arguments that are slots are read when it runs and never kept."""
     kwargs = dict(call.kwargs)
     if not has_slot((call.args, kwargs)):
+        if isinstance(call.function, FusedKernel):
+            return call.function.bind(*call.args)
         return functools.partial(call.function, *call.args, **kwargs)
     function = call.function
     nested = any(has_slot(v) for v in (*call.args, *kwargs.values()) if not isinstance(v, Slot))

@@ -128,7 +128,7 @@ class _StepBinder(Binder):
             self.values[node] = self._placeholder(node, index, inputs[index], static)
         for index, node in enumerate(early, len(placeholders)):
             self.values[node] = Slot(index)
-        self._varying = self._find_varying(varying)
+        self._varying = lives.depending_on(varying)
 
     def rebind(self, sizes: Sizes) -> None:
         """Bind all nodes the first time, then those that depend on varying sizes."""
@@ -140,13 +140,6 @@ class _StepBinder(Binder):
         flat, _ = torch.utils._pytree.tree_flatten(self.module.graph.output_node().args[0])
         self.outputs = [self.values[item] if isinstance(item, fx.Node) else item for item in flat]
         self._todo = self._varying
-
-    def _find_varying(self, symbols: frozenset[sympy.Symbol]) -> tuple[fx.Node, ...]:
-        found: set[fx.Node] = set()
-        for node in self.scope.nodes:
-            if found.intersection(node.all_input_nodes) or ir.free_symbols(node) & symbols:
-                found.add(node)
-        return tuple(node for node in self.scope.nodes if node in found)
 
     def _placeholder(self, node: fx.Node, index: int, given: Any, static: frozenset[int]) -> Any:
         if isinstance(given, torch.Tensor):

@@ -1,0 +1,40 @@
+"""All GPU benchmarks of the step, model by model, so that each model is built and compiled once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.common import write
+from benchmarks.gpu import compile_time, max_tokens, par, peak, step_latency
+from benchmarks.gpu.models import Session, clean, parser
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("--cards", type=int, nargs="*", default=[24, 40])
+    given = made.parse_args()
+    found: dict[str, list[Any]] = {name: [] for name in ("step_latency", "compile_time", "peak", "par", "max_tokens")}
+    layers = {"layers": given.layers or "all"}
+
+    def keep(name: str, rows: list[Any]) -> None:
+        found[name] += rows
+        write(name, {**(layers if name != "max_tokens" else {}), "rows": found[name]}, given.out)
+
+    for model in given.models:
+        session = Session(model, given.layers)
+        keep("step_latency", step_latency.measure(session, given.lengths, given.repeats))
+        keep("compile_time", compile_time.measure(session))
+        keep("peak", peak.measure(session, max(given.lengths)))
+        keep("par", par.measure(session, max(given.lengths)))
+        del session
+        clean()
+        session = Session(model, 2)
+        session.warm_up()
+        for card in given.cards:
+            keep("max_tokens", max_tokens.measure(session, card))
+        del session
+        clean()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The longest sequence that a card has room for beside all weights, found by running it.
+
+A card is emulated: the process may use its size less 600 MiB (what CUDA itself takes), all weights are resident (a few
+layers run; the bytes of the others are allocated too).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.common import show, write
+from benchmarks.gpu.models import GIB, SYSTEMS, Session, arguments, build, clean, device, observing, parser, synchronize
+from benchmarks.gpu.models import weights as weights_of
+from mosaic_compiler.errors import BudgetError
+from mosaic_compiler.report.forecast import sizes_for
+from mosaic_compiler.runtime.arena import pool_for
+
+RESERVE = 600 << 20
+STEP = 1024
+
+
+def all_weights(name: str) -> int:
+    """Bytes of all weights of a model in bf16, counted on the meta device."""
+    return weights_of(build(name, on=torch.device("meta")))
+
+
+def measure(session: Session, card: int) -> list[dict[str, Any]]:
+    """One row per system for a card of so many GiB."""
+    limit = card * GIB - RESERVE
+    total = torch.cuda.get_device_properties(0).total_memory
+    missing = max(all_weights(session.name) - weights_of(session.step), 0)
+    rows = []
+    with torch.no_grad():
+        clean()
+        ballast = torch.empty(missing, dtype=torch.uint8, device=device())
+        torch.cuda.set_per_process_memory_fraction(limit / total)
+        try:
+            for system in SYSTEMS:
+                started = time.perf_counter()
+                longest, seconds = (
+                    longest_planned(session, limit)
+                    if system == "mosaic"
+                    else bisected(session.function(system), session)
+                )
+                rows.append(
+                    {
+                        "model": session.name, "card_gib": card, "system": system, "tokens": longest,
+                        "step_s": seconds, "layers": session.layers, "search_s": time.perf_counter() - started,
+                    }
+                )  # fmt: skip
+                print(rows[-1], flush=True)
+                clean()
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+            del ballast
+            clean()
+    return rows
+
+
+def bisected(function: Callable[..., Any], session: Session) -> tuple[int, float]:
+    """The longest sequence, in steps of 1,024 tokens, that runs without running out of memory."""
+    low, high, seconds = 0, 8, 0.0
+    while (took := attempt(function, session, high * STEP)) is not None:
+        low, high, seconds = high, high * 2, took
+    while high - low > 1:
+        middle = (low + high) // 2
+        took = attempt(function, session, middle * STEP)
+        low, high, seconds = (low, middle, seconds) if took is None else (middle, high, took)
+    return low * STEP, seconds
+
+
+def attempt(function: Callable[..., Any], session: Session, tokens: int) -> float | None:
+    """Seconds of a step; ``None`` if there is not enough memory."""
+    clean()
+    given = arguments(session.name, tokens)
+    synchronize()
+    started = time.perf_counter()
+    try:
+        function(*given)
+        synchronize()
+    except (torch.OutOfMemoryError, BudgetError):
+        return None
+    return time.perf_counter() - started
+
+
+def longest_planned(session: Session, limit: int) -> tuple[int, float]:
+    """The longest sequence that the planner promises, run; the arena counts against the same limit."""
+    pool = pool_for(device())
+    budget = limit - torch.cuda.memory_allocated()
+    steps: list[Any] = []
+    with observing(steps.append):
+        function = session.mosaic({"memory_budget": budget - (8 << 20)})
+        function(*arguments(session.name, 4096))
+    planner = steps[0].planner
+    tokens = planner.longest(sizes_for(steps[0], 1 << 16, 0.5), budget) // STEP * STEP
+    while tokens:
+        clean()
+        inputs = arguments(session.name, tokens)  # these, and the result, are not in the budget
+        room = limit - torch.cuda.memory_allocated() - 8 * tokens - (8 << 20)
+        function = session.mosaic({"memory_budget": room})
+        torch.cuda.reset_peak_memory_stats()
+        synchronize()
+        started = time.perf_counter()
+        try:
+            function(*inputs)
+            synchronize()
+        except (BudgetError, torch.OutOfMemoryError) as error:
+            print(f"{tokens} tokens: {str(error)[:160]}", flush=True)
+            tokens -= max(tokens // 50 // STEP, 1) * STEP
+            continue
+        seconds = time.perf_counter() - started
+        held = torch.cuda.max_memory_allocated() + max(getattr(a, "mapped", 0) for a in pool._arenas)
+        if held > limit:
+            print(f"{tokens} tokens held {held - limit} bytes too many", flush=True)
+            tokens -= max(tokens // 50 // STEP, 1) * STEP
+            continue
+        return tokens, seconds
+    return 0, 0.0
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("--cards", type=int, nargs="*", default=[24, 40])
+    given = made.parse_args()
+    rows: list[dict[str, Any]] = []
+    for name in given.models:
+        session = Session(name, given.layers or 2)
+        session.warm_up()
+        for card in given.cards:
+            rows += measure(session, card)
+            write("max_tokens", {"rows": rows}, given.out)
+        del session
+        clean()
+    show(
+        "longest sequence",
+        ["model", "card GiB", "system", "tokens", "seconds per step (layers run)"],
+        [[r["model"], r["card_gib"], r["system"], r["tokens"], f"{r['step_s']:.2f} ({r['layers']})"] for r in rows],
+    )
+
+
+if __name__ == "__main__":
+    main()
