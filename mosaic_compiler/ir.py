@@ -62,7 +62,7 @@ def expr_of(size: Any) -> sympy.Expr:
     """The sympy expression of an int or SymInt, after the shape environment's replacements."""
     if is_symbolic_number(size):
         return size.node.expr
-    return sympy.sympify(size)
+    return sympy.Integer(size) if type(size) is int else sympy.sympify(size)
 
 
 def own_strides(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ quadratic  no value grows faster with the inputs' sizes than some value did befo
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -304,13 +305,21 @@ def _degree(node: fx.Node) -> int:
 
 
 def _degree_in(node: fx.Node, known: dict[sympy.Symbol, sympy.Expr]) -> int:
-    worst = 0
-    for tensor in ir.tensors_of(node):
-        if tensor is None:
-            continue
-        elements = sympy.expand(sympy.sympify(sympy.prod([ir.expr_of(size) for size in tensor.shape])).xreplace(known))
-        worst = max(worst, _degree_of(elements))
-    return worst
+    return max(
+        (
+            _degree_of_product(
+                tuple(ir.expr_of(size).xreplace(known) for size in tensor.shape if type(size) is not int)
+            )
+            for tensor in ir.tensors_of(node)
+            if tensor is not None
+        ),
+        default=0,
+    )
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _degree_of_product(sizes: tuple[sympy.Expr, ...]) -> int:
+    return _degree_of(sympy.expand(sympy.prod(sizes)))
 
 
 def _degree_of(expr: sympy.Expr) -> int:

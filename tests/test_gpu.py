@@ -1,0 +1,266 @@
+"""On a CUDA device: results, the arena's life, budgets, running out of memory, streams and several models."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import mosaic_compiler
+from mosaic_compiler.backend import observing
+from mosaic_compiler.errors import BudgetError
+from mosaic_compiler.runtime.arena import pool_for
+from mosaic_compiler.runtime.cuda_arena import CudaArena, virtual_memory_problem
+from mosaic_compiler.sampling import DenoisingStep, block_window
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.fuse,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+MiB = 1 << 20
+
+
+def cuda():
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture(autouse=True)
+def _release():
+    yield
+    torch._dynamo.reset()
+    mosaic_compiler.release_memory()
+    torch.cuda.empty_cache()
+
+
+def model(dtype=torch.float32, kv_heads=4, seed=0):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=1000, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=kv_heads, is_causal=False, max_position_embeddings=1 << 17,
+    )  # fmt: skip
+    return DenoisingStep(LlamaForCausalLM(config).to("cuda", dtype).eval().requires_grad_(False), 3)
+
+
+def arguments(tokens, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, 1000, (1, tokens), generator=generator)
+    ids[:, ::2] = 3
+    return ids.cuda(), block_window(tokens, 0, tokens, "cuda"), torch.tensor([tokens // 8], device="cuda")
+
+
+def compiled(step, **options):
+    return torch.compile(step, backend="mosaic", dynamic=True, fullgraph=True, options=options)
+
+
+def device_bytes():
+    """What this process holds of the device, whoever allocated it."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_float32_token_ids_are_equal(kv_heads):
+    step, steps = model(kv_heads=kv_heads), []
+    with torch.no_grad(), observing(steps.append):
+        fast = compiled(step, strict=True)
+        for tokens in (4096, 100, 7, 1025, 4096):
+            assert torch.equal(fast(*arguments(tokens)), step(*arguments(tokens)))
+    assert len(steps) == 1
+    assert steps[0].fallbacks == ()
+
+
+def test_bfloat16_logits_are_as_close_to_float64_as_eager():
+    step = model(torch.bfloat16, kv_heads=2)
+    exact = model(torch.float64, kv_heads=2).model
+    exact.load_state_dict({k: v.double() for k, v in step.model.state_dict().items()})
+    ids = arguments(1024)[0]
+
+    def logits(ids):
+        return step.model(ids).logits
+
+    with torch.no_grad():
+        truth = exact(ids).logits
+        errors = [((f(ids).double() - truth).norm() / truth.norm()).item() for f in (logits, compiled(logits))]
+    assert errors[1] <= 1.1 * errors[0] < 0.1
+
+
+def test_chunks_inside_a_budget_and_the_measured_peak():
+    step, steps = model(torch.bfloat16), []
+    tokens, pool = 16384, pool_for(cuda())
+    with torch.no_grad(), observing(steps.append):
+        compiled(step)(*arguments(tokens))
+        unchunked = steps[0].plan.workspace
+        mosaic_compiler.release_memory()
+        fast = compiled(DenoisingStep(step.model, 3), memory_budget=unchunked // 2)
+        given = arguments(tokens)
+        fast(*given)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        fast(*given)
+        torch.cuda.synchronize()
+        measured = torch.cuda.max_memory_allocated() - before + pool.reserved()
+    plan = steps[1].plan
+    assert any(loop.chunk < loop.rows for loop in plan.loops)
+    assert plan.workspace <= unchunked // 2
+    assert measured <= plan.peak
+    assert plan.peak - measured <= 0.02 * plan.peak + 2 * MiB
+
+
+def test_poison_finds_nothing():
+    step = model()
+    with torch.no_grad():
+        for options in ({}, {"chunk_rows": 300}):
+            fast = compiled(DenoisingStep(step.model, 3), poison=True, **options)
+            assert torch.equal(fast(*arguments(1000)), step(*arguments(1000)))
+
+
+def test_the_arena_maps_the_plan_and_gives_it_back():
+    assert virtual_memory_problem(cuda()) is None
+    step, steps = model(torch.bfloat16), []
+    with torch.no_grad(), observing(steps.append):
+        fast = compiled(step)
+        fast(*arguments(4096))
+        start = device_bytes()
+        fast(*arguments(32768))
+        high = device_bytes()
+        arena = next(a for a in pool_for(cuda())._arenas if a.reserved)
+        assert isinstance(arena, CudaArena)
+        assert 0 <= arena.mapped - steps[0].plan.height < 2 * MiB
+        assert abs((high - start) - (arena.mapped - 2 * MiB * (arena.mapped > 2 * MiB))) < 64 * MiB
+        result = fast(*arguments(4096))
+        assert device_bytes() <= start + 2 * MiB
+        assert torch.equal(result, fast(*arguments(4096)))
+    del fast, step
+    steps.clear()
+    torch._dynamo.reset()
+    import gc
+
+    gc.collect()
+    assert arena.mapped == 0
+
+
+def test_under_inference_mode_and_beside_eager_work():
+    step = model()
+    with torch.inference_mode():
+        fast = compiled(step)
+        for seed in range(3):
+            noise = torch.randn(1000, 1000, device="cuda") @ torch.randn(1000, 1000, device="cuda")
+            assert torch.equal(fast(*arguments(513, seed)), step(*arguments(513, seed)))
+            assert noise.isfinite().all()
+
+
+def test_a_full_device_is_refused_and_the_next_call_works():
+    """Another tensor holds nearly everything: BudgetError before anything runs; when it is gone, all is well."""
+    step = model(torch.bfloat16)
+    with torch.no_grad():
+        fast = compiled(step, memory_budget="2GiB")
+        expected = fast(*arguments(1024))
+        mosaic_compiler.release_memory()
+        torch.cuda.empty_cache()
+        before = device_bytes()
+        hog = torch.empty(torch.cuda.mem_get_info()[0] - 300 * MiB, dtype=torch.uint8, device="cuda")
+        with pytest.raises(BudgetError, match="the device has"):
+            fast(*arguments(65536))
+        del hog
+        assert device_bytes() <= before + 4 * MiB
+        assert torch.equal(fast(*arguments(1024)), expected)
+        assert fast(*arguments(65536)).shape == (1, 65536)
+
+
+def test_what_pytorch_caches_is_asked_for():
+    step = model(torch.bfloat16)
+    with torch.no_grad():
+        fast = compiled(step, memory_budget="2GiB")
+        fast(*arguments(1024))
+        mosaic_compiler.release_memory()
+        cached = torch.empty(torch.cuda.mem_get_info()[0] - 300 * MiB, dtype=torch.uint8, device="cuda")
+        del cached  # stays in PyTorch's cache
+        assert fast(*arguments(65536)).shape == (1, 65536)
+
+
+def test_an_out_of_memory_elsewhere_leaves_the_step_usable():
+    step = model()
+    with torch.no_grad():
+        fast = compiled(step)
+        expected = step(*arguments(2048))
+        assert torch.equal(fast(*arguments(2048)), expected)
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
+        assert torch.equal(fast(*arguments(2048)), expected)
+
+
+def test_two_streams_have_arenas_of_their_own():
+    step = model()
+    results, errors = {}, []
+    with torch.no_grad():
+        fast = compiled(step)
+        expected = {seed: step(*arguments(3000, seed)) for seed in range(2)}
+        fast(*arguments(3000))
+        torch.cuda.synchronize()
+
+        def work(seed):
+            try:
+                stream = torch.cuda.Stream()
+                with torch.no_grad(), torch.cuda.stream(stream):
+                    given = arguments(3000, seed)
+                    results[seed] = [fast(*given) for _ in range(10)]
+                    results[seed, "pool"] = pool_for(cuda())
+                stream.synchronize()
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+    assert not errors
+    assert results[0, "pool"] is not results[1, "pool"]
+    for seed in range(2):
+        assert all(torch.equal(result, expected[seed]) for result in results[seed])
+
+
+def test_two_models_share_the_arena():
+    first, second = model(seed=0), model(seed=1)
+    with torch.no_grad():
+        fast, other = compiled(first), compiled(second)
+        for tokens in (500, 2000):
+            given = arguments(tokens)
+            assert torch.equal(fast(*given), first(*given))
+            assert torch.equal(other(*given), second(*given))
+    assert sum(isinstance(a, CudaArena) for a in pool_for(cuda())._arenas) == 1
+
+
+def test_every_gpu_gets_its_own_arena():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    step = model()
+    other = DenoisingStep(model().model.to("cuda:1"), 3)
+    given = arguments(1000)
+    with torch.no_grad():
+        expected = step(*given)
+        assert torch.equal(compiled(step)(*given), expected)
+        moved = compiled(other)(*(t.to("cuda:1") for t in given))
+    assert torch.equal(moved.to("cuda:0"), expected)
+    assert pool_for(torch.device("cuda", 0)) is not pool_for(torch.device("cuda", 1))
+
+
+def test_wide_kernels_index_with_64_bits(monkeypatch):
+    """Kernels for more than 2^31 elements, tried on few."""
+    from mosaic_compiler.kernels import fused
+
+    def f(x, y):
+        return torch.relu(x * 2 + y) * y
+
+    x, y = torch.randn(300, 64, device="cuda"), torch.randn(300, 64, device="cuda")
+    monkeypatch.setattr(fused, "_WIDE", 1000)
+    assert torch.equal(torch.compile(f, backend="mosaic", dynamic=True)(x, y), f(x, y))
+    kernels = [kernel for kernel in fused._kernels.values() if True in kernel._artifacts]
+    assert kernels
+    assert all(kernel.failure is None for kernel in kernels)
