@@ -18,6 +18,8 @@ from mosaic_compiler.runtime.arena import pool_for, release_memory
 from mosaic_compiler.runtime.step import CompiledStep
 from mosaic_compiler.sampling import DenoisingStep, block_window
 
+torch._dynamo.config.recompile_limit = 64  # one code object (the step's) is compiled by several systems
+
 MASK = 100
 GIB = 1 << 30
 SYSTEMS = ("eager", "inductor", "mosaic")

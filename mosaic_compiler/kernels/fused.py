@@ -26,6 +26,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from mosaic_compiler import ir
 from mosaic_compiler.clusters import Cluster
+from mosaic_compiler.errors import ArenaError
 
 _HINT = {"cuda": 4096, "cpu": 512}
 """Sizes that kernels are tuned for: rows of a chunk."""
@@ -96,7 +97,7 @@ class FusedKernel:
         if artifact is None:
             self._run_op_by_op(arguments)
         else:
-            artifact([*[read(arguments) for read in self._form.readers], *tensors])
+            artifact([*self._form.sizes(arguments), *tensors])
 
     def bind(self, *arguments: Any) -> Callable[[], Any]:
         """The call with these arguments, tensors that stay where they are or are moved by ``set_``."""
@@ -104,7 +105,7 @@ class FusedKernel:
         artifact = self.compile(any(tensor.numel() > _WIDE for tensor in tensors))
         if artifact is None:
             return functools.partial(self._run_op_by_op, arguments)
-        return functools.partial(_call, artifact, [*[read(arguments) for read in self._form.readers], *tensors])
+        return functools.partial(_call, artifact, [*self._form.sizes(arguments), *tensors])
 
     def compile(self, wide: bool = False) -> Callable[[list[Any]], Any] | None:
         """Compile, unless that was done already; ``None`` if it cannot be."""
@@ -176,11 +177,51 @@ class _Form:
         missing = self.symbols.keys() - found.keys()
         self.problem = f"no operand says what {', '.join(map(str, missing))} is" if missing else ""
         self.readers: list[_Read] = [found[symbol] for symbol in self.symbols if symbol in found]
+        self._layouts = [
+            (v.dtype, [ir.expr_of(s) for s in v.shape], [ir.expr_of(s) for s in strides])
+            if isinstance(v, torch.Tensor)
+            else None
+            for v, strides in (
+                *((v, _strides(v, v.stride()) if isinstance(v, torch.Tensor) else ()) for v in self.values),
+                *((out, _strides(out, ir.own_strides(out))) for out in self.outs),
+            )
+        ]
+        self._expected: dict[tuple[int, ...], list[Any]] = {}
 
     def _rename(self, value: Any) -> None:
-        for number in ir.numbers_in(value):
+        numbers = [n for item in (value if isinstance(value, tuple) else (value,)) for n in _numbers(item)]
+        for number in numbers:
             for symbol in sorted(ir.expr_of(number).free_symbols if ir.is_symbolic_number(number) else (), key=str):
                 self.symbols.setdefault(symbol, sympy.Symbol(f"s{len(self.symbols)}", integer=True, positive=True))
+
+    def sizes(self, arguments: Sequence[Any]) -> list[int]:
+        """The values of the symbols.
+
+        Raises:
+            ArenaError: if a tensor does not have the layout that the kernel is compiled for (it would write elsewhere).
+        """
+        values = [read(arguments) for read in self.readers]
+        key = tuple(values)
+        if key not in self._expected:
+            known = dict(zip(self.symbols, map(sympy.Integer, values), strict=True))
+            self._expected[key] = [
+                None
+                if layout is None
+                else (layout[0], *([int(n.xreplace(known)) for n in part] for part in layout[1:]))
+                for layout in self._layouts
+            ]
+        for argument, expected in zip(arguments, self._expected[key], strict=True):
+            if expected is None:
+                continue
+            dtype, shape, strides = expected
+            found = [step for step, size in zip(argument.stride(), shape, strict=True) if size > 1]
+            wanted = [step for step, size in zip(strides, shape, strict=True) if size > 1]
+            if argument.dtype != dtype or list(argument.shape) != shape or found != wanted:
+                raise ArenaError(
+                    f"a fused kernel for {dtype} {shape} with strides {strides} was given {argument.dtype} "
+                    f"{list(argument.shape)} with strides {list(argument.stride())}"
+                )
+        return values
 
     def _readers(self) -> dict[sympy.Symbol, _Read]:
         """Where in the arguments the value of each symbol stands."""
@@ -189,7 +230,8 @@ class _Form:
             if isinstance(value, torch.Tensor):
                 for dim, (size, stride) in enumerate(zip(value.shape, value.stride(), strict=True)):
                     self._offer(found, ir.expr_of(size), functools.partial(_read_size, index, dim))
-                    self._offer(found, ir.expr_of(stride), functools.partial(_read_stride, index, dim))
+                    if ir.expr_of(size) != 1:
+                        self._offer(found, ir.expr_of(stride), functools.partial(_read_stride, index, dim))
             else:
                 self._offer(found, ir.expr_of(value), functools.partial(_read_number, index))
         return found
@@ -247,8 +289,12 @@ class _Form:
 
         self._number = number
         with mode:
-            tensors = [tensor(value, value.stride()) for value in self.values if isinstance(value, torch.Tensor)]
-            tensors += [tensor(out, ir.own_strides(out)) for out in self.outs]
+            tensors = [
+                tensor(value, _strides(value, value.stride()))
+                for value in self.values
+                if isinstance(value, torch.Tensor)
+            ]
+            tensors += [tensor(out, _strides(out, ir.own_strides(out))) for out in self.outs]
         self._hints = {old: hints[names[old]] for old in self.symbols}
         return mode, [*numbers, *tensors]
 
@@ -298,6 +344,24 @@ def _is_aligned(tensor: torch.Tensor, strides: Sequence[Any]) -> bool:
     largest = max(outer, key=_magnitude, default=sympy.Integer(16))
     numbers = (largest * tensor.dtype.itemsize / 16, ir.expr_of(tensor.storage_offset()) * tensor.dtype.itemsize / 16)
     return all(sympy.sympify(number).is_integer is True for number in numbers)
+
+
+def _numbers(value: Any) -> list[Any]:
+    """What a cluster depends on: sizes, and the strides of more than one element."""
+    if not isinstance(value, torch.Tensor):
+        return [] if value is None else [value]
+    strides = [step for size, step in zip(value.shape, value.stride(), strict=True) if ir.expr_of(size) != 1]
+    return [*value.shape, *strides, value.storage_offset()]
+
+
+def _strides(tensor: torch.Tensor, given: Sequence[Any]) -> list[Any]:
+    """Strides with those of single elements (they may be a longer tensor's) as if they were dense."""
+    strides, dense = list(given), 1
+    for dim in reversed(range(tensor.dim())):
+        if ir.expr_of(tensor.shape[dim]) == 1:
+            strides[dim] = dense
+        dense = strides[dim] * tensor.shape[dim]
+    return strides
 
 
 def _magnitude(expr: sympy.Expr) -> int:

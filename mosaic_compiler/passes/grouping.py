@@ -42,6 +42,9 @@ _NORMS: dict[OpOverload, str] = {aten._softmax.default: "dim", aten._log_softmax
 CREATORS = frozenset({aten.full.default, aten.zeros.default, aten.ones.default, aten.scalar_tensor.default})
 """Constants that each cluster makes for itself."""
 
+_HEAVY = frozenset({aten.exp.default, aten.sigmoid.default})
+"""Inductor keeps their results in memory on the CPU, rather than to compute them twice."""
+
 _VIEWS = frozenset(
     {
         aten.view.default, aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default,
@@ -204,7 +207,7 @@ def work_of(node: fx.Node, device: torch.device) -> Work | None:
         return None
     if node.target in _REDUCTIONS or node.target in _NORMS:
         return _reduction(node, device)
-    if not supports(node.target):
+    if not supports(node.target) or (device.type == "cpu" and node.target in _HEAVY and len(node.users) > 1):
         return None
     if ir.is_pointwise(node) or node.target in _COPIES or node.target is aten.cat.default:
         return Work(_elements(out), None) if _plain(node, out) else None

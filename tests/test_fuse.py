@@ -1,0 +1,230 @@
+"""``fuse``: what becomes one kernel, and that compiled kernels compute what the ops do, in planned memory only."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mosaic_compiler
+from mosaic_compiler.backend import compile_aten, observing
+from mosaic_compiler.clusters import clusters_in
+from mosaic_compiler.errors import ArenaError, FallbackError
+from mosaic_compiler.kernels import fused
+from mosaic_compiler.options import MosaicOptions
+from mosaic_compiler.passes import run_passes, trace
+from mosaic_compiler.sampling import DenoisingStep, block_window
+
+pytestmark = pytest.mark.fuse
+
+D = 64
+
+
+def norm(x, w):
+    return w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+def rotary(x, angles):
+    half = x.shape[-1] // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], -1)
+    return x * angles.cos() + turned * angles.sin()
+
+
+def block(x, o, w, angles, gate, up):
+    y = x + o
+    n = norm(y, w)
+    heads = rotary(n.view(x.shape[0], 4, D // 4).transpose(0, 1), angles)  # [H, N, d]
+    return y, heads, F.silu(gate) * up
+
+
+def block_inputs(n):
+    return (
+        torch.randn(n, D), torch.randn(n, D), torch.randn(D), torch.randn(n, D // 4), torch.randn(n, 3 * D),
+        torch.randn(n, 3 * D),
+    )  # fmt: skip
+
+
+def found(f, *args, dynamic=None):
+    """The ops of each cluster, by name."""
+    module, _ = run_passes(trace(f, *args, dynamic=dynamic), disable=("chunk-loops",))
+    return [
+        sorted(str(n.target).split(".")[1] for n in cluster.body.graph.nodes if n.op == "call_function")
+        for _, cluster in clusters_in(module)
+    ]
+
+
+def test_norm_rotary_and_gate_are_clusters():
+    clusters = found(block, *block_inputs(9))
+    assert len(clusters) == 2
+    residual = next(cluster for cluster in clusters if "add" in cluster)
+    assert {"mean", "pow", "rsqrt", "mul", "cat", "neg"} <= set(residual)  # the norm and the rotation behind it
+    assert not {"cos", "sin"} & set(residual)  # tables: not computed again for every head
+    assert ["mul", "silu"] in clusters
+
+
+def test_a_value_is_not_broadcast_inside_of_a_cluster():
+    def f(x, y):
+        return torch.exp(x).unsqueeze(1) * y + 1
+
+    assert found(f, torch.randn(5, 8), torch.randn(5, 3, 8)) == [["add", "mul"]]
+
+
+def test_clusters_do_not_depend_on_each_other_in_a_circle():
+    def f(x, w):
+        a = torch.relu(x * 2)
+        b = torch.tanh((a @ w) + 1)
+        return torch.exp(a * 3) + b
+
+    x, w = torch.randn(5, 8), torch.randn(8, 8)
+    module, _ = run_passes(trace(f, x, w), disable=("chunk-loops",))
+    assert torch.equal(module(x, w), f(x, w))
+    assert len(clusters_in(module)) == 2
+
+
+def test_random_draws_writes_and_other_widths_stay_outside():
+    def f(x, y):
+        noise = torch.rand_like(x)
+        total = (x * 2).sum(-1, keepdim=True) + (y * 2).sum(-1, keepdim=True)
+        return noise * total
+
+    clusters = found(f, torch.randn(5, 8), torch.randn(5, 16))
+    assert not any("rand_like" in cluster for cluster in clusters)
+    assert all(cluster.count("sum") <= 1 for cluster in clusters)
+
+
+@settings(max_examples=12)
+@given(st.sampled_from([1, 2, 3, 64, 129]), st.booleans(), st.sampled_from([None, 1, 7, 64]))
+def test_kernels_equal_ops_for_any_length(n, poison, chunk):
+    step = compiled_block(poison, chunk)
+    inputs = block_inputs(n)
+    for got, expected in zip(step(list(inputs)), block(*inputs), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert step.fallbacks == ()
+
+
+_blocks = {}
+
+
+def compiled_block(poison, chunk):
+    key = poison, chunk
+    if key not in _blocks:
+        rows = [(0,), (0,), (), (0,), (0,), (0,)]
+        _blocks[key] = compile_aten(
+            trace(block, *block_inputs(9), dynamic=rows), MosaicOptions(poison=poison, chunk_rows=chunk)
+        )
+    return _blocks[key]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes(dtype):
+    def f(x, w):
+        return norm(x.float() if dtype == torch.bfloat16 else x, w).to(dtype) * 2
+
+    step = compile_aten(trace(f, torch.randn(9, D, dtype=dtype), torch.randn(D)), MosaicOptions())
+    x, w = torch.randn(21, D, dtype=dtype), torch.randn(D)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-2
+    torch.testing.assert_close(step([x, w])[0], f(x, w), rtol=tolerance, atol=tolerance)
+
+
+def test_one_kernel_serves_every_layer_length_and_graph():
+    def layers(x, w):
+        for _ in range(5):
+            x = x + norm(x, w)
+        return x
+
+    before = len(fused._kernels)
+    for f in (layers, lambda x, w: layers(x, w) @ w):
+        step = compile_aten(trace(f, torch.randn(9, D), torch.randn(D), dynamic=[(0,)]), MosaicOptions())
+        for n in (4, 50):
+            step([torch.randn(n, D), torch.randn(D)])
+    assert len(fused._kernels) - before == 1
+
+
+def test_a_kernel_refuses_operands_of_another_layout():
+    module, _ = run_passes(trace(lambda x, y: torch.relu(x * 2) + y, torch.randn(9, 6), torch.randn(9, 6)))
+    ((_, cluster),) = clusters_in(module)
+    kernel = fused.kernel_for(cluster)
+    x, y, out = torch.randn(9, 6), torch.randn(9, 6), torch.empty(9, 6)
+    kernel(x, y, out)
+    torch.testing.assert_close(out, torch.relu(x * 2) + y)
+    for bad in (torch.empty(6, 9).t(), torch.empty(9, 6, dtype=torch.float64), torch.empty(8, 6)):
+        with pytest.raises(ArenaError, match="fused kernel"):
+            kernel(x, y, bad)
+
+
+def test_a_kernel_that_does_not_compile_is_named_and_its_ops_run(monkeypatch):
+    def broken(self, wide):
+        raise RuntimeError("no compiler found")
+
+    monkeypatch.setattr(fused.FusedKernel, "_compiled", broken)
+    monkeypatch.setattr(fused, "_kernels", {})
+    fused.kernel_for.cache_clear()
+
+    def f(x):
+        return torch.tanh(x * 3) + 1
+
+    step = compile_aten(trace(f, torch.randn(4, 8)), MosaicOptions())
+    x = torch.randn(6, 8)
+    assert torch.equal(step([x])[0], f(x))
+    (fallback,) = step.fallbacks
+    assert fallback.name == "unfused-cluster"
+    assert "no compiler found" in fallback.reason
+    with pytest.raises(FallbackError, match="unfused-cluster"):
+        compile_aten(trace(f, torch.randn(4, 8)), MosaicOptions(strict=True))([x])
+    fused.kernel_for.cache_clear()
+
+
+def test_a_kernel_that_would_allocate_is_named(monkeypatch):
+    def check(form, source):
+        raise fused._TooMuchMemory("its kernel would allocate 1 byte")
+
+    monkeypatch.setattr(fused._Form, "check_allocations", check)
+    monkeypatch.setattr(fused, "_kernels", {})
+    fused.kernel_for.cache_clear()
+
+    def f(x, w):
+        return norm(x, w) * 0.5
+
+    step = compile_aten(trace(f, torch.randn(9, D), torch.randn(D), dynamic=[(0,)]), MosaicOptions())
+    x, w = torch.randn(6, D), torch.randn(D)
+    torch.testing.assert_close(step([x, w])[0], f(x, w))
+    assert [fallback.name for fallback in step.fallbacks] == ["fused-scratch"]
+    fused.kernel_for.cache_clear()
+
+
+def test_tiny_llada_in_kernels_and_in_chunks_of_them(tiny_llada):
+    """Token ids equal to eager's, no fallback, planned memory not exceeded (poison mode), one compilation."""
+    step = DenoisingStep(tiny_llada, 3)
+    for options in ({}, {"chunk_rows": 100, "poison": True}):
+        steps = []
+        fast = torch.compile(DenoisingStep(tiny_llada, 3), backend="mosaic", dynamic=True, options=options)
+        with torch.no_grad(), observing(steps.append):
+            for n in (300, 64, 7):
+                ids = torch.randint(4, 2000, (1, n), generator=torch.Generator().manual_seed(n))
+                ids[:, ::2] = 3
+                given = ids, block_window(n, 0, n), torch.tensor([n // 4])
+                assert torch.equal(fast(*given), step(*given))
+        assert len(steps) == 1
+        assert steps[0].fallbacks == ()
+        assert any(b.op.startswith("fused") for b in steps[0].plan.buffers)
+
+
+def test_the_plan_covers_what_kernels_allocate(tiny_llada):
+    from mosaic_compiler.report.measure import measure
+
+    fast = torch.compile(DenoisingStep(tiny_llada, 3), backend="mosaic", dynamic=True)
+    ids = torch.full((1, 2048), 5)
+    ids[:, ::2] = 3
+    given = ids, block_window(2048, 0, 2048), torch.tensor([64])
+    steps = []
+    with torch.no_grad(), observing(steps.append):
+        measured = measure(lambda: fast(*given), repeats=1)
+    assert steps[0].plan.peak >= measured.peak >= 0.95 * steps[0].plan.peak
+
+
+def test_explain_with_kernels():
+    report = mosaic_compiler.explain(block, *block_inputs(9))
+    assert report.fallbacks == ()
+    assert "fuse" in [record.name for record in report.passes]
