@@ -228,3 +228,18 @@ def test_explain_with_kernels():
     report = mosaic_compiler.explain(block, *block_inputs(9))
     assert report.fallbacks == ()
     assert "fuse" in [record.name for record in report.passes]
+
+
+def test_wide_kernels_index_with_64_bits(monkeypatch):
+    """Kernels for more than 2^31 elements, tried on few."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def f(x, y):
+        return torch.relu(x * 2 + y) * y
+
+    x, y = torch.randn(300, 64, device=device), torch.randn(300, 64, device=device)
+    monkeypatch.setattr(fused, "_WIDE", 1000)
+    assert torch.equal(torch.compile(f, backend="mosaic", dynamic=True)(x, y), f(x, y))
+    kernels = [kernel for kernel in fused._kernels.values() if True in kernel._artifacts]
+    assert kernels
+    assert all(kernel.failure is None for kernel in kernels)

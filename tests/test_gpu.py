@@ -166,7 +166,7 @@ def test_a_full_device_is_refused_and_the_next_call_works():
         mosaic_compiler.release_memory()
         torch.cuda.empty_cache()
         before = device_bytes()
-        hog = torch.empty(torch.cuda.mem_get_info()[0] - 300 * MiB, dtype=torch.uint8, device="cuda")
+        hog = torch.empty(torch.cuda.mem_get_info()[0] - 60 * MiB, dtype=torch.uint8, device="cuda")
         with pytest.raises(BudgetError, match="the device has"):
             fast(*arguments(65536))
         del hog
@@ -249,18 +249,3 @@ def test_every_gpu_gets_its_own_arena():
         moved = compiled(other)(*(t.to("cuda:1") for t in given))
     assert torch.equal(moved.to("cuda:0"), expected)
     assert pool_for(torch.device("cuda", 0)) is not pool_for(torch.device("cuda", 1))
-
-
-def test_wide_kernels_index_with_64_bits(monkeypatch):
-    """Kernels for more than 2^31 elements, tried on few."""
-    from mosaic_compiler.kernels import fused
-
-    def f(x, y):
-        return torch.relu(x * 2 + y) * y
-
-    x, y = torch.randn(300, 64, device="cuda"), torch.randn(300, 64, device="cuda")
-    monkeypatch.setattr(fused, "_WIDE", 1000)
-    assert torch.equal(torch.compile(f, backend="mosaic", dynamic=True)(x, y), f(x, y))
-    kernels = [kernel for kernel in fused._kernels.values() if True in kernel._artifacts]
-    assert kernels
-    assert all(kernel.failure is None for kernel in kernels)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import show, write
-from benchmarks.gpu.models import GIB, SYSTEMS, Session, arguments, build, clean, device, observing, parser, synchronize
+from benchmarks.gpu.models import GIB, SYSTEMS, Session, arguments, build, clean, device, parser, synchronize
 from benchmarks.gpu.models import weights as weights_of
 from mosaic_compiler.errors import BudgetError
 from mosaic_compiler.report.forecast import sizes_for
@@ -91,12 +91,10 @@ def longest_planned(session: Session, limit: int) -> tuple[int, float]:
     """The longest sequence that the planner promises, run; the arena counts against the same limit."""
     pool = pool_for(device())
     budget = limit - torch.cuda.memory_allocated()
-    steps: list[Any] = []
-    with observing(steps.append):
-        function = session.mosaic({"memory_budget": budget - (8 << 20)})
-        function(*arguments(session.name, 4096))
-    planner = steps[0].planner
-    tokens = planner.longest(sizes_for(steps[0], 1 << 16, 0.5), budget) // STEP * STEP
+    options = {"memory_budget": budget - (8 << 20)}
+    session.mosaic(options)(*arguments(session.name, 4096))
+    step = session.compiled(options)
+    tokens = (step.planner.longest(sizes_for(step, 1 << 16, 0.5), budget) or 0) // STEP * STEP
     while tokens:
         clean()
         inputs = arguments(session.name, tokens)  # these, and the result, are not in the budget

@@ -57,13 +57,8 @@ def measure(session: Session, tokens: int = 32768) -> list[dict[str, Any]]:
 
 def planned(session: Session, options: dict[str, Any], given: tuple[Any, ...]) -> list[int]:
     """Live bytes of mosaic's plan."""
-    from benchmarks.gpu.models import observing
-
-    steps: list[Any] = []
-    with observing(steps.append):
-        function = session.mosaic(options) if options else session.function("mosaic")
-        function(*given)
-    return list((steps or session.steps)[0].plan.timeline)
+    session.mosaic(options)(*given)
+    return list(session.compiled(options).plan.timeline)
 
 
 def _row(model: str, tokens: int, system: str, timeline: list[int]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import show, write
-from benchmarks.gpu.models import GIB, Session, arguments, clean, device, high_water, observing, parser
+from benchmarks.gpu.models import GIB, Session, arguments, clean, device, high_water, parser
 from mosaic_compiler.runtime.arena import pool_for
 
 
@@ -16,12 +16,8 @@ def measure(session: Session, tokens: int = 32768, budget: str = "4GiB") -> list
     rows = []
     with torch.no_grad():
         for options in ({}, {"memory_budget": budget}):
-            steps: list[Any] = []
-            with observing(steps.append):
-                function = session.mosaic(options) if options else session.function("mosaic")
-                given = arguments(session.name, tokens)
-                measured = high_water(function, given)
-            plan = (steps or session.steps)[0].plan
+            measured = high_water(session.mosaic(options), arguments(session.name, tokens))
+            plan = session.compiled(options).plan
             arenas = pool_for(device())._arenas
             rows.append(
                 {

@@ -131,7 +131,7 @@ class FusedKernel:
         with torch.inference_mode(False), torch.no_grad(), config.patch(**_SETTINGS):
             mode, examples = self._form.examples(_WIDE_HINT if wide else None)
             with mode:
-                graph = make_fx(self._form.function(self._cluster), _decompositions(), tracing_mode="real")(*examples)
+                graph = make_fx(self._form.function(), _decompositions(), tracing_mode="real")(*examples)
             with V.set_fake_mode(mode), tracing(TracingContext(mode)):
                 compiled: Any = compile_fx_inner(graph, examples)
         self._form.check_allocations(compiled.source_code)
@@ -301,18 +301,32 @@ class _Form:
     def _hint(self, position: int) -> int:
         return _HINT.get(self.device.type, _HINT["cuda"]) + 8 * position
 
-    def function(self, cluster: Cluster) -> Callable[..., tuple[()]]:
-        """The cluster as a function of symbols and tensors, that writes its results into the last ones."""
-        kinds = [isinstance(value, torch.Tensor) for value in self.values]
+    def function(self) -> Callable[..., tuple[()]]:
+        """The cluster as a function of symbols and tensors, that writes its results into the last ones.
+
+        A result is written as soon as it is known, and read from there: written at the end, it would get memory of its
+        own as well.
+        """
+        graph = self.cluster.body.graph
+        results: Any = graph.output_node().args[0]
 
         def run(*arguments: Any) -> tuple[()]:
-            tensors = list(arguments[len(self.symbols) :])
-            operands = [
-                tensors.pop(0) if is_tensor else self._number(value)
-                for is_tensor, value in zip(kinds, self.values, strict=True)
-            ]
-            for result, into in zip(cluster.body(*operands), cluster.into, strict=True):
-                (tensors.pop(0) if into is None else operands[into]).copy_(result)
+            tensors = iter(arguments[len(self.symbols) :])
+            operands = [next(tensors) if isinstance(v, torch.Tensor) else self._number(v) for v in self.values]
+            places = {
+                result: next(tensors) if into is None else operands[into]
+                for result, into in zip(results, self.cluster.into, strict=True)
+            }
+            given = iter(operands)
+            values: dict[fx.Node, Any] = {}
+            for node in graph.nodes:
+                if node.op == "placeholder":
+                    values[node] = next(given)
+                elif node.op == "call_function":
+                    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+                    values[node] = node.target(*args, **kwargs)
+                    if node in places:
+                        values[node] = places[node].copy_(values[node])
             return ()
 
         return run
