@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.common import write
 from benchmarks.gpu import compile_time, max_tokens, par, peak, step_latency
-from benchmarks.gpu.models import Session, clean, parser
+from benchmarks.gpu.models import Session, forget, parser
 
 
 def main() -> None:
@@ -27,13 +27,13 @@ def main() -> None:
         keep("peak", peak.measure(session, max(given.lengths)))
         keep("par", par.measure(session, max(given.lengths)))
         del session
-        clean()
+        forget()
         session = Session(model, 2)
         session.warm_up()
         for card in given.cards:
             keep("max_tokens", max_tokens.measure(session, card))
         del session
-        clean()
+        forget()
 
 
 if __name__ == "__main__":

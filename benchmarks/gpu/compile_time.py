@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import show, write
-from benchmarks.gpu.models import SYSTEMS, Session, arguments, clean, parser, synchronize
+from benchmarks.gpu.models import SYSTEMS, Session, arguments, forget, parser, synchronize
 
 
 def measure(session: Session, lengths: tuple[int, ...] = (5120, 6016)) -> list[dict[str, Any]]:
@@ -40,7 +40,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name in given.models:
         rows += measure(Session(name, given.layers))
-        clean()
+        forget()
         write("compile_time", {"layers": given.layers or "all", "rows": rows}, given.out)
     show(
         "seconds",

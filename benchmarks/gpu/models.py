@@ -100,6 +100,12 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def forget() -> None:
+    """Let go of everything that was compiled, and of the models that it holds."""
+    torch._dynamo.reset()
+    clean()
+
+
 def clean() -> None:
     """Give back everything that nobody uses."""
     gc.collect()

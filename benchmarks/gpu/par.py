@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import show, write
-from benchmarks.gpu.models import GIB, Session, arguments, clean, parser, synchronize
+from benchmarks.gpu.models import GIB, Session, arguments, clean, forget, parser, synchronize
 
 
 def live_bytes(function: Callable[..., Any], given: tuple[Any, ...]) -> list[int]:
@@ -75,7 +75,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name in given.models:
         rows += measure(Session(name, given.layers), max(given.lengths))
-        clean()
+        forget()
         write("par", {"layers": given.layers or "all", "rows": rows}, given.out)
     show(
         "live bytes of activations",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import show, write
-from benchmarks.gpu.models import GIB, Session, arguments, clean, device, high_water, parser
+from benchmarks.gpu.models import GIB, Session, arguments, clean, device, forget, high_water, parser
 from mosaic_compiler.runtime.arena import pool_for
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name in given.models:
         rows += measure(Session(name, given.layers), max(given.lengths))
-        clean()
+        forget()
         write("peak", {"layers": given.layers or "all", "rows": rows}, given.out)
     show(
         "peak of activations, GiB",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import interleaved, show, write
-from benchmarks.gpu.models import SYSTEMS, Session, arguments, clean, parser
+from benchmarks.gpu.models import SYSTEMS, Session, arguments, clean, forget, parser
 
 
 def measure(session: Session, lengths: list[int], repeats: int, shares: tuple[float, ...] = (0.5, 0.1, 1.0)) -> Any:
@@ -61,7 +61,7 @@ def main() -> None:
         session = Session(name, given.layers)
         rows += measure(session, given.lengths, given.repeats)
         del session
-        clean()
+        forget()
         write("step_latency", {"layers": given.layers or "all", "rows": rows}, given.out)
     show(
         "milliseconds per step",
