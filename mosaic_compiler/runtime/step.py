@@ -168,6 +168,9 @@ class CompiledStep:
     def _bind(self, arena: Arena, sizes: Sizes, variant: _Variant, planned: Planned, values: Sequence[Any]) -> _Entry:
         """A program for these sizes, in a plan with room for a few more rows; forgets stale programs."""
         self._check_weights(sizes, values)
+        if self._budget is not None and not self._programs:
+            for _, cluster in self._clusters:  # now: no compiler should run in a step that is short of memory
+                kernel_for(cluster).compile()
         for key, (_, weights) in list(self._programs.items()):
             if any((tensor := ref()) is None or tensor.data_ptr() != pointer for ref, pointer in weights):
                 del self._programs[key]  # its weights were freed or moved: do not keep the old ones in memory
