@@ -124,10 +124,14 @@ def is_contiguous(tensor: torch.Tensor) -> bool:
     return True
 
 
+def magnitude(expr: sympy.Expr) -> int:
+    """Its value where every symbol is a large number: to compare sizes and strides by."""
+    return int(expr.xreplace({symbol: sympy.Integer(1009) for symbol in expr.free_symbols}))
+
+
 def memory_order(tensor: torch.Tensor) -> list[int]:
     """Dims from the largest stride to the smallest; dims of size 1 stay where they are."""
-    strides = [expr_of(stride) for stride in tensor.stride()]
-    strides = [int(s.xreplace({symbol: sympy.Integer(1009) for symbol in s.free_symbols})) for s in strides]
+    strides = [magnitude(expr_of(stride)) for stride in tensor.stride()]
     wide = [dim for dim, size in enumerate(tensor.shape) if expr_of(size) != 1]
     ranked = iter(sorted(wide, key=lambda dim: -strides[dim]))
     return [next(ranked) if dim in wide else dim for dim in range(tensor.dim())]

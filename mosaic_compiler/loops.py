@@ -12,7 +12,7 @@ running the graph by itself (``None``: all rows at once).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,6 +124,17 @@ def set_loop(module: fx.GraphModule, node: fx.Node, name: str, loop: ChunkLoop) 
     module.add_submodule(name, loop)
     node.target = name
     node.meta["loop"] = loop
+
+
+def rewrite_bodies(module: fx.GraphModule, rewrite: Callable[[fx.GraphModule], fx.GraphModule]) -> None:
+    """Give every loop of ``module`` (changed in place) a rewritten body; loops that are shared stay shared."""
+    rewritten: dict[ChunkLoop, ChunkLoop] = {}
+    for node in module.graph.nodes:
+        loop = loop_of(node)
+        if loop is not None:
+            if loop not in rewritten:
+                rewritten[loop] = loop.with_body(rewrite(loop.body))
+            set_loop(module, node, str(node.target), rewritten[loop])
 
 
 def loop_of(node: fx.Node) -> ChunkLoop | None:

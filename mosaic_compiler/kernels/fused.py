@@ -83,21 +83,15 @@ class FusedKernel:
             op by op then.
     """
 
-    def __init__(self, cluster: Cluster) -> None:
-        self._cluster = cluster
-        self._form = _Form(cluster)
+    def __init__(self, form: _Form) -> None:
+        self._cluster = form.cluster
+        self._form = form
         self._artifacts: dict[bool, Callable[[list[Any]], Any]] = {}
         self._lock = threading.Lock()
         self.failure: Failure | None = None
 
     def __call__(self, *arguments: Any) -> None:
-        tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
-        wide = any(tensor.numel() > _WIDE for tensor in tensors)
-        artifact = self._artifacts.get(wide) or self.compile(wide)
-        if artifact is None:
-            self._run_op_by_op(arguments)
-        else:
-            artifact([*self._form.sizes(arguments), *tensors])
+        self.bind(*arguments)()
 
     def bind(self, *arguments: Any) -> Callable[[], Any]:
         """The call with these arguments, tensors that stay where they are or are moved by ``set_``."""
@@ -139,11 +133,10 @@ class FusedKernel:
         return call
 
     def _run_op_by_op(self, arguments: Sequence[Any]) -> None:
-        count = self._form.operands
-        results = self._cluster.body(*arguments[:count])
-        outs = iter(arguments[count:])
-        for result, into in zip(results, self._cluster.into, strict=True):
-            (next(outs) if into is None else arguments[into]).copy_(result)
+        count, into = self._form.operands, self._cluster.into
+        results = [result for result, at in zip(self._cluster(*arguments[:count]), into, strict=True) if at is None]
+        for out, result in zip(arguments[count:], results, strict=True):
+            out.copy_(result)
 
 
 def _call(artifact: Callable[[list[Any]], Any], arguments: list[Any]) -> None:
@@ -355,7 +348,7 @@ _ALLOCATION = re.compile(r"= empty_strided(?:_cpu|_cuda)?\(\(([^)]*)\), \([^)]*\
 def _is_aligned(tensor: torch.Tensor, strides: Sequence[Any]) -> bool:
     """Every slice of rows of it begins at a multiple of 16 bytes (storages do)."""
     outer = [ir.expr_of(stride) for stride, size in zip(strides, tensor.shape, strict=True) if ir.expr_of(size) != 1]
-    largest = max(outer, key=_magnitude, default=sympy.Integer(16))
+    largest = max(outer, key=ir.magnitude, default=sympy.Integer(16))
     numbers = (largest * tensor.dtype.itemsize / 16, ir.expr_of(tensor.storage_offset()) * tensor.dtype.itemsize / 16)
     return all(sympy.sympify(number).is_integer is True for number in numbers)
 
@@ -376,10 +369,6 @@ def _strides(tensor: torch.Tensor, given: Sequence[Any]) -> list[Any]:
             strides[dim] = dense
         dense = strides[dim] * tensor.shape[dim]
     return strides
-
-
-def _magnitude(expr: sympy.Expr) -> int:
-    return int(expr.xreplace({symbol: sympy.Integer(1009) for symbol in expr.free_symbols}))
 
 
 def scratch_bytes(cluster: Cluster) -> sympy.Expr:
@@ -438,6 +427,9 @@ _kernels_lock = threading.Lock()
 @functools.lru_cache(maxsize=4096)
 def kernel_for(cluster: Cluster) -> FusedKernel:
     """The kernel of a cluster; equal structures (layers, models, lengths) share one."""
-    key = _Form(cluster).key()
+    form = _Form(cluster)
+    key = form.key()
     with _kernels_lock:
-        return _kernels.setdefault(key, FusedKernel(cluster))
+        if key not in _kernels:
+            _kernels[key] = FusedKernel(form)
+        return _kernels[key]

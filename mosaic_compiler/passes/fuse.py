@@ -11,7 +11,7 @@ from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.clusters import Cluster, set_cluster
-from mosaic_compiler.loops import ChunkLoop, loop_of, set_loop
+from mosaic_compiler.loops import rewrite_bodies
 from mosaic_compiler.passes.grouping import CREATORS, Group, find_groups, is_absorbed_view
 from mosaic_compiler.planning.forms import main_device_of
 
@@ -43,31 +43,22 @@ class FusePass:
     name: ClassVar[str] = "fuse"
 
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
-        module = ir.copy_graph(module)
         device = main_device_of(module)
-        _fuse(module, device)
-        bodies: dict[ChunkLoop, ChunkLoop] = {}
-        for node in module.graph.nodes:
-            loop = loop_of(node)
-            if loop is None:
-                continue
-            if loop not in bodies:
-                body = ir.copy_graph(loop.body)
-                _fuse(body, device)
-                bodies[loop] = loop.with_body(body)
-            set_loop(module, node, str(node.target), bodies[loop])
+        module = _fused(module, device)
+        rewrite_bodies(module, lambda body: _fused(body, device))
         module.graph.lint()
         module.recompile()
         return module
 
 
-def _fuse(module: fx.GraphModule, device: torch.device) -> None:
-    """Replace the groups of one graph."""
+def _fused(module: fx.GraphModule, device: torch.device) -> fx.GraphModule:
+    """A copy of one graph with its groups replaced."""
+    module = ir.copy_graph(module)
     graph = module.graph
     position = {node: index for index, node in enumerate(graph.nodes)}
     groups = find_groups(graph, device)
     if not groups:
-        return
+        return module
     known: dict[Any, tuple[str, Cluster]] = {}
     for group in groups:
         contents = _Contents(group)
@@ -77,6 +68,7 @@ def _fuse(module: fx.GraphModule, device: torch.device) -> None:
     _sort(graph, position)
     graph.lint()
     module.recompile()
+    return module
 
 
 class _Contents:

@@ -172,14 +172,10 @@ class _Finder:
 
     def _merge(self, into: Group, group: Group) -> None:
         into.nodes = sorted({*into.nodes, *group.nodes}, key=self.order.__getitem__)
-        into.elements = max(into.elements, group.elements, key=_magnitude)
+        into.elements = max(into.elements, group.elements, key=ir.magnitude)
         into.width = into.width if into.width is not None else group.width
         for node in group.nodes:
             self.group[node] = into
-
-
-def _magnitude(expr: sympy.Expr) -> int:
-    return int(expr.xreplace({symbol: sympy.Integer(1009) for symbol in expr.free_symbols}))
 
 
 def is_absorbed_view(node: fx.Node) -> bool:

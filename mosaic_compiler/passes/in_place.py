@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 
 from mosaic_compiler import ir
 from mosaic_compiler.clusters import cluster_of, set_cluster
-from mosaic_compiler.loops import ChunkLoop, loop_of, set_loop
+from mosaic_compiler.loops import rewrite_bodies
 from mosaic_compiler.planning.forms import inplace_twin, native_out
 
 
@@ -52,13 +52,7 @@ class InPlacePass:
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
         module = ir.copy_graph(module)
         _Rewriter(module, results_may_move=True).run()
-        bodies: dict[ChunkLoop, ChunkLoop] = {}
-        for node in module.graph.nodes:
-            loop = loop_of(node)
-            if loop is not None:
-                if loop not in bodies:
-                    bodies[loop] = loop.with_body(_rewritten(loop.body))
-                set_loop(module, node, str(node.target), bodies[loop])
+        rewrite_bodies(module, _rewritten)
         module.graph.lint()
         module.recompile()
         return module
