@@ -71,6 +71,41 @@ def test_a_value_is_not_broadcast_inside_of_a_cluster():
     assert found(f, torch.randn(5, 8), torch.randn(5, 3, 8)) == [["add", "mul"]]
 
 
+def experts(rows, weights, at, x, w, mask):
+    """Gated activation of masked rows, put back in order, weighted and added up for each token."""
+    for other in (rows, weights, at, mask):
+        torch._check(other.shape[0] == x.shape[0])
+    gate, up = rows.view(-1, 2 * D).masked_fill(mask.view(-1, 1), 0.0).chunk(2, -1)
+    out = F.silu(gate) * up
+    added = (out * weights.view(-1, 1))[at.view(-1)].view(-1, 4, D).sum(1)
+    y = x + added
+    return y, norm(y, w)
+
+
+def expert_inputs(n):
+    return (
+        torch.randn(n, 4, 2 * D), torch.rand(n, 4), torch.randperm(4 * n).view(n, 4), torch.randn(n, D), torch.randn(D),
+        torch.rand(n, 4) < 0.2,
+    )  # fmt: skip
+
+
+def test_gathered_rows_slices_and_small_sums_are_parts_of_one_kernel():
+    rows = [(0,), (0,), (0,), (0,), (), (0,)]
+    (cluster,) = found(experts, *expert_inputs(9), dynamic=rows)
+    assert {"masked_fill", "silu", "index", "sum", "mean", "rsqrt"} <= set(cluster)
+    step = compile_aten(trace(experts, *expert_inputs(9), dynamic=rows), MosaicOptions(disable=("chunk-loops",)))
+    for n in (1, 8, 57):
+        inputs = expert_inputs(n)
+        for got, expected in zip(step(list(inputs)), experts(*inputs), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert step.fallbacks == ()
+    assert len(step.plan.of_kind("arena")) == 0, "nothing between operands and results is stored"
+
+
+def test_a_gather_of_what_is_in_memory_stays_a_call():
+    assert found(lambda x, at: x[at] * 2 + 1, torch.randn(9, 8), torch.arange(5)) == [["add", "mul"]]
+
+
 def test_clusters_do_not_depend_on_each_other_in_a_circle():
     def f(x, w):
         a = torch.relu(x * 2)

@@ -5,24 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.common import write
-from benchmarks.gpu import compile_time, max_tokens, par, peak, step_latency
+from benchmarks.gpu import accuracy, breakdown, compile_time, max_tokens, par, peak, step_latency
 from benchmarks.gpu.models import Session, forget, parser
+
+_PER_MODEL = ("step_latency", "breakdown", "compile_time", "peak", "par")
 
 
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--cards", type=int, nargs="*", default=[24, 40])
     given = made.parse_args()
-    found: dict[str, list[Any]] = {name: [] for name in ("step_latency", "compile_time", "peak", "par", "max_tokens")}
+    found: dict[str, list[Any]] = {name: [] for name in (*_PER_MODEL, "max_tokens", "accuracy")}
     layers = {"layers": given.layers or "all"}
 
     def keep(name: str, rows: list[Any]) -> None:
         found[name] += rows
-        write(name, {**(layers if name != "max_tokens" else {}), "rows": found[name]}, given.out)
+        write(name, {**(layers if name in _PER_MODEL else {}), "rows": found[name]}, given.out)
 
     for model in given.models:
         session = Session(model, given.layers)
         keep("step_latency", step_latency.measure(session, given.lengths, given.repeats))
+        keep("breakdown", breakdown.measure(session, [min(given.lengths), max(given.lengths)]))
         keep("compile_time", compile_time.measure(session))
         keep("peak", peak.measure(session, max(given.lengths)))
         keep("par", par.measure(session, max(given.lengths)))
@@ -34,6 +37,7 @@ def main() -> None:
             keep("max_tokens", max_tokens.measure(session, card))
         del session
         forget()
+        keep("accuracy", accuracy.measure(model))
 
 
 if __name__ == "__main__":

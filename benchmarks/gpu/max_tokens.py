@@ -100,7 +100,8 @@ def longest_planned(session: Session, limit: int) -> tuple[int, float]:
     ):  # inputs and result are not in the budget: 8 + 1 + 8 bytes per token, and as many again to make them
         room = budget - 34 * tokens - (16 << 20)
         tokens = (step.planner.longest(sizes_for(step, 1 << 16, 0.5), room) or 0) // STEP * STEP
-    while tokens:
+    shorter = max(tokens // 50 // STEP, 1) * STEP
+    while tokens > 0:
         clean()
         inputs = arguments(session.name, tokens)
         room = limit - torch.cuda.memory_allocated() - 8 * tokens - (8 << 20)
@@ -113,13 +114,13 @@ def longest_planned(session: Session, limit: int) -> tuple[int, float]:
             synchronize()
         except (BudgetError, torch.OutOfMemoryError) as error:
             print(f"{tokens} tokens: {str(error)[:160]}", flush=True)
-            tokens -= max(tokens // 50 // STEP, 1) * STEP
+            tokens, shorter = tokens - shorter, 2 * shorter
             continue
         seconds = time.perf_counter() - started
         held = torch.cuda.max_memory_allocated() + max(getattr(a, "mapped", 0) for a in pool._arenas)
         if held > limit:
             print(f"{tokens} tokens held {held - limit} bytes too many", flush=True)
-            tokens -= max(tokens // 50 // STEP, 1) * STEP
+            tokens, shorter = tokens - shorter, 2 * shorter
             continue
         return tokens, seconds
     return 0, 0.0
@@ -127,6 +128,7 @@ def longest_planned(session: Session, limit: int) -> tuple[int, float]:
 
 def main() -> None:
     made = parser(__doc__)
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # for all three: no slivers
     made.add_argument("--cards", type=int, nargs="*", default=[24, 40])
     given = made.parse_args()
     rows: list[dict[str, Any]] = []

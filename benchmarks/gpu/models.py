@@ -136,10 +136,11 @@ class Session:
     name: str
     layers: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.bfloat16
     cold: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.step = build(self.name, self.layers)
+        self.step = build(self.name, self.layers, self.dtype)
         self._made: dict[str, tuple[Callable[..., Any], list[CompiledStep]]] = {}
         self._functions: dict[str, Callable[..., Any]] = {"eager": self.step}
 

@@ -35,9 +35,14 @@ _WIDE_HINT = 1 << 26
 _WIDE = 1 << 29
 """Elements from which 64-bit indices are used (a strided operand may span four times its elements)."""
 
+MOST_ADDED = 8
+"""Elements that a kernel adds one by one, wherever they lie."""
+
 _SETTINGS: Mapping[str, Any] = {
+    "unroll_reductions_threshold": MOST_ADDED + 1,
     "force_pointwise_cat": True,
-    "realize_reads_threshold": 16,
+    "realize_reads_threshold": 64,
+    "realize_acc_reads_threshold": 64,
     "realize_opcount_threshold": 200,
     "size_asserts": False,
     "compile_threads": 1,
@@ -53,6 +58,18 @@ def supports(op: OpOverload) -> bool:
     from torch._inductor.lowering import fallbacks, lowerings
 
     return op in _decompositions() or (op in lowerings and op not in fallbacks)
+
+
+def is_small_sum(node: fx.Node) -> bool:
+    """A sum over a dim of few elements, other than the last one: kernels add them one by one, as a pointwise op."""
+    if node.target is not _aten.sum.dim_IntList:
+        return False
+    source, dims = ir.only_tensor(node.all_input_nodes[0]), node.args[1]
+    if not isinstance(dims, Sequence) or len(dims) != 1 or not isinstance(dims[0], int):
+        return False
+    dim = dims[0] % max(source.dim(), 1)
+    size = ir.expr_of(source.shape[dim]) if source.dim() else sympy.Integer(0)
+    return dim != source.dim() - 1 and bool(size.is_Integer) and 1 < int(size) <= MOST_ADDED
 
 
 @functools.cache
@@ -375,6 +392,8 @@ def scratch_bytes(cluster: Cluster) -> sympy.Expr:
     """What a cluster's kernel may allocate while it runs: some numbers per row for each of its reductions."""
     total: sympy.Expr = sympy.Integer(0)
     for node in cluster.body.graph.nodes:
+        if is_small_sum(node):
+            continue
         if isinstance(node.target, OpOverload) and (factor := _SCRATCH.get(node.target)) is not None:
             tensor = ir.only_tensor(node)
             elements = sympy.prod([ir.expr_of(size) for size in tensor.shape])

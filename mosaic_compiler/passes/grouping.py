@@ -5,8 +5,11 @@ Three rules keep a cluster one kernel that computes nothing twice:
 
 - a computed value is not broadcast inside of a cluster, unless it comes from the cluster's own reduction (cos and sin
   of [rows, d] are not computed again for every head);
-- all reductions are over the last dim, and have the same width;
+- all reductions are over the last dim, and have the same width; or over a few elements, which are added one by one;
 - clusters do not depend on each other in a circle.
+
+Rows gathered from what a cluster computes, and slices of it, are computed where they are needed, each once: the
+weighted results of a token's experts are picked from sorted order and added up without ever being stored.
 
 Views of what a cluster computes are part of it; views of anything else are operands, and cost nothing.
 """
@@ -23,12 +26,14 @@ from torch import fx
 from torch._ops import OpOverload
 
 from mosaic_compiler import ir
-from mosaic_compiler.kernels.fused import supports
+from mosaic_compiler.kernels.fused import MOST_ADDED, is_small_sum, supports
 
 aten = torch.ops.aten
 
 MOST_OPS = 48
 """Ops in one cluster: larger kernels run out of registers."""
+
+_ROW_GATHERS = frozenset({aten.index.Tensor, aten.index_select.default})
 
 # reduction over one dim -> name of the argument that says which
 _REDUCTIONS: dict[OpOverload, str] = {
@@ -114,6 +119,12 @@ class _Finder:
                 if other is not group and self._may_join(other, group, node, producer, work):
                     self._merge(other, group)
                     group = other
+                elif other is not group and self._shrinks(other, group, node, producer, work):
+                    self._merge(other, group)
+                    group = other
+                    group.elements = work.elements
+            if node.target in _ROW_GATHERS and len(group.nodes) == 1:
+                del self.group[node]  # of something in memory: a library's call is as quick
         found = {id(group): group for group in self.group.values()}
         return [group for group in found.values() if len(group.nodes) > 1 or needs_kernel(group.nodes[0])]
 
@@ -136,6 +147,24 @@ class _Finder:
             alike = group.width == other.width or None in (group.width, other.width)
             fits = bool(group.elements == other.elements) and alike
         return fits and not self._broadcasts(node, producer, other) and not self._circle(other, group)
+
+    def _shrinks(self, other: Group, group: Group, node: fx.Node, producer: fx.Node, work: Work) -> bool:
+        """The op reads a few elements of the other group's for each of its own: slices of them, or a small sum."""
+        few = other.elements / work.elements
+        if other.width is not None or len(group.nodes) > 1 or not (few.is_Integer and 1 < few <= MOST_ADDED):
+            return False
+        alike = all(
+            (found := work_of(reader, self.device)) and found.elements == work.elements
+            for reader in self._readers(producer)
+        )
+        return alike and len(other.nodes) < MOST_OPS and not self._circle(other, group)
+
+    def _readers(self, node: fx.Node) -> list[fx.Node]:
+        """Who reads a value, views between left out."""
+        found = []
+        for user in node.users:
+            found += self._readers(user) if is_absorbed_view(user) else [user]
+        return found
 
     def _is_part_of(self, other: Group, work: Work) -> bool:
         """Pieces that a ``cat`` puts together: computed where they are needed, if they are just a negation or so."""
@@ -201,8 +230,12 @@ def work_of(node: fx.Node, device: torch.device) -> Work | None:
         return None
     if not operands or not all(_is_readable(tensor, device) for tensor in operands):
         return None
+    if is_small_sum(node):
+        return Work(_elements(out), None)
     if node.target in _REDUCTIONS or node.target in _NORMS:
         return _reduction(node, device)
+    if node.target in _ROW_GATHERS:
+        return Work(_elements(out), None) if _gathers_rows(node) else None
     if not supports(node.target) or (device.type == "cpu" and node.target in _HEAVY and len(node.users) > 1):
         return None
     if ir.is_pointwise(node) or node.target in _COPIES or node.target is aten.cat.default:
@@ -245,6 +278,19 @@ def _reduction(node: fx.Node, device: torch.device) -> Work | None:
     if ir.expr_of(source.stride(-1)) != 1 or not width.is_Integer or width == 1:
         return None
     return Work(_elements(source), width)
+
+
+def _gathers_rows(node: fx.Node) -> bool:
+    """``x[rows]``, with whole rows of a dim or more."""
+    source, at = ir.only_tensor(node.all_input_nodes[0]), node.args[1]
+    if isinstance(at, Sequence):
+        return len(at) == 1 and _are_numbers(at[0]) and source.dim() > 1
+    return bool(at == 0) and _are_numbers(node.args[2]) and source.dim() > 1
+
+
+def _are_numbers(node: Any) -> bool:
+    tensor = ir.tensor_of(node) if isinstance(node, fx.Node) else None
+    return tensor is not None and tensor.dim() == 1 and tensor.dtype in (torch.int64, torch.int32)
 
 
 def _gather(node: fx.Node) -> Work | None:
