@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
-from mosaic_compiler.capture import drop_true_masks
+from mosaic_compiler.capture import drop_true_masks, specialize_floats
 from mosaic_compiler.dump import GraphDump
 from mosaic_compiler.errors import GradientError
 from mosaic_compiler.ir import fake_mode_of
@@ -47,6 +47,7 @@ def mosaic(
         InvariantError, PlanError, CaptureError: if the compiler would otherwise be wrong.
     """
     parsed = MosaicOptions.parse(options, mode)
+    specialize_floats(module)
 
     def compile_graph(graph: fx.GraphModule, inputs: Sequence[Any]) -> CompiledStep:
         return compile_aten(graph, parsed, static_inputs=_static_inputs())

@@ -1,8 +1,13 @@
-"""Before AOTAutograd: attention masks that are provably all-true are dropped from Dynamo's graph.
+"""Before AOTAutograd: what Dynamo's graph needs so that it is traced once, with the attention kernels that eager takes.
 
+Attention masks that are provably all-true are dropped from the graph.
 AOTAutograd picks the attention kernel while it traces, and a mask rules out the fast ones.  Some versions of
 transformers build ``(arange(N) >= 0).expand(B, 1, N, N)`` for bidirectional models when they are compiled: always
 true, N x N large, and the reason for a fall back to an attention that materialises N x N scores.
+
+Floats that are not operands of arithmetic, such as attention's scale, are constants.  With ``dynamic=True`` Dynamo
+makes them inputs; AOTAutograd finds out, when it has traced everything, that they cannot be tensors, and both begin
+again.
 """
 
 from __future__ import annotations
@@ -10,12 +15,62 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.symbolic_convert import TensorifyState
+from torch.utils._sympy.symbol import SymT, symbol_is_type
+
+_ARITHMETIC = frozenset(
+    {
+        "add",
+        "iadd",
+        "radd",
+        "sub",
+        "isub",
+        "rsub",
+        "mul",
+        "imul",
+        "rmul",
+        "div",
+        "truediv",
+        "rtruediv",
+        "itruediv",
+        "pow",
+        "neg",
+    }
+)
 
 _SAME_ELEMENTS = frozenset(
     {"expand", "view", "reshape", "unsqueeze", "squeeze", "to", "contiguous", "expand_as", "clone"}
 )
+
+
+def specialize_floats(module: fx.GraphModule) -> None:
+    """Let Dynamo begin again at once where a float cannot be a tensor, instead of after AOTAutograd's trace.
+
+    Raises:
+        TensorifyScalarRestartAnalysis: Dynamo's own request to trace again with these numbers as constants.
+    """
+    found = set()
+    for node in module.graph.nodes:
+        value = node.meta.get("example_value")
+        symbol = value.node._expr if isinstance(value, torch.SymFloat) else None
+        if isinstance(symbol, sympy.Symbol) and symbol_is_type(symbol, SymT.FLOAT):
+            assert isinstance(value, torch.SymFloat)
+            if value.node.expr.is_number or not any(map(_is_arithmetic, node.users)):
+                found.add(str(symbol))
+    if found:
+        for name in found:
+            TensorifyState.specialize(name)
+        raise TensorifyScalarRestartAnalysis
+
+
+def _is_arithmetic(node: fx.Node) -> bool:
+    """An op that takes a tensor in place of a number."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.strip("_") in _ARITHMETIC
 
 
 def drop_true_masks(module: fx.GraphModule) -> fx.GraphModule:

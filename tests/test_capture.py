@@ -52,3 +52,29 @@ def test_mask(name):
     assert seen == [dropped]
     torch.testing.assert_close(report.result, expected, equal_nan=True)
     assert not dropped or not [b for b in report.plan.buffers if b.shape[-2:] == (9, 9)]
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scaling, self.factor = 0.25, 1.5
+
+    def forward(self, x):
+        q = x.view(1, 2, -1, 8) * self.factor
+        return F.scaled_dot_product_attention(q, q, q, scale=self.scaling)
+
+
+def test_a_scale_is_a_constant_before_anything_else_is_traced(monkeypatch):
+    from mosaic_compiler import backend
+
+    traced, compiled = [], []
+    original = backend.drop_true_masks
+    monkeypatch.setattr(backend, "drop_true_masks", lambda module: traced.append(1) or original(module))
+    module, x = Scaled().eval(), torch.randn(6 * 16)
+    step = torch.compile(module, backend="mosaic", dynamic=True, options={"disable": ("fuse",)})
+    with torch.no_grad(), backend.observing(compiled.append):
+        assert torch.equal(step(x), module(x))
+        assert len(traced) == 1, "AOTAutograd traced, and then Dynamo began again"
+        module.factor = 2.5  # arithmetic: an input, as with any other backend
+        assert torch.equal(step(x), module(x))
+    assert len(compiled) == 1
