@@ -1,14 +1,22 @@
 """mosaic_compiler: run one denoising step of a diffusion LLM inside a byte budget.
 
 >>> step = torch.compile(step, backend="mosaic", dynamic=True)
+
+Names are imported when they are first used: reading plans and asking what fits needs no torch.
 """
 
-from mosaic_compiler.errors import BudgetError, MosaicError
-from mosaic_compiler.options import MosaicOptions
-from mosaic_compiler.planning import MemoryPlan
-from mosaic_compiler.report.explain import Report, explain
-from mosaic_compiler.report.forecast import max_tokens
-from mosaic_compiler.runtime.arena import release_memory
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mosaic_compiler.errors import BudgetError, MosaicError
+    from mosaic_compiler.options import MosaicOptions
+    from mosaic_compiler.planning import MemoryPlan
+    from mosaic_compiler.report.explain import Report, explain
+    from mosaic_compiler.report.forecast import max_tokens
+    from mosaic_compiler.runtime.arena import release_memory
 
 __version__ = "0.1.0"
 
@@ -23,3 +31,20 @@ __all__ = [
     "max_tokens",
     "release_memory",
 ]
+
+_HOME = {
+    "BudgetError": "errors",
+    "MemoryPlan": "planning",
+    "MosaicError": "errors",
+    "MosaicOptions": "options",
+    "Report": "report.explain",
+    "explain": "report.explain",
+    "max_tokens": "report.forecast",
+    "release_memory": "runtime.arena",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
-from mosaic_compiler.capture import drop_true_masks, specialize_floats
+from mosaic_compiler.capture import drop_true_masks, forget_floats, specialize_floats
 from mosaic_compiler.dump import GraphDump
 from mosaic_compiler.errors import GradientError
 from mosaic_compiler.ir import fake_mode_of
@@ -57,7 +57,9 @@ def mosaic(
         inference_compiler=compile_graph,
         keep_inference_input_mutations=True,
     )
-    return backend(drop_true_masks(module), example_inputs)
+    compiled: Callable[..., Any] = backend(drop_true_masks(module), example_inputs)
+    forget_floats()
+    return compiled
 
 
 def compile_aten(module: fx.GraphModule, options: MosaicOptions, static_inputs: Sequence[int] = ()) -> CompiledStep:
@@ -79,7 +81,7 @@ def compile_aten(module: fx.GraphModule, options: MosaicOptions, static_inputs: 
     with _no_guards(module):
         final, records = run_passes(module, passes=passes, disable=options.disable, observe=observe)
         flat = without_loops(stages, final, options.disable)
-    step = CompiledStep(final, options, records, static_inputs, on_plan=dump.plan, flat=flat)
+    step = CompiledStep(final, options, records, static_inputs, on_plan=dump.plan, flat=flat, captured=module)
     dump.compiled(step)
     for notify in getattr(_observers, "stack", ()):
         notify(step)

@@ -67,6 +67,11 @@ def specialize_floats(module: fx.GraphModule) -> None:
         raise TensorifyScalarRestartAnalysis
 
 
+def forget_floats() -> None:
+    """Names of floats say nothing about the next function, but Dynamo keeps them."""
+    TensorifyState.clear()
+
+
 def _is_arithmetic(node: fx.Node) -> bool:
     """An op that takes a tensor in place of a number."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

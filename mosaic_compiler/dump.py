@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,7 @@ from mosaic_compiler import ir
 from mosaic_compiler.clusters import Cluster, cluster_of
 from mosaic_compiler.loops import ChunkLoop, loop_of
 from mosaic_compiler.passes.pipeline import PassRecord
-from mosaic_compiler.planning.plan import MemoryPlan
+from mosaic_compiler.planning.plan import Fallback, MemoryPlan
 
 if TYPE_CHECKING:
     from mosaic_compiler.runtime.step import CompiledStep
@@ -103,11 +105,11 @@ class GraphDump:
             for fallback in step.fallbacks:
                 _say(f"fallback {fallback.name}: {fallback.node} {fallback.op}: {fallback.reason} {fallback.source}")
 
-    def plan(self, plan: MemoryPlan) -> None:
+    def plan(self, plan: MemoryPlan, fallbacks: Sequence[Fallback]) -> None:
         if self._level >= 1:
             _say(f"plan {dict(plan.symbols)}: height {plan.height}, bound {plan.lower_bound}, peak {plan.peak}")
         if self._folder is not None:
-            (self._folder / "plan.json").write_text(plan.to_json())
+            (self._folder / "plan.json").write_text(replace(plan, fallbacks=tuple(fallbacks)).to_json())
 
 
 def _say(text: str) -> None:

@@ -34,6 +34,10 @@ class InvariantError(MosaicError):
         self.detail = detail
 
 
+class ConfigError(MosaicError, ValueError):
+    """A model's config, or what is asked about it, makes no sense."""
+
+
 class PlanError(MosaicError):
     """A memory plan is not valid: overlap, out of bounds, or a malformed plan file."""
 

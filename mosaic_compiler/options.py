@@ -10,9 +10,10 @@ from typing import Any
 
 from mosaic_compiler.errors import OptionsError
 from mosaic_compiler.planning.budget import parse_budget
+from mosaic_compiler.planning.placement import DEADLINE
 from mosaic_compiler.settings import Settings, read_settings
 
-PLACEMENTS = ("auto", "naive", "size", "live-total")
+PLACEMENTS = ("auto", "naive", "size", "live-total", "area")
 
 
 def nearest(name: str, valid: tuple[str, ...]) -> str:
@@ -31,6 +32,7 @@ class MosaicOptions:
         strict: raise :class:`~mosaic_compiler.errors.FallbackError` where a fallback would be named.
         disable: names of passes to leave out.
         placement: ``auto`` (best of the portfolio) or one algorithm by name; ``naive`` never reuses.
+        placement_deadline: seconds that the search for offsets may take where first-fit does not reach the lower bound.
         vocabulary_tile: compute heads whose logits are only reduced (argmax, confidence, entropy, top-k) in
             tiles of so many vocabulary columns, so that no logits tensor exists; ``None`` computes them whole.
         memory_budget: bytes (``8_000_000_000`` or ``"8GiB"``) for everything that a step allocates besides weights,
@@ -45,6 +47,7 @@ class MosaicOptions:
     strict: bool = False
     disable: tuple[str, ...] = ()
     placement: str = "auto"
+    placement_deadline: float = DEADLINE
     vocabulary_tile: int | None = None
     memory_budget: int | str | None = None
     chunk_rows: int | None = None
@@ -62,6 +65,9 @@ class MosaicOptions:
                 raise OptionsError(f"disable: no pass is called {name!r}{nearest(str(name), pass_names())}")
         if self.placement not in PLACEMENTS:
             raise OptionsError(f"placement={self.placement!r}{nearest(str(self.placement), PLACEMENTS)}")
+        seconds = self.placement_deadline
+        valid_seconds = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 <= seconds < 3600
+        _expect(valid_seconds, "placement_deadline", "a number of seconds from 0", seconds)
         tile = self.vocabulary_tile
         valid_tile = tile is None or (isinstance(tile, int) and not isinstance(tile, bool) and tile >= 1)
         _expect(valid_tile, "vocabulary_tile", "a whole number of columns from 1, or None", tile)

@@ -15,6 +15,7 @@ from mosaic_compiler.errors import OptionsError
 
 SWITCHES: Mapping[str, str] = MappingProxyType(
     {
+        "MOSAIC_CACHE": "folder where `mosaic fit` keeps what it has traced (default: ~/.cache/mosaic_compiler)",
         "MOSAIC_DEBUG": "0-3: 1 prints one line per compiled graph, 2 also one per pass, 3 also every fallback",
         "MOSAIC_DISABLE": "comma-separated pass names to leave out, e.g. canonicalize,in-place",
         "MOSAIC_DUMP": "folder for numbered runnable graphs per pass and plan.json",
@@ -31,6 +32,7 @@ _FALSE = frozenset({"", "0", "false", "no", "off"})
 class Settings:
     """The environment switches, parsed.  ``None`` means "not set: the option decides"."""
 
+    cache: str | None = None
     debug: int = 0
     disable: tuple[str, ...] = ()
     dump: str | None = None
@@ -64,6 +66,7 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
         raise OptionsError(f"MOSAIC_DEBUG={level!r} is not a level: use 0, 1, 2 or 3")
     names = (part.strip() for part in environ.get("MOSAIC_DISABLE", "").split(","))
     return Settings(
+        cache=environ.get("MOSAIC_CACHE") or None,
         debug=int(level),
         disable=tuple(name for name in names if name),
         dump=environ.get("MOSAIC_DUMP") or None,

@@ -17,7 +17,7 @@ from mosaic_compiler.passes import CanonicalizePass, run_passes, trace
 from mosaic_compiler.passes.labels import Edge, find_labels
 from mosaic_compiler.passes.rows import FLAT
 from mosaic_compiler.planning.chunks import candidates
-from mosaic_compiler.planning.lifetimes import Sizes
+from mosaic_compiler.planning.lives import Sizes
 
 PRIMES = (2, 3, 5, 11, 13, 17, 29)
 lengths = st.integers(2, 40)

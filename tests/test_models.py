@@ -156,7 +156,7 @@ def test_full_size_dims_need_x_k_and_v_per_token(name, layers):
     """Without weights: 1,024-row chunks, half of the rows masked; also the time of planning."""
     import time
 
-    from mosaic_compiler.report.forecast import capture_step, plan_for, sizes_for
+    from mosaic_compiler.report.forecast import capture_step
 
     (heads, kv_heads, width, feed_forward, vocabulary), per_token, slack = FULL_SIZE[name]
     model = dims(layers, heads, kv_heads, width, feed_forward, vocabulary)
@@ -165,7 +165,7 @@ def test_full_size_dims_need_x_k_and_v_per_token(name, layers):
     step = capture_step(DenoisingStep(model, 3), example, {"chunk_rows": 1024})
     assert next(model.parameters()).is_meta
     for tokens in (65_536, 262_144):
-        plan = plan_for(step, tokens, 0.5).plan
+        plan = step.outline.plan_for(tokens, 0.5).plan
         assert plan.peak <= per_token * tokens * slack + (1 << 30)
         assert plan.height <= 1.01 * plan.lower_bound
         largest = max(plan.of_kind("arena"), key=lambda b: b.nbytes if b.shape.count(tokens) else 0)
@@ -180,7 +180,7 @@ def test_full_size_dims_need_x_k_and_v_per_token(name, layers):
     times = []
     for tokens in (131_072, 196_608, 262_144):
         started = time.perf_counter()
-        plan = step.planner.plan(sizes_for(step, tokens, 0.5), budget).plan
+        plan = step.planner.plan(step.outline.sizes_for(tokens, 0.5), budget).plan
         times.append(time.perf_counter() - started)
         assert plan.workspace <= budget
     assert min(times) <= 0.1, times
@@ -264,7 +264,7 @@ def test_thirty_two_layers_are_searched_and_planned_at_the_bound_within_50_ms():
     import statistics
     import time
 
-    from mosaic_compiler.report.forecast import capture_step, sizes_for
+    from mosaic_compiler.report.forecast import capture_step
 
     model = DenoisingStep(dims(32, 32, 32, 4096, 12288, 126464), 3)
     ids, window = torch.zeros(1, 64, dtype=torch.long, device="meta"), torch.ones(1, 64, dtype=bool, device="meta")
@@ -272,7 +272,7 @@ def test_thirty_two_layers_are_searched_and_planned_at_the_bound_within_50_ms():
     planner = step.planner
     chance, times = random.Random(0), []
     for _ in range(40):
-        sizes = sizes_for(step, chance.randrange(2_000, 300_000), chance.random())
+        sizes = step.outline.sizes_for(chance.randrange(2_000, 300_000), chance.random())
         evaluation = planner.model.at(sizes)
         low, high = evaluation.peak(evaluation.smallest()), evaluation.peak(evaluation.rows)
         started = time.perf_counter()

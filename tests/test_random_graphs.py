@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from mosaic_compiler.backend import compile_aten, observing
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes import trace
-from mosaic_compiler.planning.lifetimes import Sizes, find_lives
+from mosaic_compiler.planning.lifetimes import find_lives
+from mosaic_compiler.planning.lives import Sizes
 
 shapes = st.tuples(st.integers(2, 9), st.integers(2, 7).map(lambda half: 2 * half))
 

@@ -16,7 +16,6 @@ from benchmarks.common import show, write
 from benchmarks.gpu.models import GIB, SYSTEMS, Session, arguments, build, clean, device, forget, parser, synchronize
 from benchmarks.gpu.models import weights as weights_of
 from mosaic_compiler.errors import BudgetError
-from mosaic_compiler.report.forecast import sizes_for
 from mosaic_compiler.runtime.arena import pool_for
 
 RESERVE = 600 << 20
@@ -99,7 +98,7 @@ def longest_planned(session: Session, limit: int) -> tuple[int, float]:
         3
     ):  # inputs and result are not in the budget: 8 + 1 + 8 bytes per token, and as many again to make them
         room = budget - 34 * tokens - (16 << 20)
-        tokens = (step.planner.longest(sizes_for(step, 1 << 16, 0.5), room) or 0) // STEP * STEP
+        tokens = (step.planner.longest(step.outline.sizes_for(1 << 16, 0.5), room) or 0) // STEP * STEP
     shorter = max(tokens // 50 // STEP, 1) * STEP
     while tokens > 0:
         clean()

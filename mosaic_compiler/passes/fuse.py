@@ -13,6 +13,7 @@ from mosaic_compiler import ir
 from mosaic_compiler.clusters import Cluster, set_cluster
 from mosaic_compiler.loops import rewrite_bodies
 from mosaic_compiler.passes.grouping import CREATORS, Group, find_groups, is_absorbed_view
+from mosaic_compiler.passes.sorting import sort_nodes
 from mosaic_compiler.planning.forms import main_device_of
 
 
@@ -65,7 +66,7 @@ def _fused(module: fx.GraphModule, device: torch.device) -> fx.GraphModule:
         node = _replace(module, contents, known)
         for part in (node, *node.users):
             position[part] = position[group.nodes[-1]]
-    _sort(graph, position)
+    sort_nodes(graph, position)
     graph.lint()
     module.recompile()
     return module
@@ -159,31 +160,3 @@ def _replace(module: fx.GraphModule, contents: _Contents, known: dict[Any, tuple
         if not old.users:
             graph.erase_node(old)
     return node
-
-
-def _sort(graph: fx.Graph, position: dict[fx.Node, int]) -> None:
-    """Bring the nodes into an order in which they can run: each where it stood (a cluster: where its last op stood), or
-    earlier if somebody needs it there.  Effects keep their order."""
-    effects = [node for node in graph.nodes if node.op == "call_function" and ir.has_effect(node)]
-    placed: dict[fx.Node, None] = {}
-
-    def place(node: fx.Node) -> None:
-        todo = [node]
-        while todo:
-            current = todo[-1]
-            needs = list(current.all_input_nodes)
-            if current in effects:
-                needs += effects[: effects.index(current)]
-            missing = [need for need in needs if need not in placed]
-            if missing:
-                todo += missing
-            else:
-                placed.setdefault(todo.pop())
-
-    for node in sorted(graph.nodes, key=lambda n: (n.op == "output", position.get(n, -1))):
-        place(node)
-    last: fx.Node | None = None
-    for node in placed:
-        if last is not None:
-            last.append(node)
-        last = node

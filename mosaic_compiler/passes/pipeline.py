@@ -7,7 +7,8 @@ Order matters:
 3. ``gather-logits`` and ``vocabulary-tiles`` behind ``row-demand``: they match the head as it left it.
 4. ``chunk-loops`` when all graph-wide rewrites are done: those match nodes, not loop bodies.
 5. ``fuse`` behind ``chunk-loops``: what a loop computes is known by then, and clusters hide ops from it.
-6. ``in-place`` and ``reuse-rows`` last: they introduce writes, and no other pass moves or merges nodes around a
+6. ``reorder`` behind ``fuse``: it sees the ops that will run; and before anything is written.
+7. ``in-place`` and ``reuse-rows`` last: they introduce writes, and no other pass moves or merges nodes around a
    write.  ``reuse-rows`` behind ``in-place``, because it must see when a body's results are written.
 """
 
@@ -27,6 +28,7 @@ from mosaic_compiler.passes.chunk_loops import ChunkLoopsPass
 from mosaic_compiler.passes.fuse import FusePass
 from mosaic_compiler.passes.gather_logits import GatherLogitsPass
 from mosaic_compiler.passes.in_place import InPlacePass
+from mosaic_compiler.passes.reorder import ReorderPass
 from mosaic_compiler.passes.reuse_rows import ReuseRowsPass
 from mosaic_compiler.passes.row_demand import RowDemandPass
 from mosaic_compiler.passes.verifier import Verifier
@@ -39,6 +41,7 @@ PASSES: tuple[Pass, ...] = (
     VocabularyTilesPass(),
     ChunkLoopsPass(),
     FusePass(),
+    ReorderPass(),
     InPlacePass(),
     ReuseRowsPass(),
 )
@@ -110,6 +113,6 @@ def without_loops(
     if ChunkLoopsPass.name not in names or not any(map(loop_of, final.graph.nodes)):
         return None
     before = stages[names[names.index(ChunkLoopsPass.name) - 1]]
-    flat, _ = run_passes(before, passes=(FusePass(), InPlacePass()), disable=disable)
+    flat, _ = run_passes(before, passes=(FusePass(), ReorderPass(), InPlacePass()), disable=disable)
     early, own = ({n.name for n in ir.prologue_nodes(graph)} for graph in (final.graph, flat.graph))
     return flat if early == own else None

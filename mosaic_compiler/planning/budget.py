@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from mosaic_compiler.errors import OptionsError
+
+if TYPE_CHECKING:
+    import torch
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -58,6 +59,8 @@ def total_memory(device: torch.device) -> int | None:
     if device.type == "cpu":
         return host_memory()
     if device.type == "cuda":
+        import torch
+
         return int(torch.cuda.get_device_properties(device).total_memory)
     return None
 
@@ -71,6 +74,8 @@ def free_memory(device: torch.device, held: int) -> int | None:
         available = _available_on_host()
         return None if available is None else available + held
     if device.type == "cuda":
+        import torch
+
         free, total = torch.cuda.mem_get_info(device)
         allocated = torch.cuda.memory_allocated(device)
         share = int(torch.cuda.get_per_process_memory_fraction(device) * total) - allocated

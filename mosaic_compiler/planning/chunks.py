@@ -28,9 +28,7 @@ import numpy as np
 import sympy
 from numpy.typing import NDArray
 
-from mosaic_compiler import ir
-from mosaic_compiler.passes.rows import MATMULS
-from mosaic_compiler.planning.lifetimes import Lives, LoopSpan, Sizes
+from mosaic_compiler.planning.lives import Sizes, StepLives
 from mosaic_compiler.planning.plan import ALIGNMENT
 
 UNIT = 128
@@ -76,7 +74,7 @@ class Shortfall:
 class ChunkModel:
     """Live bytes of one graph's step as a function of its chunk sizes.  Made once per graph."""
 
-    def __init__(self, lives: Lives) -> None:
+    def __init__(self, lives: StepLives) -> None:
         self.lives = lives
         self.positions = len(lives.schedule)
         chunks = set(lives.chunks)
@@ -89,34 +87,21 @@ class ChunkModel:
         self._in_arena = np.array([b.kind == "arena" for b in kept], dtype=np.bool_)
         self._terms = [_linear(expr, chunks) for expr in self._index]
         self._owner: list[sympy.Symbol | None] = [None] * self.positions
-        for span in lives.loops.values():
-            self._owner[span.start : span.end] = [span.loop.chunk] * (span.end - span.start)
+        for region in lives.regions:
+            self._owner[region.start : region.end] = [region.chunk] * (region.end - region.start)
         self._of_symbol = {
             symbol: np.array([i for i, owner in enumerate(self._owner) if owner == symbol], dtype=np.int64)
             for symbol in chunks
         }
-        self._half = HALF_RATE.get(lives.device.type, HALF_RATE["cuda"])
+        self._half = HALF_RATE.get(lives.device_type, HALF_RATE["cuda"])
         self._work = dict.fromkeys(chunks, 0)
-        for span in lives.loops.values():
-            self._work[span.loop.chunk] += _work_per_row(span)
+        for region in lives.regions:
+            self._work[region.chunk] += region.work
         self._local = np.array([bool(b.loop) for b in kept], dtype=np.bool_)
 
     def at(self, sizes: Sizes) -> Evaluation:
         """The model with all sizes but the chunks' put in."""
         return Evaluation(self, sizes)
-
-
-def _work_per_row(span: LoopSpan) -> int:
-    """Multiplications of one row with the weights of a loop's matmuls."""
-    total = 0
-    for node in span.scope.nodes:
-        for operand in node.all_input_nodes if node.target in MATMULS else ():
-            sizes = [
-                ir.expr_of(size) for tensor in ir.tensors_of(operand) if tensor is not None for size in tensor.shape
-            ]
-            if len(sizes) == 2 and all(size.is_Integer for size in sizes):
-                total += int(sizes[0] * sizes[1])
-    return total
 
 
 def _linear(expr: sympy.Expr, chunks: set[sympy.Symbol]) -> tuple[sympy.Expr, sympy.Symbol | None, sympy.Expr | None]:

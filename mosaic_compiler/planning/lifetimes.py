@@ -24,62 +24,19 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from types import MappingProxyType
 
 import sympy
 import torch
-from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.ir import prologue_nodes
 from mosaic_compiler.loops import ChunkLoop, loop_of
+from mosaic_compiler.passes.regions import HEAVY
+from mosaic_compiler.passes.rows import MATMULS
 from mosaic_compiler.planning.forms import Form, Kind, form_of, has_unbacked, main_device_of
-from mosaic_compiler.planning.plan import Buffer
+from mosaic_compiler.planning.lives import LoopLives, StepLives, SymbolicBuffer
 from mosaic_compiler.planning.scratch import scratch_bytes
-
-
-class Sizes:
-    """Evaluates size expressions for one binding of the symbols, remembering every result.
-
-    Raises :class:`KeyError` naming the symbol if an expression has one that is not bound.
-    """
-
-    def __init__(self, symbols: Mapping[sympy.Symbol, int]) -> None:
-        self.symbols = dict(symbols)
-        self._known: dict[sympy.Expr, int] = {}
-
-    def __call__(self, size: object) -> int:
-        if isinstance(size, int):
-            return size
-        expr = size if isinstance(size, sympy.Basic) else ir.expr_of(size)
-        known = self._known.get(expr)
-        if known is None:
-            missing = expr.free_symbols - self.symbols.keys()
-            if missing:
-                raise KeyError(f"size {expr} needs {', '.join(sorted(map(str, missing)))}")
-            value = expr.xreplace({s: sympy.Integer(v) for s, v in self.symbols.items()})
-            known = self._known[expr] = int(bool(value)) if isinstance(value, Boolean) else int(value)
-        return known
-
-
-@dataclass(frozen=True)
-class SymbolicBuffer:
-    """A buffer whose bytes and shape are still expressions; see :class:`plan.Buffer` for the fields."""
-
-    name: str
-    kind: str
-    nbytes: sympy.Expr
-    start: int
-    end: int
-    dtype: str
-    shape: tuple[sympy.Expr, ...]
-    op: str
-    module: str
-    source: str
-    loop: str = ""
-    """The call of a loop that it is local to."""
 
 
 @dataclass(frozen=True)
@@ -171,12 +128,10 @@ class LoopSpan:
 
 
 @dataclass(frozen=True)
-class Lives:
-    """Lives of every buffer of a graph, before any number is known.
+class Lives(StepLives):
+    """Lives of every buffer of a graph, and the nodes behind them.
 
     Attributes:
-        buffers: one per storage the step creates, plus one per op with scratch.
-        schedule: node names by position; nodes of a loop's body as ``loop.node``.
         prologue: the nodes that run before sizes are known (see ``runtime/prologue.py``); they come first in
             the schedule, and their values live at least until the prologue has ended.
         scope: the step's own nodes.
@@ -185,8 +140,6 @@ class Lives:
         elsewhere: nodes whose results live on another device than the plan's.
     """
 
-    buffers: tuple[SymbolicBuffer, ...]
-    schedule: tuple[str, ...]
     device: torch.device
     prologue: tuple[fx.Node, ...] = field(repr=False)
     scope: Scope = field(repr=False)
@@ -208,36 +161,6 @@ class Lives:
             every.update(span.scope.forms)
         return every
 
-    @property
-    def chunks(self) -> dict[sympy.Symbol, sympy.Expr]:
-        """The chunk-size symbols, with the number of rows that their loops go over."""
-        return {span.loop.chunk: span.rows for span in self.loops.values()}
-
-    @property
-    def symbols(self) -> tuple[sympy.Symbol, ...]:
-        """The symbols that buffer sizes depend on, by name; chunk sizes are not among them."""
-        found: set[sympy.Symbol] = set()
-        for buffer in self.buffers:
-            found |= buffer.nbytes.free_symbols
-            for size in buffer.shape:
-                found |= size.free_symbols
-        for rows in self.chunks.values():
-            found |= rows.free_symbols
-        return tuple(sorted(found - self.chunks.keys(), key=str))
-
-    def at(self, sizes: Sizes, offsets: Mapping[str, int] = MappingProxyType({})) -> tuple[Buffer, ...]:
-        """The buffers with concrete bytes, in order of birth.  Chunk sizes that are not given are all rows."""
-        given = sizes.symbols
-        missing = {chunk: sizes(rows) for chunk, rows in self.chunks.items() if chunk not in given}
-        if missing:
-            sizes = Sizes(given | missing)
-        values = [sizes(expr) for expr in self._table[0]]
-        return tuple(
-            Buffer(b.name, b.kind, values[nbytes], b.start, b.end, b.dtype, tuple([values[i] for i in shape]), b.op,
-                   b.module, b.source, offsets.get(b.name))
-            for b, nbytes, shape in self._table[1]
-        )  # fmt: skip
-
     def depending_on(self, symbols: frozenset[sympy.Symbol]) -> tuple[fx.Node, ...]:
         """The step's own nodes whose results, or something they read, have sizes with these symbols."""
         if symbols not in self._dependent:
@@ -247,18 +170,6 @@ class Lives:
                     found.add(node)
             self._dependent[symbols] = tuple(node for node in self.scope.nodes if node in found)
         return self._dependent[symbols]
-
-    @cached_property
-    def _table(self) -> tuple[list[sympy.Expr], list[tuple[SymbolicBuffer, int, tuple[int, ...]]]]:
-        """Every different size once, and the buffers in order of birth with the positions of their sizes."""
-        index: dict[sympy.Expr, int] = {}
-
-        def position(expr: sympy.Expr) -> int:
-            return index.setdefault(expr, len(index))
-
-        ordered = sorted(self.buffers, key=lambda b: (b.start, b.end, b.name))
-        rows = [(b, position(b.nbytes), tuple(position(size) for size in b.shape)) for b in ordered]
-        return list(index), rows
 
 
 def find_lives(module: fx.GraphModule) -> Lives:
@@ -310,6 +221,8 @@ class _Finder:
         return Lives(
             buffers=(*buffers, *_scalar_arguments(self.module, len(schedule))),
             schedule=tuple(schedule),
+            device_type=self.device.type,
+            regions=tuple(_region(span) for span in spans.values()),
             prologue=tuple(self.early),
             device=self.device,
             scope=Scope(nodes, forms, storage, root_buffers, {}),
@@ -411,6 +324,49 @@ class _Finder:
             )
         own = replace(body.scope, root_buffers={root: made[b.name] for root, b in body.scope.root_buffers.items()})
         return LoopSpan(node, loop, ir.rows_of_loop(node), start, end, own), list(made.values())
+
+
+def _region(span: LoopSpan) -> LoopLives:
+    """What planning has to know of a loop."""
+    origin = ir.provenance(span.node)
+    return LoopLives(
+        name=span.node.name,
+        chunk=span.loop.chunk,
+        rows=span.rows,
+        start=span.start,
+        end=span.end,
+        work=_work_per_row(span),
+        ops=tuple(node.name for node in span.scope.nodes if node.target in HEAVY),
+        operands=_operands(span),
+        module=origin.module,
+        source=origin.source,
+    )
+
+
+def _work_per_row(span: LoopSpan) -> int:
+    """Multiplications of one row with the weights of a loop's matmuls."""
+    total = 0
+    for node in span.scope.nodes:
+        for operand in node.all_input_nodes if node.target in MATMULS else ():
+            sizes = [
+                ir.expr_of(size) for tensor in ir.tensors_of(operand) if tensor is not None for size in tensor.shape
+            ]
+            if len(sizes) == 2 and all(size.is_Integer for size in sizes):
+                total += int(sizes[0] * sizes[1])
+    return total
+
+
+def _operands(span: LoopSpan) -> tuple[str, ...]:
+    """Tensors that an iteration sees: ``x[rows]`` for rows of it, ``k`` for all of it; weights are left out."""
+    found = []
+    for operand, dim in zip(span.node.args, span.loop.operands, strict=True):
+        if not isinstance(operand, fx.Node) or ir.tensor_of(operand) is None:
+            continue
+        if dim is not None:
+            found.append(f"{operand.name}[rows]")
+        elif ir.free_symbols(operand):
+            found.append(operand.name)
+    return tuple(found)
 
 
 def _direct_results(loop: ChunkLoop, forms: Mapping[fx.Node, Form], storage: ir.StorageMap) -> dict[ir.Root, int]:

@@ -1,31 +1,41 @@
-"""Placement: from lives to offsets.  Pure, deterministic, independent of the order of its input.
+"""Placement: from lives to offsets.  Deterministic, independent of the order of its input.
 
-Every algorithm is an order in which first-fit places the lives.  Where none of the orders reaches the lower bound, a
-local search changes the best of them.  Sizes are multiples of 512, and so every offset is.
+First-fit in a few orders costs milliseconds, and mostly reaches the lower bound.  Where it does not, what came out
+above the bound is placed again together with its neighbours, and first-fit goes round them.  Where that fails too, a
+beam search (``skyline.py``) builds placements from the ground up until the deadline.  Sizes are multiples of 512, and
+so every offset is.
 """
 
 from __future__ import annotations
 
 import itertools
-import random
+import time
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple, Protocol, TypeAlias
 
+import numpy as np
+
 from mosaic_compiler.planning.plan import align
+from mosaic_compiler.planning.skyline import Skyline
 
 Offsets: TypeAlias = "dict[str, int]"
-_Span: TypeAlias = "tuple[int, int]"
 
-ROUNDS = 400
-"""Placements that the local search tries at most."""
+DEADLINE = 0.02
+"""Seconds that the search for a better placement may take, where first-fit does not reach the lower bound."""
 
-_PATIENCE = 8
-"""Changes of one order that may bring nothing before the search begins again with the order that it started from."""
+RATE = 25_000_000
+"""Entries of its tables that the search writes per second of its deadline: what it finds depends on this work, not on
+the clock, which only stops it on a slow machine (after twice the deadline)."""
 
-_WORK = 2_000_000
-"""Pairs of lives that the local search looks at in all: large instances get fewer rounds."""
+_REPAIRS = 6
+"""Repairs of one first-fit placement."""
+
+_REPAIRED = 300
+"""Lives that a repair places again at most."""
 
 
 class Life(Protocol):
@@ -84,25 +94,37 @@ def _ranked(keys: Sequence[tuple[int | str, ...]]) -> list[int]:
     return sorted(range(len(keys)), key=keys.__getitem__)
 
 
+def _by_area(lives: Sequence[Life]) -> list[int]:
+    """Decreasing bytes times lifetime."""
+    return _ranked([((b.start - b.end) * b.size, b.start, b.end, b.name) for b in lives])
+
+
 ORDERS: Mapping[str, Callable[[Sequence[Life]], list[int]]] = MappingProxyType(
-    {"live-total": _by_live_total, "size": _by_size}
+    {"live-total": _by_live_total, "size": _by_size, "area": _by_area}
 )
 """Orders for first-fit, by name: positions of the lives, the first one placed first."""
 
 
-def first_fit(order: Sequence[int], sizes: Sequence[int], neighbours: Sequence[Sequence[int]]) -> list[_Span]:
-    """Place each life at the lowest offset that is free over all of it; (bottom, top) by position."""
-    spans: list[_Span | None] = [None] * len(order)
+def first_fit(
+    order: Sequence[int],
+    sizes: Sequence[int],
+    neighbours: Sequence[Sequence[int]],
+    fixed: Mapping[int, int] = MappingProxyType({}),
+) -> list[int]:
+    """Each life at the lowest offset that is free over all of it, round those that are fixed; offsets by position."""
+    low, high = [-1] * len(sizes), [0] * len(sizes)
+    for index, at in fixed.items():
+        low[index], high[index] = at, at + sizes[index]
     for index in order:
         size, at = sizes[index], 0
         if size:
-            for low, high in sorted([span for other in neighbours[index] if (span := spans[other]) is not None]):
-                if at + size <= low:
+            for other in sorted([other for other in neighbours[index] if low[other] >= 0], key=low.__getitem__):
+                if at + size <= low[other]:
                     break
-                if high > at:
-                    at = high
-        spans[index] = (at, at + size)
-    return [span for span in spans if span is not None]
+                if high[other] > at:  # max() costs a third more
+                    at = high[other]
+        low[index], high[index] = at, at + size
+    return low
 
 
 def neighbours_of(lives: Sequence[Life]) -> list[list[int]]:
@@ -145,97 +167,168 @@ def _max_live_total(lives: Sequence[Life]) -> list[int]:
     return result
 
 
-def place(lives: Sequence[Life], algorithm: str = "auto") -> tuple[str, Offsets]:
+def place(
+    lives: Sequence[Life], algorithm: str = "auto", *, deadline: float = DEADLINE, seed: int = 0
+) -> tuple[str, Offsets]:
     """Offsets by one algorithm, or by the best of the portfolio (``auto``).
 
-    ``auto`` stops at the first placement whose height equals the lower bound.  Returns the name of
-    the algorithm that was used, and its offsets.
+    ``auto`` ends at the first placement whose height equals the lower bound, or when the search has done the work of
+    ``deadline`` seconds.  Returns the name of the algorithm that was used, and its offsets.
     """
     lives = sorted(lives, key=lambda life: life.name)
     if algorithm == "naive":
         return algorithm, naive(lives)
-    sizes, neighbours = [life.size for life in lives], neighbours_of(lives)
-    bound = max(live_totals(lives)[1], default=0)
-    found: list[tuple[int, str, list[int], list[_Span]]] = []
-    for name in ORDERS if algorithm == "auto" else (algorithm,):
-        order = ORDERS[name](lives)
-        spans = first_fit(order, sizes, neighbours)
-        found.append((_top(spans), name, order, spans))
-        if found[-1][0] == bound:
-            break
-    height, name, order, spans = min(found, key=lambda entry: entry[0])
-    if algorithm == "auto" and height > bound:
-        better = _search([entry[2] for entry in found], sizes, neighbours, bound, height)
-        if better is not None:
-            name, spans = f"{name}, searched", better
-    return name, {life.name: low for life, (low, _) in zip(lives, spans, strict=True)}
+    if algorithm != "auto":
+        offsets = first_fit(ORDERS[algorithm](lives), [life.size for life in lives], neighbours_of(lives))
+        return algorithm, {life.name: at for life, at in zip(lives, offsets, strict=True)}
+    problem = _Problem(lives)
+    if problem.height > problem.bound:
+        problem.improve(_Work.of(deadline), np.random.default_rng(seed))
+    return problem.name, {life.name: at for life, at in zip(lives, problem.offsets, strict=True)}
 
 
-def _top(spans: Sequence[_Span]) -> int:
-    return max((high for _, high in spans), default=0)
+@dataclass
+class _Work:
+    """What a search may still do: entries to write, and the time when it ends at the latest."""
+
+    cells: int
+    stop: float
+
+    @classmethod
+    def of(cls, seconds: float) -> _Work:
+        return cls(round(seconds * RATE), time.perf_counter() + 2 * seconds)
+
+    def is_left(self) -> bool:
+        return self.cells > 0 and time.perf_counter() < self.stop
+
+    @contextmanager
+    def portion(self, parts: int) -> Iterator[_Work]:
+        """One of so many parts of it; what is left of that is given back."""
+        part = _Work(self.cells // parts, self.stop)
+        self.cells -= part.cells
+        yield part
+        self.cells += max(part.cells, 0)
 
 
-def _search(
-    orders: Sequence[Sequence[int]],
-    sizes: Sequence[int],
-    neighbours: Sequence[Sequence[int]],
-    bound: int,
-    height: int,
-) -> list[_Span] | None:
-    """Local search over first-fit orders: a better placement than ``height``, or ``None``.
+class _Problem:
+    """Lives to be placed, and the best placement so far: of first-fit, to begin with."""
 
-    The height is the length of a chain of lives, each resting on the one below.  Only a change of that chain can lower
-    it: one of its links is turned around (the lower life is placed right behind the upper one).  Changes that do not
-    make it worse are kept; after :data:`_PATIENCE` of them without a gain it starts again from the next given order.
-    """
-    chance = random.Random(0)
-    rounds = min(ROUNDS, _WORK // max(sum(map(len, neighbours)), 1))
-    best: list[_Span] | None = None
-    starts = itertools.cycle(orders)
-    order, spans, now, patience = list(next(starts)), None, 0, 0
-    for _ in range(rounds):
-        if spans is None:
-            spans = first_fit(order, sizes, neighbours)
-            now, patience = _top(spans), _PATIENCE
-        chain = _chain(spans, neighbours, chance)
-        link = chance.randrange(len(chain) - 1)
-        upper, lower = chain[link], chain[link + 1]
-        changed = [index for index in order if index != lower]
-        changed.insert(changed.index(upper) + 1, lower)
-        placed = first_fit(changed, sizes, neighbours)
-        top = _top(placed)
-        patience = _PATIENCE if top < now else patience - 1
-        if top <= now:
-            order, spans, now = changed, placed, top
-        if top < height:
-            height, best = top, placed
-            if height == bound:
+    def __init__(self, lives: Sequence[Life]) -> None:
+        self.lives = lives
+        self.sizes = [life.size for life in lives]
+        self.bound = max(live_totals(lives)[1], default=0)
+        self.height, self.name, self.offsets = 1 << 62, "", [0] * len(lives)
+        self._neighbours = neighbours_of(lives)
+        self._tried: list[tuple[str, list[int], list[int]]] = []
+        for name, make in ORDERS.items():
+            order = make(lives)
+            offsets = first_fit(order, self.sizes, self._neighbours)
+            self._tried.append((name, order, offsets))
+            self._keep(name, offsets)
+            if self.height == self.bound:
+                return
+
+    def improve(self, work: _Work, chance: np.random.Generator) -> None:
+        """Repair what first-fit made, then search."""
+        for name, order, offsets in self._tried:
+            self._repair(name, order, offsets, work, chance)
+        self._search(work, chance)
+
+    def _keep(self, name: str, offsets: list[int]) -> None:
+        height = max((at + size for at, size in zip(offsets, self.sizes, strict=True)), default=0)
+        if height < self.height:
+            self.height, self.name, self.offsets = height, name, offsets
+
+    def _repair(
+        self,
+        name: str,
+        order: Sequence[int],
+        offsets: list[int],
+        work: _Work,
+        chance: np.random.Generator,
+    ) -> None:
+        """Place what is above the bound again, with its neighbours, as a problem of its own."""
+        hot: set[int] = set()
+        for _ in range(_REPAIRS):
+            above = [i for i, at in enumerate(offsets) if at + self.sizes[i] > self.bound]
+            before = len(hot)
+            hot.update(above, *(self._neighbours[i] for i in above))
+            few = before < len(hot) <= min(len(offsets) // 2, _REPAIRED)
+            if not above or not few or self.height == self.bound or not work.is_left():
+                return
+            chosen = sorted(hot)
+            part = _Problem([self.lives[i] for i in chosen])
+            with work.portion(_REPAIRS) as portion:
+                part.improve(portion, chance)
+            fixed = dict(zip(chosen, part.offsets, strict=True))
+            offsets = first_fit([i for i in order if i not in hot], self.sizes, self._neighbours, fixed)
+            self._keep(f"{name}, repaired", offsets)
+
+    def _search(self, work: _Work, chance: np.random.Generator) -> None:
+        """Beam searches; the highest of the parts over which nothing lives across is always searched next."""
+        parts = [_Part(self, indices) for indices in _split(self.lives)]
+        while parts and work.is_left():
+            worst = max(parts, key=lambda part: part.height)
+            if worst.height <= self.bound:
                 break
-        if not patience:
-            order, spans = list(next(starts)), None
-    return best
+            found, cells = worst.skyline.search(chance, worst.height, work.cells, work.stop)
+            work.cells -= cells
+            if found is not None:
+                worst.put(found)
+        offsets = [0] * len(self.lives)
+        for part in parts:
+            for index, at in zip(part.indices, part.offsets, strict=True):
+                offsets[index] = at
+        self._keep("searched", offsets)
 
 
-def _chain(spans: Sequence[_Span], neighbours: Sequence[Sequence[int]], chance: random.Random) -> list[int]:
-    """Lives from the highest top down to the ground, each resting on the next."""
-    chain = [max(range(len(spans)), key=lambda index: spans[index][1])]
-    while bottom := spans[chain[-1]][0]:
-        chain.append(chance.choice([other for other in neighbours[chain[-1]] if spans[other][1] == bottom]))
-    return chain
+class _Part:
+    """Lives of a problem that are searched together."""
+
+    def __init__(self, problem: _Problem, indices: list[int]) -> None:
+        own = [problem.lives[index] for index in indices]
+        self.indices = indices
+        self.sizes = [life.size for life in own]
+        self.skyline = Skyline([life.start for life in own], [life.end for life in own], self.sizes)
+        self.put([problem.offsets[index] for index in indices])
+
+    def put(self, offsets: list[int]) -> None:
+        self.offsets = offsets
+        self.height = max(at + size for at, size in zip(offsets, self.sizes, strict=True))
+
+
+def _split(lives: Sequence[Life]) -> list[list[int]]:
+    """Positions of the lives that are not empty, divided at the times over which nothing lives."""
+    parts: list[list[int]] = []
+    until = None
+    for index in sorted((i for i, life in enumerate(lives) if life.size), key=lambda i: lives[i].start):
+        if until is None or lives[index].start >= until:
+            parts.append([])
+            until = lives[index].end
+        parts[-1].append(index)
+        until = max(until, lives[index].end)
+    return parts
 
 
 def height_of(lives: Sequence[Life], offsets: Mapping[str, int]) -> int:
     return max((offsets[b.name] + b.size for b in lives), default=0)
 
 
-def place_blocks(lives: Sequence[Life], blocks: Mapping[str, str], algorithm: str = "auto") -> tuple[str, Offsets]:
+def place_blocks(
+    lives: Sequence[Life],
+    blocks: Mapping[str, str],
+    algorithm: str = "auto",
+    *,
+    deadline: float = DEADLINE,
+    seed: int = 0,
+) -> tuple[str, Offsets]:
     """As :func:`place`, with the buffers that are local to one loop placed as one block.
 
     What lives at full length does not change while a loop runs, so nothing is lost by it; equal loops (layers) are
     placed once.
     """
     if algorithm != "auto" or not blocks:
-        return place(lives, algorithm)
+        return place(lives, algorithm, deadline=deadline, seed=seed)
     members: dict[str, list[Life]] = {}
     outer: list[Life] = []
     for life in lives:
@@ -243,17 +336,17 @@ def place_blocks(lives: Sequence[Life], blocks: Mapping[str, str], algorithm: st
             members.setdefault(blocks[life.name], []).append(life)
         else:
             outer.append(life)
-    known: dict[tuple[_Span | int, ...], tuple[list[int], int]] = {}
+    known: dict[tuple[int, ...], tuple[list[int], int]] = {}
     inside: dict[str, list[int]] = {}
     for loop, own in members.items():
         start = min(b.start for b in own)
         key = tuple(number for b in own for number in (b.start - start, b.end - start, b.size))
         if key not in known:
-            _, found = place(own)
+            _, found = place(own, deadline=deadline, seed=seed)
             known[key] = [found[b.name] for b in own], height_of(own, found)
         inside[loop], height = known[key]
         outer.append(Interval(f"{loop}.*", start, max(b.end for b in own), align(height)))
-    name, offsets = place(outer)
+    name, offsets = place(outer, deadline=deadline, seed=seed)
     for loop, own in members.items():
         base = offsets.pop(f"{loop}.*")
         offsets.update({b.name: base + at for b, at in zip(own, inside[loop], strict=True)})

@@ -16,7 +16,7 @@ from typing import Any
 from mosaic_compiler.errors import PlanError
 
 SCHEMA = "mosaic.plan"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 ALIGNMENT = 512  # bytes: what CUDA's caching allocator and vectorised kernels expect
 KINDS = ("arena", "transient", "output", "scratch")
 
@@ -94,6 +94,23 @@ class PlannedLoop:
     source: str = ""
 
 
+@dataclass(frozen=True)
+class Fallback:
+    """Something that runs in a slower or fatter way than planned memory would allow.
+
+    ``name`` is one of ``opaque-op`` (no ``out=`` form, internal memory unknown), ``data-dependent-size`` and
+    ``other-device`` (both: outside of the plan), ``plain-arena`` (no virtual memory on the device),
+    ``unfused-cluster`` (a fused kernel does not compile) and ``fused-scratch`` (it would need unplanned memory); these
+    two run op by op.
+    """
+
+    name: str
+    node: str
+    op: str
+    reason: str
+    source: str
+
+
 def live_bytes(buffers: Iterable[Buffer], positions: int) -> list[int]:
     """Bytes live at each of ``positions`` schedule positions (sizes rounded up to 512)."""
     delta = [0] * (positions + 1)
@@ -123,6 +140,8 @@ class MemoryPlan:
         symbols: the sizes this plan was made for, such as ``(("s27", 8192),)``.
         algorithm: the placement that was chosen.
         loops: the chunk loops, in schedule order.
+        budget: the bytes that :attr:`workspace` had to fit; ``None`` if there was no limit.
+        fallbacks: what the plan does not fully cover.
     """
 
     buffers: tuple[Buffer, ...]
@@ -130,6 +149,8 @@ class MemoryPlan:
     symbols: tuple[tuple[str, int], ...] = ()
     algorithm: str = ""
     loops: tuple[PlannedLoop, ...] = ()
+    budget: int | None = None
+    fallbacks: tuple[Fallback, ...] = ()
 
     def __post_init__(self) -> None:
         self.verify()
@@ -147,6 +168,11 @@ class MemoryPlan:
     def lower_bound(self) -> int:
         """Most arena bytes live at once; ``height`` can never be lower."""
         return lower_bound(self.of_kind("arena"))
+
+    @cached_property
+    def most_live(self) -> int:
+        """Most bytes of every kind live at once: what an allocator without waste would need."""
+        return max(self.timeline, default=0)
 
     @cached_property
     def naive(self) -> int:
@@ -210,6 +236,7 @@ class MemoryPlan:
             "alignment": ALIGNMENT,
             "algorithm": self.algorithm,
             "symbols": dict(self.symbols),
+            "budget": self.budget,
             "summary": {
                 "height": self.height,
                 "lower_bound": self.lower_bound,
@@ -222,6 +249,7 @@ class MemoryPlan:
             "loops": [dataclasses.asdict(loop) for loop in self.loops],
             "buffers": [dataclasses.asdict(buffer) for buffer in self.buffers],
             "timeline": list(self.timeline),
+            "fallbacks": [dataclasses.asdict(fallback) for fallback in self.fallbacks],
         }
         return json.dumps(body, indent=indent)
 
@@ -243,6 +271,8 @@ class MemoryPlan:
                 symbols=tuple((str(k), int(v)) for k, v in body["symbols"].items()),
                 algorithm=str(body["algorithm"]),
                 loops=tuple(_loop_from(entry) for entry in body["loops"]),
+                budget=None if body["budget"] is None else int(body["budget"]),
+                fallbacks=tuple(Fallback(**entry) for entry in body["fallbacks"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"malformed plan: {type(error).__name__}: {error}") from None

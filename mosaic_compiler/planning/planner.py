@@ -6,15 +6,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import sympy
-from torch import fx
 
-from mosaic_compiler import ir
 from mosaic_compiler.errors import BudgetError
-from mosaic_compiler.passes.regions import HEAVY
 from mosaic_compiler.planning.chunks import ChunkModel, Evaluation, Shortfall, longest
-from mosaic_compiler.planning.lifetimes import Lives, LoopSpan, Sizes
-from mosaic_compiler.planning.placement import Interval, height_of, place_blocks
+from mosaic_compiler.planning.lives import LoopLives, Sizes, StepLives
+from mosaic_compiler.planning.placement import DEADLINE, Interval, height_of, live_totals, place_blocks
 from mosaic_compiler.planning.plan import MemoryPlan, PlannedLoop, live_bytes
+from mosaic_compiler.planning.stack import Stack
 
 _TRIES = 8
 
@@ -33,26 +31,30 @@ class Planner:
     Args:
         lives: of the graph.
         counted: symbols of computed rows; they grow with the number of tokens.
-        placement: see :func:`make_plan`.
+        placement, deadline: see :func:`make_plan`.
         chunk_rows: force this many rows per chunk.
         guard: bytes to leave behind each arena buffer (poison mode keeps canaries there).
     """
 
     def __init__(
         self,
-        lives: Lives,
+        lives: StepLives,
         *,
         counted: Collection[sympy.Symbol] = (),
         placement: str = "auto",
+        deadline: float = DEADLINE,
         chunk_rows: int | None = None,
         guard: int = 0,
     ) -> None:
         self.lives, self.placement, self.chunk_rows, self.guard = lives, placement, chunk_rows, guard
+        self.deadline = deadline
         self.counted = tuple(counted)
+        self._placed: tuple[str, list[Interval], list[int]] | None = None
+        self._stack: Stack | None = None
         self.model = ChunkModel(lives)
         self.symbols = lives.symbols
         self._blocks = {buffer.name: buffer.loop for buffer in lives.buffers if buffer.loop}
-        self._loops = [(span.loop.chunk, _described(span)) for span in lives.loops.values()]
+        self._loops = [(region.chunk, _described(region)) for region in lives.regions]
 
     @property
     def tokens(self) -> sympy.Symbol | None:
@@ -74,7 +76,7 @@ class Planner:
             height, placed = self._place(evaluation, chunks)
             needed = height + evaluation.outside(chunks)
             if budget is None or target is None or needed <= budget or self.guard:
-                return Planned(self._plan(evaluation, chunks, reasons, *placed), chunks)
+                return Planned(self._plan(evaluation, chunks, reasons, budget, *placed), chunks)
             target -= needed - budget  # placement did not reach the lower bound: leave room for the difference
         assert budget is not None
         raise self._error(evaluation, needed, budget, self._worst(evaluation, chunks))
@@ -105,14 +107,29 @@ class Planner:
             for b, size in zip(self.model.kept, nbytes, strict=True)
             if b.kind == "arena"
         ]
-        name, offsets = place_blocks(lives, self._blocks, self.placement)
+        if self.placement == "auto" and (again := self._stacked_again(lives)) is not None:
+            return again
+        name, offsets = place_blocks(lives, self._blocks, self.placement, deadline=self.deadline)
+        self._placed, self._stack = (name, lives, [offsets[life.name] for life in lives]), None
         return height_of(lives, offsets), (name, offsets)
+
+    def _stacked_again(self, lives: list[Interval]) -> tuple[int, tuple[str, Mapping[str, int]]] | None:
+        """The last placement for these sizes, if it still reaches the lower bound."""
+        if self._placed is None:
+            return None
+        name, placed, offsets = self._placed
+        if self._stack is None:
+            self._stack = Stack(placed, offsets)
+        found = {life.name: at for life, at in zip(lives, self._stack.offsets([b.size for b in lives]), strict=True)}
+        height = height_of(lives, found)
+        return (height, (f"{name}, again", found)) if height == max(live_totals(lives)[1], default=0) else None
 
     def _plan(
         self,
         evaluation: Evaluation,
         chunks: Mapping[sympy.Symbol, int],
         reasons: Mapping[sympy.Symbol, str],
+        budget: int | None,
         algorithm: str,
         offsets: Mapping[str, int],
     ) -> MemoryPlan:
@@ -126,6 +143,7 @@ class Planner:
             self.lives.schedule,
             symbols=tuple((str(symbol), sizes(symbol)) for symbol in self.symbols),
             algorithm=algorithm,
+            budget=budget,
             loops=tuple(
                 replace(
                     loop,
@@ -173,30 +191,16 @@ class Planner:
         )
 
 
-def _described(span: LoopSpan) -> PlannedLoop:
+def _described(region: LoopLives) -> PlannedLoop:
     """What a plan says about a loop whatever the sizes."""
-    origin = ir.provenance(span.node)
     return PlannedLoop(
-        name=span.node.name,
-        start=span.start,
-        end=span.end,
+        name=region.name,
+        start=region.start,
+        end=region.end,
         rows=0,
         chunk=0,
-        ops=tuple(node.name for node in span.scope.nodes if node.target in HEAVY),
-        operands=_operands(span),
-        module=origin.module,
-        source=origin.source,
+        ops=region.ops,
+        operands=region.operands,
+        module=region.module,
+        source=region.source,
     )
-
-
-def _operands(span: LoopSpan) -> tuple[str, ...]:
-    """Tensors that an iteration sees: ``x[rows]`` for rows of it, ``k`` for all of it; weights are left out."""
-    found = []
-    for operand, dim in zip(span.node.args, span.loop.operands, strict=True):
-        if not isinstance(operand, fx.Node) or ir.tensor_of(operand) is None:
-            continue
-        if dim is not None:
-            found.append(f"{operand.name}[rows]")
-        elif ir.free_symbols(operand):
-            found.append(operand.name)
-    return tuple(found)

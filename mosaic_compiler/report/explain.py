@@ -16,11 +16,12 @@ from mosaic_compiler.ir import Provenance
 from mosaic_compiler.kernels.gather_logits import Choice
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.pipeline import PassRecord
+from mosaic_compiler.passes.reorder import NOMINAL, OrderDecision
 from mosaic_compiler.passes.row_demand import RowDecision
-from mosaic_compiler.planning.plan import MemoryPlan
+from mosaic_compiler.planning.plan import Fallback, MemoryPlan
 from mosaic_compiler.report import tables
-from mosaic_compiler.report.forecast import capture_step, fresh_caller, plan_for, unwrap
-from mosaic_compiler.runtime.step import CompiledStep, Fallback
+from mosaic_compiler.report.forecast import capture_step, fresh_caller, unwrap
+from mosaic_compiler.runtime.step import CompiledStep
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class GraphReport:
     """For each product of gathered rows: which implementation runs, and why."""
     unruled: tuple[tuple[str, str, Provenance], ...] = ()
     """Ops without a row rule that read matrices of rows (name, op, origin): they need all rows at once."""
+    orders: tuple[OrderDecision, ...] = ()
+    """Orders of the ops that ``reorder`` compared, for the step and for loop bodies."""
 
 
 @dataclass(frozen=True)
@@ -81,15 +84,7 @@ class Report:
         for number, graph in enumerate(self.graphs):
             yield Text(f"graph {number + 1} of {len(self.graphs)}", style="bold underline")
             if graph.plan is not None:
-                yield tables.summary(graph.plan)
-                yield Text()
-                yield tables.timeline(graph.plan.timeline)
-                yield Text()
-                if graph.plan.loops:
-                    yield tables.loops(graph.plan)
-                    yield Text()
-                yield tables.largest_buffers(graph.plan)
-                yield Text()
+                yield from tables.plan_lines(graph.plan)
             if graph.rows:
                 yield _row_table(graph.rows)
                 yield Text()
@@ -97,9 +92,10 @@ class Report:
                 yield Text(f"{name}: {choice.kernel} ({choice.reason})")
             for name, op, origin in graph.unruled:
                 yield Text(f"{name} ({op}) needs all rows at once: it has no row rule  {origin.source}")
+            yield from map(_order_line, graph.orders)
             yield _pass_table(graph.passes)
             yield Text()
-            yield _fallback_table(graph.fallbacks)
+            yield tables.fallbacks(graph.fallbacks)
 
 
 def _row_table(decisions: tuple[RowDecision, ...]) -> Table:
@@ -114,6 +110,11 @@ def _row_table(decisions: tuple[RowDecision, ...]) -> Table:
     return table
 
 
+def _order_line(decision: OrderDecision) -> Text:
+    estimates = ", ".join(f"{name} {tables.format_bytes(nbytes)}" for name, nbytes in decision.estimates.items())
+    return Text(f"order of {decision.graph}: {decision.chosen} (live at once, at {NOMINAL} per size: {estimates})")
+
+
 def _pass_table(passes: tuple[PassRecord, ...]) -> Table:
     table = Table(title="passes", title_justify="left", box=None, padding=(0, 1))
     for column in ("pass", "nodes", "ms", "verified in ms"):
@@ -121,17 +122,6 @@ def _pass_table(passes: tuple[PassRecord, ...]) -> Table:
     for record in passes:
         nodes = f"{record.nodes_before} -> {record.nodes_after}"
         table.add_row(record.name, nodes, f"{record.seconds * 1e3:.1f}", f"{record.verify_seconds * 1e3:.1f}")
-    return table
-
-
-def _fallback_table(fallbacks: tuple[Fallback, ...]) -> Table | Text:
-    if not fallbacks:
-        return Text("fallbacks: none")
-    table = Table(title="fallbacks", title_justify="left", box=None, padding=(0, 1))
-    for column in ("name", "node", "op", "reason", "source"):
-        table.add_column(column, overflow="fold")
-    for f in fallbacks:
-        table.add_row(f.name, f.node, f.op, f.reason, f.source)
     return table
 
 
@@ -165,7 +155,9 @@ def explain(
     MosaicOptions.parse(options)  # a clear error before anything is traced
     if tokens is not None:
         step = capture_step(fn, args, options, device=device)
-        return Report((_graph_report(step, plan_for(step, tokens, needed_rows).plan),), None)
+        return Report(
+            (_graph_report(step, step.outline.plan_for(tokens, needed_rows, step.options.budget).plan),), None
+        )
     steps: list[CompiledStep] = []
 
     def backend(module: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -181,4 +173,5 @@ def _graph_report(step: CompiledStep, plan: MemoryPlan | None) -> GraphReport:
     notes = step.module.meta
     projections = tuple(notes.get("gather_choices", {}).items())
     unruled = tuple(notes.get("unruled", ()))
-    return GraphReport(plan, step.passes, step.fallbacks, notes.get("row_decisions", ()), projections, unruled)
+    rows, orders = notes.get("row_decisions", ()), notes.get("orders", ())
+    return GraphReport(plan, step.passes, step.fallbacks, rows, projections, unruled, orders)

@@ -11,18 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from mosaic_compiler import ir
 from mosaic_compiler.backend import mosaic, observing
-from mosaic_compiler.errors import BudgetError, CaptureError, MosaicError, OptionsError
+from mosaic_compiler.errors import CaptureError, MosaicError, OptionsError
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.planning.budget import parse_budget
-from mosaic_compiler.planning.lifetimes import Sizes
-from mosaic_compiler.planning.planner import Planned
 from mosaic_compiler.runtime.step import CompiledStep
 
 
@@ -74,57 +70,6 @@ def _stop(*args: Any) -> Any:
     raise _Stopped
 
 
-def sizes_for(step: CompiledStep, tokens: int, needed_rows: float) -> Sizes:
-    """All sizes of a step for a sequence of ``tokens``.
-
-    The other sizes are those of the example; what was as long as its sequence is taken to be so again.  ``needed_rows``
-    is the share of rows that masks select.
-
-    Raises:
-        OptionsError: if ``tokens`` or ``needed_rows`` is out of range.
-        CaptureError: if the captured graph has no symbolic length.
-    """
-    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-        raise OptionsError(f"tokens must be a whole number from 1, got {tokens!r}")
-    if not 0 <= needed_rows <= 1:
-        raise OptionsError(f"needed_rows is a share between 0 and 1, got {needed_rows!r}")
-    main = step.planner.tokens
-    if main is None:
-        raise CaptureError("the captured graph has no symbolic length: give an example of more than one token")
-    hints = _hints(step.module)
-    values = {symbol: tokens if hint == hints[main] else hint for symbol, hint in hints.items()}
-    sizes = Sizes(values)
-    for node in step.module.graph.nodes:
-        if ir.BINDS in node.meta:
-            mask = ir.tensor_of(node.args[0])
-            assert mask is not None
-            total = sizes(sympy.prod([ir.expr_of(size) for size in mask.shape]))
-            values[node.meta[ir.BINDS]] = round(total * needed_rows)
-            sizes = Sizes(values)
-    return sizes
-
-
-def _hints(module: fx.GraphModule) -> dict[sympy.Symbol, int]:
-    """The example's value of every symbol of the inputs."""
-    found: dict[sympy.Symbol, int] = {}
-    for node in module.graph.nodes:
-        if node.op != "placeholder":
-            continue
-        for number in ir.numbers_in(ir.value_of(node)):
-            if isinstance(number, torch.SymInt) and isinstance(expr := ir.expr_of(number), sympy.Symbol):
-                found.setdefault(expr, int(number.node.hint))
-    return found
-
-
-def plan_for(step: CompiledStep, tokens: int, needed_rows: float = 1.0) -> Planned:
-    """The plan of a captured step for a sequence of ``tokens`` (see :func:`sizes_for`), within its memory budget.
-
-    Raises:
-        BudgetError: if it cannot fit.
-    """
-    return step.choose(sizes_for(step, tokens, needed_rows), step.options.budget)[1]
-
-
 def max_tokens(
     fn: Callable[..., Any],
     example: Sequence[Any],
@@ -156,16 +101,7 @@ def max_tokens(
         raise OptionsError("max_tokens needs a budget: bytes, or a string such as '8GiB'")
     MosaicOptions.parse(options)
     step = capture_step(fn, example, options, device=device)
-    sizes = sizes_for(step, 1 << 16, needed_rows)
-    found = step.planner.longest(sizes, limit) or 0
-    while found:
-        try:
-            step.planner.plan(sizes_for(step, found, needed_rows), limit)
-        except BudgetError:  # the placement is above the lower bound
-            found -= max(found // 1000, 1)
-        else:
-            break
-    return found
+    return step.outline.longest(limit, needed_rows)
 
 
 @contextmanager

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mosaic_compiler.planning.plan import MemoryPlan, PlannedLoop
+from mosaic_compiler.planning.plan import Fallback, MemoryPlan, PlannedLoop
 
 _BARS = " ▁▂▃▄▅▆▇█"
 
@@ -59,14 +60,9 @@ def loops(plan: MemoryPlan) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for column in ("reads", "why this chunk", "from"):
         table.add_column(column, overflow="fold")
-    groups: dict[tuple[object, ...], list[PlannedLoop]] = {}
-    for loop in plan.loops:
-        key = (loop.ops, loop.rows, loop.chunk, loop.nbytes, loop.unchunked, loop.reason, len(loop.operands))
-        groups.setdefault(key, []).append(loop)
-    for group in groups.values():
-        first = group[0]
+    for first, count in alike(plan.loops):
         table.add_row(
-            first.name if len(group) == 1 else f"{first.name} and {len(group) - 1} like it",
+            first.name if count == 1 else f"{first.name} and {count - 1} like it",
             ", ".join(first.ops),
             str(first.rows),
             str(first.chunk),
@@ -77,6 +73,40 @@ def loops(plan: MemoryPlan) -> Table:
             " ".join(part for part in (first.module, first.source) if part),
         )
     return table
+
+
+def alike(loops: Sequence[PlannedLoop]) -> list[tuple[PlannedLoop, int]]:
+    """The first of each group of equal loops (layers), and how many there are."""
+    groups: dict[tuple[object, ...], list[PlannedLoop]] = {}
+    for loop in loops:
+        key = (loop.ops, loop.rows, loop.chunk, loop.nbytes, loop.unchunked, loop.reason, len(loop.operands))
+        groups.setdefault(key, []).append(loop)
+    return [(group[0], len(group)) for group in groups.values()]
+
+
+def fallbacks(found: Sequence[Fallback]) -> Table | Text:
+    """What a plan does not fully cover, by name."""
+    if not found:
+        return Text("fallbacks: none")
+    table = Table(title="fallbacks", title_justify="left", box=None, padding=(0, 1))
+    for column in ("name", "node", "op", "reason", "source"):
+        table.add_column(column, overflow="fold")
+    for f in found:
+        table.add_row(f.name, f.node, f.op, f.reason, f.source)
+    return table
+
+
+def plan_lines(plan: MemoryPlan) -> Iterator[RenderableType]:
+    """Everything about one plan: figures, timeline, loops, largest buffers."""
+    yield summary(plan)
+    yield Text()
+    yield timeline(plan.timeline)
+    yield Text()
+    if plan.loops:
+        yield loops(plan)
+        yield Text()
+    yield largest_buffers(plan)
+    yield Text()
 
 
 def largest_buffers(plan: MemoryPlan, count: int = 12) -> Table:

@@ -14,7 +14,8 @@ from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.planning.forms import Call, Kind
-from mosaic_compiler.planning.lifetimes import LoopSpan, Scope, Sizes
+from mosaic_compiler.planning.lifetimes import LoopSpan, Scope
+from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.planning.plan import Buffer
 from mosaic_compiler.runtime.arena import Arena
 from mosaic_compiler.runtime.instructions import (

@@ -17,7 +17,8 @@ from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.planning.forms import Call, Kind
-from mosaic_compiler.planning.lifetimes import LoopSpan, Sizes
+from mosaic_compiler.planning.lifetimes import LoopSpan
+from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.runtime.binder import Binder, Shared
 from mosaic_compiler.runtime.instructions import Instruction, bound_call, drop
 

@@ -18,7 +18,8 @@ from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.errors import ArenaError
-from mosaic_compiler.planning.lifetimes import Lives, Sizes
+from mosaic_compiler.planning.lifetimes import Lives
+from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.planning.plan import MemoryPlan
 from mosaic_compiler.runtime.arena import Arena
 from mosaic_compiler.runtime.binder import Binder, Shared

@@ -27,32 +27,18 @@ from mosaic_compiler.passes.pipeline import PassRecord
 from mosaic_compiler.planning import MemoryPlan
 from mosaic_compiler.planning.budget import check_machine, free_memory
 from mosaic_compiler.planning.forms import ACCOUNTED_OPAQUE, Kind
-from mosaic_compiler.planning.lifetimes import Lives, Sizes, find_lives
-from mosaic_compiler.planning.planner import Planned, Planner
+from mosaic_compiler.planning.lifetimes import Lives, find_lives
+from mosaic_compiler.planning.lives import Sizes
+from mosaic_compiler.planning.outline import StepOutline, capacity
+from mosaic_compiler.planning.plan import Fallback
+from mosaic_compiler.planning.planner import Planned
 from mosaic_compiler.runtime.arena import Arena, ArenaPool, arena_problem, pool_for
 from mosaic_compiler.runtime.instructions import GUARD
 from mosaic_compiler.runtime.program import Program, bind
-from mosaic_compiler.runtime.prologue import Prologue, capacity
+from mosaic_compiler.runtime.prologue import Prologue
 
 _Entry: TypeAlias = "tuple[Program, list[tuple[weakref.ref[Any], int]]]"
 """A program, and the weights (with their addresses) that it is bound to."""
-
-
-@dataclass(frozen=True)
-class Fallback:
-    """Something that runs in a slower or fatter way than planned memory would allow.
-
-    ``name`` is one of ``opaque-op`` (no ``out=`` form, internal memory unknown), ``data-dependent-size`` and
-    ``other-device`` (both: outside of the plan), ``plain-arena`` (no virtual memory on the device),
-    ``unfused-cluster`` (a fused kernel does not compile) and ``fused-scratch`` (it would need unplanned memory); these
-    two run op by op.
-    """
-
-    name: str
-    node: str
-    op: str
-    reason: str
-    source: str
 
 
 @dataclass(frozen=True)
@@ -62,7 +48,6 @@ class _Variant:
     module: fx.GraphModule
     lives: Lives
     prologue: Prologue
-    planner: Planner
 
 
 class CompiledStep:
@@ -70,6 +55,8 @@ class CompiledStep:
 
     Attributes:
         module: the graph after all passes; it still runs by itself.
+        captured: the graph before them.
+        outline: the step as planning sees it.
         planner: plans its loops.
         lives, fallbacks, passes: what planning and ``explain()`` know about it.
         plan: the plan of the last call, ``None`` before the first.
@@ -83,10 +70,12 @@ class CompiledStep:
         options: MosaicOptions,
         passes: Sequence[PassRecord] = (),
         static_inputs: Sequence[int] = (),
-        on_plan: Callable[[MemoryPlan], None] = lambda plan: None,
+        on_plan: Callable[[MemoryPlan, Sequence[Fallback]], None] = lambda plan, fallbacks: None,
         flat: fx.GraphModule | None = None,
+        captured: fx.GraphModule | None = None,
     ) -> None:
         self.module, self.options, self.passes = module, options, tuple(passes)
+        self.captured = captured if captured is not None else module
         self.lives: Lives = find_lives(module)
         self._planned_fallbacks = find_fallbacks(self.lives)
         self._clusters = [*clusters_in(module), *(clusters_in(flat) if flat is not None else ())]
@@ -98,9 +87,20 @@ class CompiledStep:
         self._weights = tuple((i, placeholders[i].name, ir.tensor_of(placeholders[i])) for i in self._static)
         self._budget = options.budget
         check_machine(self._budget, self.lives.device)
-        self._loops = self._variant(module, self.lives)
-        self._flat = self._variant(flat, find_lives(flat)) if flat is not None and options.chunk_rows is None else None
-        self._prologue, self.planner = self._loops.prologue, self._loops.planner
+        self._loops = _Variant(module, self.lives, Prologue(module.graph))
+        self._flat = None if flat is None else _Variant(flat, find_lives(flat), Prologue(flat.graph))
+        self._prologue = self._loops.prologue
+        self.outline = StepOutline(
+            self.lives,
+            None if self._flat is None else self._flat.lives,
+            _hints(module),
+            _selected(module),
+            placement=options.placement,
+            deadline=options.placement_deadline,
+            chunk_rows=options.chunk_rows,
+            guard=GUARD if options.poison else 0,
+        )
+        self.planner = self.outline.planner
         self._readers = _symbol_readers(module, placeholders, self._prologue.symbols)
         self._plans: dict[tuple[int, ...], tuple[_Variant, Planned]] = {}
         self._programs: OrderedDict[Any, _Entry] = OrderedDict()
@@ -131,17 +131,6 @@ class CompiledStep:
             self._registered.add(pool)
             pool.register(self)
         return pool
-
-    def _variant(self, module: fx.GraphModule, lives: Lives) -> _Variant:
-        prologue = Prologue(module.graph)
-        planner = Planner(
-            lives,
-            counted=prologue.symbols,
-            placement=self.options.placement,
-            chunk_rows=self.options.chunk_rows,
-            guard=GUARD if self.options.poison else 0,
-        )
-        return _Variant(module, lives, prologue, planner)
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         pointers = tuple([inputs[i].data_ptr() for i in self._static])
@@ -225,21 +214,34 @@ class CompiledStep:
             planned = self._plans[key] = self.choose(sizes, budget)
             if len(self._plans) > 4 * self.options.program_cache:
                 self._plans.pop(next(iter(self._plans)))
-            self._on_plan(planned[1].plan)
+            self._on_plan(planned[1].plan, self.fallbacks)
         return planned
 
     def choose(self, sizes: Sizes, budget: int | None) -> tuple[_Variant, Planned]:
-        """The flat graph if it fits the budget, else loops.
-
-        Raises:
-            BudgetError: if no chunk sizes fit the memory budget.
-        """
+        """The flat graph if it fits the budget, else loops (see :meth:`StepOutline.choose`)."""
+        planner, planned = self.outline.choose(sizes, budget)
         flat = self._flat
-        if flat is not None and (budget is None or flat.planner.model.at(sizes).peak({}) <= budget):
-            planned = flat.planner.plan(sizes)
-            if budget is None or planned.plan.workspace <= budget:
-                return flat, planned
-        return self._loops, self._loops.planner.plan(sizes, budget)
+        return (self._loops if flat is None or planner is self.outline.planner else flat), planned
+
+
+def _hints(module: fx.GraphModule) -> dict[sympy.Symbol, int]:
+    """The example's value of every symbol of the inputs."""
+    found: dict[sympy.Symbol, int] = {}
+    for node in module.graph.find_nodes(op="placeholder"):
+        for number in ir.numbers_in(ir.value_of(node)):
+            if isinstance(number, torch.SymInt) and isinstance(expr := ir.expr_of(number), sympy.Symbol):
+                found.setdefault(expr, int(number.node.hint))
+    return found
+
+
+def _selected(module: fx.GraphModule) -> tuple[tuple[sympy.Symbol, sympy.Expr], ...]:
+    """For each number of computed rows its symbol, and the elements of the mask that selects them."""
+    found = []
+    for node in module.graph.nodes:
+        if ir.BINDS in node.meta:
+            mask = ir.only_tensor(node.args[0])
+            found.append((node.meta[ir.BINDS], sympy.prod([ir.expr_of(size) for size in mask.shape])))
+    return tuple(found)
 
 
 def _layout(tensor: Any, sizes: Sizes) -> tuple[Any, ...]:

@@ -1,0 +1,252 @@
+"""``mosaic``: plans on the command line.
+
+Errors are one line on stderr and exit code 2.  Nothing here imports torch before it has to.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mosaic_compiler.errors import ConfigError, MosaicError, OptionsError, PlanError
+from mosaic_compiler.planning.plan import MemoryPlan
+from mosaic_compiler.report import tables
+from mosaic_compiler.report.tables import format_bytes
+
+app = typer.Typer(
+    name="mosaic",
+    help="Plans for diffusion LLMs: what fits, what a plan says, what this machine can do.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_PLAN = Annotated[Path, typer.Argument(help="a plan.json", show_default=False)]
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        app()
+    except MosaicError as error:
+        print(f"mosaic: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def read_plan(path: Path) -> MemoryPlan:
+    """Raises :class:`PlanError` if there is no plan in the file."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise PlanError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise PlanError(
+            f"{path}: not a plan: no text; write one with options={{'dump': DIR}} or mosaic fit -o"
+        ) from None
+    try:
+        return MemoryPlan.from_json(text)
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from None
+
+
+def parse_tokens(given: str) -> list[int]:
+    """``4k,32k,128000`` -> [4096, 32768, 128000] (k is 1,024)."""
+    found = []
+    for part in given.split(","):
+        match = re.fullmatch(r"\s*(\d+)([kKmM]?)\s*", part)
+        if match is None or not int(match[1]):
+            raise OptionsError(f"--tokens {given!r}: write whole numbers such as 4k,32k,131072 (k is 1,024)")
+        found.append(int(match[1]) * {"": 1, "k": 1 << 10, "m": 1 << 20}[match[2].lower()])
+    return found
+
+
+def parse_bytes(option: str, given: str) -> int:
+    """``24GiB`` -> bytes; an error names the option."""
+    from mosaic_compiler.planning.budget import parse_budget
+
+    try:
+        found = parse_budget(int(given) if given.isdigit() else given)
+    except OptionsError as error:
+        raise OptionsError(f"{option} {given!r}: {str(error).partition(': ')[2] or error}") from None
+    assert found is not None
+    return found
+
+
+@app.command()
+def fit(
+    config: Annotated[str, typer.Option(help="LLaDA-8B, Dream-7B, LLaDA-MoE-7B-A1B, or a Hugging Face config.json")],
+    tokens: Annotated[str, typer.Option(help="length of the sequence; several: 4k,32k,128k (k is 1,024)")] = "32k",
+    gpu: Annotated[str, typer.Option(help="memory of the card")] = "24GiB",
+    dtype: Annotated[
+        str, typer.Option(help="of the weights: bfloat16, float16 or float32 (or bf16, fp16, fp32)")
+    ] = "bf16",
+    masked: Annotated[float, typer.Option(help="share of the rows whose logits are needed", min=0, max=1)] = 0.5,
+    reserve: Annotated[str, typer.Option(help="what CUDA itself takes of the card")] = "600MiB",
+    device: Annotated[
+        str, typer.Option(help="whose kernels: cuda, cpu, or auto (a GPU's where there is one)")
+    ] = "auto",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="write the plan of the longest of them")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+) -> None:
+    """Does a model run at so many tokens on such a card?  Needs neither weights nor a GPU."""
+    from mosaic_compiler.report.fit import answer, load_config, longest, traced
+
+    lengths = parse_tokens(tokens)
+    card, kept = parse_bytes("--gpu", gpu), parse_bytes("--reserve", reserve)
+    short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    described = load_config(config)
+    model = traced(described, short.get(dtype, dtype), device, on_trace=_say_tracing)
+    room = card - kept - model.weights
+    answers = [answer(model, length, room, masked) for length in lengths]
+    most, eager = longest(model, room, masked)
+    plans = [a.plan for a in answers if a.plan is not None]
+    if output is not None:
+        if not plans:
+            raise ConfigError(
+                f"none of these lengths fits, so there is no plan to write to {output}: {answers[-1].problem}"
+            )
+        output.write_text(plans[-1].to_json())
+    if as_json:
+        rows = [
+            {
+                "tokens": a.tokens, "fits": a.plan is not None, "peak": a.plan.peak if a.plan else None,
+                "workspace": a.plan.workspace if a.plan else None, "problem": a.problem, "eager_peak": a.eager_peak,
+                "eager_fits": a.eager_peak <= room, "chunks": chunk_sizes(a.plan) if a.plan else None,
+            }
+            for a in answers
+        ]  # fmt: skip
+        head = {"weights": model.weights, "room": room, "longest": most, "longest_eager": eager}
+        print(json.dumps({**head, "answers": rows}, indent=1))
+        return
+    console = Console()
+    console.print(
+        f"{config}, {dtype}: weights {format_bytes(model.weights)}; {format_bytes(max(room, 0))} of {gpu} are left"
+    )
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("tokens", "fits", "peak", "rows per chunk", "eager needs", "fits"):
+        table.add_column(column, justify="right")
+    for a in answers:
+        peak, chunks = (format_bytes(a.plan.peak), chunk_text(a.plan)) if a.plan else ("-", "-")
+        table.add_row(
+            f"{a.tokens:,}",
+            _yes(a.plan is not None),
+            peak,
+            chunks,
+            format_bytes(a.eager_peak),
+            _yes(a.eager_peak <= room),
+        )
+    console.print(table)
+    console.print(f"longest sequence: {most:,} tokens with mosaic, {eager:,} in eager PyTorch (predicted)")
+    for a in answers:
+        if a.plan is None:
+            console.print(f"{a.tokens:,} tokens: {a.problem}", style="red")
+
+
+def _say_tracing() -> None:
+    print("mosaic: tracing the model; the next time it is remembered", file=sys.stderr)
+
+
+def chunk_sizes(plan: MemoryPlan) -> dict[str, list[int]]:
+    """Rows and rows per chunk of each kind of loop, by the name of the first."""
+    return {loop.name: [loop.rows, loop.chunk] for loop, _ in tables.alike(plan.loops)}
+
+
+def chunk_text(plan: MemoryPlan) -> str:
+    """The chunk sizes of the loops that are chunked."""
+    sizes = sorted({loop.chunk for loop in plan.loops if loop.chunk < loop.rows})
+    return ", ".join(map(str, sizes)) if sizes else "not chunked"
+
+
+def _yes(value: bool) -> Text:
+    return Text("yes", style="green") if value else Text("no", style="red")
+
+
+@app.command()
+def explain(plan: _PLAN) -> None:
+    """What a plan says: figures, timeline, chunk loops, the largest buffers, fallbacks."""
+    found = read_plan(plan)
+    console = Console()
+    for line in (*tables.plan_lines(found), tables.fallbacks(found.fallbacks)):
+        console.print(line)
+
+
+@app.command()
+def report(
+    plan: _PLAN,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help=".html: interactive; .png, .svg, .pdf: a picture; .trace.json: Perfetto; .pickle: PyTorch's",
+        ),
+    ] = Path("plan.html"),
+) -> None:
+    """Draw a plan: one HTML file, a picture, or what other tools open."""
+    found = read_plan(plan)
+    try:
+        _write(found, output)
+    except ImportError as error:
+        raise ConfigError(f"{output.name} needs {error.name}: pip install 'mosaic-compiler[report]'") from None
+    except OSError as error:
+        raise ConfigError(f"cannot write {output}: {error.strerror}") from None
+    print(f"wrote {output} ({format_bytes(output.stat().st_size)})")
+
+
+def _write(plan: MemoryPlan, output: Path) -> None:
+    suffix = "".join(output.suffixes[-2:]) if output.suffix == ".json" else output.suffix
+    if suffix == ".html":
+        from mosaic_compiler.report.page import html
+
+        output.write_text(html(plan))
+    elif suffix in (".png", ".svg", ".pdf"):
+        from mosaic_compiler.report.picture import picture
+
+        picture(plan, output)
+    elif suffix.endswith(".json"):
+        from mosaic_compiler.report.traces import chrome_trace
+
+        output.write_text(chrome_trace(plan))
+    elif suffix == ".pickle":
+        from mosaic_compiler.report.traces import memory_snapshot
+
+        output.write_bytes(pickle.dumps(memory_snapshot(plan)))
+    else:
+        raise OptionsError(
+            f"-o {output}: the suffix says in which format: .html, .png, .svg, .pdf, .trace.json or .pickle"
+        )
+
+
+@app.command()
+def diff(
+    before: _PLAN,
+    after: Annotated[Path, typer.Argument(help="another plan.json", show_default=False)],
+    count: Annotated[int, typer.Option(help="lines about what is live at the peak", min=1)] = 12,
+) -> None:
+    """What changed between two plans, and why the peak moved."""
+    from mosaic_compiler.report.diff import diff as compare
+
+    first, second = read_plan(before), read_plan(after)
+    console = Console()
+    for line in compare(first, second, count):
+        console.print(line)
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine has, which kernels will be used, what is missing and how to install it."""
+    from mosaic_compiler.report.doctor import examine
+
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for finding in examine():
+        table.add_row(finding.what, finding.found, Text(finding.advice, style="yellow"))
+    Console().print(table)

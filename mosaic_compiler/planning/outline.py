@@ -1,0 +1,125 @@
+"""``StepOutline``: a compiled step as planning sees it.  Data: it can be kept on disk and planned without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import sympy
+
+from mosaic_compiler.errors import BudgetError, CaptureError, OptionsError
+from mosaic_compiler.planning.lives import Sizes, StepLives
+from mosaic_compiler.planning.placement import DEADLINE
+from mosaic_compiler.planning.planner import Planned, Planner
+
+
+def capacity(count: int) -> int:
+    """The number of rows to plan for when ``count`` are needed: rounded up by at most 1/32, so that a step
+    whose count changes from call to call does not need a new plan each time.
+
+    capacity(0) == 0, capacity(1) == 32, capacity(1000) == 1024, capacity(4096) == 4096.
+    """
+    unit = max(32, 1 << max(count.bit_length() - 6, 0))
+    return -(-count // unit) * unit
+
+
+@dataclass(frozen=True)
+class StepOutline:
+    """What plans are made from.
+
+    Attributes:
+        loops, flat: lives of the step in loops, and of the flat graph that runs where nothing needs chunks.
+        hints: the example's value of every symbol of the inputs.
+        selected: for each number of computed rows its symbol, and of how many rows they are selected.
+        placement, deadline, chunk_rows, guard: see :class:`planner.Planner`.
+    """
+
+    loops: StepLives
+    flat: StepLives | None
+    hints: Mapping[sympy.Symbol, int]
+    selected: tuple[tuple[sympy.Symbol, sympy.Expr], ...]
+    placement: str = "auto"
+    deadline: float = DEADLINE
+    chunk_rows: int | None = None
+    guard: int = 0
+
+    @cached_property
+    def planner(self) -> Planner:
+        """Plans the step in loops."""
+        return self._planner(self.loops)
+
+    @cached_property
+    def flat_planner(self) -> Planner | None:
+        """Plans the flat graph."""
+        return None if self.flat is None or self.chunk_rows is not None else self._planner(self.flat)
+
+    def _planner(self, lives: StepLives) -> Planner:
+        return Planner(
+            lives,
+            counted=[symbol for symbol, _ in self.selected],
+            placement=self.placement,
+            deadline=self.deadline,
+            chunk_rows=self.chunk_rows,
+            guard=self.guard,
+        )
+
+    def data(self) -> StepOutline:
+        """This without graphs behind its lives, to be pickled."""
+        flat = None if self.flat is None else self.flat.data()
+        return replace(self, loops=self.loops.data(), flat=flat)
+
+    def choose(self, sizes: Sizes, budget: int | None) -> tuple[Planner, Planned]:
+        """A plan of the flat graph if it fits the budget, else of the loops; with the planner that made it.
+
+        Raises:
+            BudgetError: if no chunk sizes fit the memory budget.
+        """
+        flat = self.flat_planner
+        if flat is not None and (budget is None or flat.model.at(sizes).peak({}) <= budget):
+            with suppress(BudgetError):  # its placement is above the lower bound
+                return flat, flat.plan(sizes, budget)
+        return self.planner, self.planner.plan(sizes, budget)
+
+    def sizes_for(self, tokens: int, needed_rows: float = 1.0) -> Sizes:
+        """All sizes of a step for a sequence of ``tokens``, as running it would plan them.
+
+        The other sizes are those of the example; what was as long as its sequence is taken to be so again.
+        ``needed_rows`` is the share of rows that masks select.
+
+        Raises:
+            OptionsError: if ``tokens`` or ``needed_rows`` is out of range.
+            CaptureError: if the captured graph has no symbolic length.
+        """
+        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+            raise OptionsError(f"tokens must be a whole number from 1, got {tokens!r}")
+        if not 0 <= needed_rows <= 1:
+            raise OptionsError(f"needed_rows is a share between 0 and 1, got {needed_rows!r}")
+        main = self.planner.tokens
+        if main is None:
+            raise CaptureError("the captured graph has no symbolic length: give an example of more than one token")
+        values = {symbol: tokens if hint == self.hints[main] else hint for symbol, hint in self.hints.items()}
+        for symbol, rows in self.selected:
+            values[symbol] = capacity(round(Sizes(values)(rows) * needed_rows))
+        return Sizes(values)
+
+    def plan_for(self, tokens: int, needed_rows: float = 1.0, budget: int | None = None) -> Planned:
+        """The plan for a sequence of ``tokens`` (see :meth:`sizes_for`).
+
+        Raises:
+            BudgetError: if it cannot fit.
+        """
+        return self.choose(self.sizes_for(tokens, needed_rows), budget)[1]
+
+    def longest(self, budget: int, needed_rows: float = 1.0) -> int:
+        """The most tokens whose step fits ``budget`` bytes besides weights, inputs and outputs; 0 if none do."""
+        found = self.planner.longest(self.sizes_for(1 << 16, needed_rows), budget) or 0
+        while found:
+            try:
+                self.planner.plan(self.sizes_for(found, needed_rows), budget)
+            except BudgetError:  # the placement is above the lower bound, or rounding took more rows
+                found -= max(found // 1000, 1)
+            else:
+                break
+        return found

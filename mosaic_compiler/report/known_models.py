@@ -1,0 +1,32 @@
+"""Published dims of dLLMs, as Hugging Face configs that transformers builds without remote code.
+
+Sources: the models' config files on the Hugging Face hub (GSAI-ML/LLaDA-8B-Base, Dream-org/Dream-v0-Base-7B,
+inclusionAI/LLaDA-MoE-7B-A1B-Base).  LLaDA is Llama, Dream is Qwen2 and LLaDA-MoE close to OLMoE, each bidirectional.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+KNOWN: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "LLaDA-8B": {
+            "model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32,
+            "num_key_value_heads": 32, "intermediate_size": 12288, "vocab_size": 126464, "rope_theta": 500000.0,
+            "mask_token_id": 126336,
+        },
+        "Dream-7B": {
+            "model_type": "qwen2", "num_hidden_layers": 28, "hidden_size": 3584, "num_attention_heads": 28,
+            "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064, "rope_theta": 1000000.0,
+            "mask_token_id": 151666,
+        },
+        "LLaDA-MoE-7B-A1B": {
+            "model_type": "olmoe", "num_hidden_layers": 16, "hidden_size": 2048, "num_attention_heads": 16,
+            "num_key_value_heads": 16, "intermediate_size": 1024, "num_experts": 64, "num_experts_per_tok": 8,
+            "vocab_size": 157184, "rope_theta": 50000.0, "mask_token_id": 156895,
+        },
+    }
+)  # fmt: skip
+"""Configs by the names that the command line takes."""

@@ -1,0 +1,180 @@
+"""``mosaic`` on the command line: answers, files, and one-line errors with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mosaic_compiler import cli
+from mosaic_compiler.backend import observing
+from mosaic_compiler.planning import Buffer, MemoryPlan, make_plan
+from mosaic_compiler.report import fit
+from mosaic_compiler.sampling import DenoisingStep, block_window
+
+SMALL = {
+    "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "intermediate_size": 160, "vocab_size": 200, "mask_token_id": 3,
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("MOSAIC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mosaic", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        return ended.value.code or 0, said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(SMALL))
+    return path
+
+
+@pytest.fixture
+def plans(tmp_path):
+    paths = []
+    for name, size in (("a", 1 << 20), ("b", 3 << 20)):
+        buffers = [
+            Buffer("mm", "arena", size, 0, 2, "float32", (size // 4,), "aten.mm.default", "model.mlp", "model.py:3"),
+            Buffer("out", "output", 1 << 10, 1, 2),
+        ]
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(make_plan(buffers, ["mm", "out"], symbols=[("s0", 8)]).to_json())
+    return paths
+
+
+def test_fit_answers_for_several_lengths_and_remembers_the_trace(run, config, tmp_path):
+    plan = tmp_path / "plan.json"
+    arguments = ("fit", "--config", config, "--gpu", "100MB", "--reserve", "1MB", "--dtype", "fp32")
+    code, out, err = run(*arguments, "--tokens", "64,1k,200k", "-o", plan)
+    assert code == 0
+    assert "tracing" in err
+    assert "longest sequence" in out
+    assert out.count("yes") >= 2
+    assert "bytes" in out, "the length that does not fit says why"
+    assert MemoryPlan.from_json(plan.read_text()).workspace > 0
+    code, out, err = run(*arguments, "--tokens", "2k", "--json")
+    assert "tracing" not in err
+    answer = json.loads(out)
+    assert answer["answers"][0]["fits"]
+    assert answer["answers"][0]["tokens"] == 2048
+    assert answer["longest"] > answer["longest_eager"] > 0
+
+
+def test_a_remembered_trace_is_planned_without_torch(config, tmp_path, run):
+    arguments = ["fit", "--config", str(config), "--tokens", "2k"]
+    run(*arguments)
+    script = f"import sys; sys.argv = ['mosaic', *{arguments}]; from mosaic_compiler import cli\ntry: cli.main()\n"
+    script += "except SystemExit as e: assert not e.code\nassert 'torch' not in sys.modules, 'torch was imported'"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_a_broken_cache_is_made_again(run, config, tmp_path):
+    run("fit", "--config", config, "--tokens", "64")
+    (cached,) = (tmp_path / "cache").iterdir()
+    cached.write_bytes(cached.read_bytes()[:100])
+    code, _, err = run("fit", "--config", config, "--tokens", "64")
+    assert code == 0
+    assert "tracing" in err
+
+
+@pytest.mark.parametrize("budget", [None, "3MiB"])
+def test_the_predicted_peak_is_that_of_the_real_step(config, budget, tmp_path):
+    """To the byte: traced at 64 tokens on the meta device, against a compiled step that ran."""
+    from mosaic_compiler.planning.budget import parse_budget
+
+    model, mask = fit.build(fit.load_config(str(config)), torch.float32)
+    known = fit.traced(fit.load_config(str(config)), "float32", cache=tmp_path)
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    model.model.rotary_emb.inv_freq.copy_(torch.linspace(1, 0.01, model.model.rotary_emb.inv_freq.numel()))
+    tokens, steps = 3000, []
+    ids = torch.full((1, tokens), 5)
+    ids[:, ::2] = mask
+    step = torch.compile(DenoisingStep(model, mask), backend="mosaic", dynamic=True, options={"memory_budget": budget})
+    with torch.no_grad(), observing(steps.append):
+        step(ids, block_window(tokens, 0, tokens), torch.tensor([100]))
+    real = steps[0].plan
+    ahead = known.outline.plan_for(tokens, 0.5, parse_budget(budget)).plan
+    assert (ahead.peak, ahead.height, ahead.workspace) == (real.peak, real.height, real.workspace)
+
+
+def test_eager_is_predicted_as_the_captured_graph_without_waste(config, tmp_path):
+    known = fit.traced(fit.load_config(str(config)), "float32", cache=tmp_path)
+    logits = 10_000 * 200 * 4
+    assert 2 * logits <= fit.answer(known, 10_000, 1 << 30).eager_peak <= 12 * logits
+
+
+def test_explain_report_and_diff(run, plans, tmp_path):
+    code, out, _ = run("explain", plans[0])
+    assert code == 0
+    assert "1.0 MiB" in out
+    assert "fallbacks: none" in out
+    for suffix, start in ((".html", b"<!DOC"), (".png", b"\x89PNG"), (".trace.json", b'{"tra'), (".pickle", b"\x80")):
+        path = tmp_path / f"plan{suffix}"
+        assert run("report", plans[0], "-o", path)[0] == 0
+        assert path.read_bytes().startswith(start)
+    code, out, _ = run("diff", *plans)
+    assert code == 0
+    assert "+2.0 MiB" in out
+    assert "model.mlp" in out
+
+
+def test_doctor_says_what_is_there_and_what_is_missing(run):
+    code, out, _ = run("doctor")
+    assert code == 0
+    assert torch.__version__ in out
+    assert "cpu arena" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("explain", "{missing}"), "No such file"),
+        (("explain", "{text}"), "not a plan"),
+        (("explain", "{old}"), "schema version 1"),
+        (("explain", "{cut}"), "no valid JSON"),
+        (("explain", "{binary}"), "not a plan"),
+        (("report", "{plan}", "-o", "x.docx"), "the suffix says"),
+        (("report", "{plan}", "-o", "/nowhere/at/all.html"), "cannot write"),
+        (("diff", "{plan}", "{text}"), "not a plan"),
+        (("fit", "--config", "GPT-5"), "no such config"),
+        (("fit", "--config", "{text}"), "no JSON"),
+        (("fit", "--config", "{plan}"), "no 'model_type'"),
+        (("fit", "--config", "{alien}"), "does not know model_type 'alien'"),
+        (("fit", "--config", "{remote}"), "remote code"),
+        (("fit", "--config", "LLaDA-8B", "--gpu", "24 gigs"), "--gpu '24 gigs'"),
+        (("fit", "--config", "LLaDA-8B", "--tokens", "many"), "--tokens 'many'"),
+        (("fit", "--config", "LLaDA-8B", "--tokens", "0"), "--tokens '0'"),
+        (("fit", "--config", "LLaDA-8B", "--dtype", "int3"), "dtype 'int3'"),
+        (("fit", "--config", "LLaDA-8B", "--device", "tpu"), "device 'tpu'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(run, plans, tmp_path, arguments, message):
+    files = {
+        "plan": plans[0].read_text(), "text": "hello", "old": '{"schema": "mosaic.plan", "version": 1}',
+        "cut": plans[0].read_text()[:200], "alien": '{"model_type": "alien"}',
+        "remote": '{"model_type": "llada", "auto_map": {}}',
+    }  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x80")
+    names = {name: tmp_path / name for name in (*files, "binary", "missing")}
+    code, _, err = run(*(argument.format(**names) for argument in arguments))
+    assert code == 2
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
