@@ -17,23 +17,28 @@ if TYPE_CHECKING:
     from mosaic_compiler.report.explain import Report, explain
     from mosaic_compiler.report.forecast import max_tokens
     from mosaic_compiler.runtime.arena import release_memory
+    from mosaic_compiler.sampling.generation import Generation, generate
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BudgetError",
+    "Generation",
     "MemoryPlan",
     "MosaicError",
     "MosaicOptions",
     "Report",
     "__version__",
     "explain",
+    "generate",
     "max_tokens",
     "release_memory",
 ]
 
 _HOME = {
     "BudgetError": "errors",
+    "Generation": "sampling.generation",
+    "generate": "sampling.generation",
     "MemoryPlan": "planning",
     "MosaicError": "errors",
     "MosaicOptions": "options",

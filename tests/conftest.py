@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from mosaic_compiler.settings import SWITCHES
+
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.load_profile("default")
 
@@ -18,7 +20,7 @@ def _fresh_dynamo(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     """Each test compiles afresh, with one thread per worker and no MOSAIC_ switches set, but without ``fuse`` (kernels
     take seconds to compile; ``tests/test_fuse.py`` has it on)."""
     torch.set_num_threads(1)
-    for name in ("MOSAIC_DEBUG", "MOSAIC_DISABLE", "MOSAIC_DUMP", "MOSAIC_POISON", "MOSAIC_STRICT"):
+    for name in SWITCHES:
         monkeypatch.delenv(name, raising=False)
     if request.node.get_closest_marker("fuse") is None:
         monkeypatch.setenv("MOSAIC_DISABLE", "fuse")
