@@ -30,6 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
 _PLAN = Annotated[Path, typer.Argument(help="a plan.json", show_default=False)]
 
 
@@ -102,9 +104,8 @@ def fit(
 
     lengths = parse_tokens(tokens)
     card, kept = parse_bytes("--gpu", gpu), parse_bytes("--reserve", reserve)
-    short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
     described = load_config(config)
-    model = traced(described, short.get(dtype, dtype), device, on_trace=_say_tracing)
+    model = traced(described, _DTYPES.get(dtype, dtype), device, on_trace=_say_tracing)
     room = card - kept - model.weights
     answers = [answer(model, length, room, masked) for length in lengths]
     most, eager = longest(model, room, masked)
@@ -239,6 +240,68 @@ def diff(
     console = Console()
     for line in compare(first, second, count):
         console.print(line)
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        Path | None, typer.Option(help="a folder of transformers; the shipped tiny-llada if left out")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="text to begin with")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="a file with the text to begin with")] = None,
+    gen_length: Annotated[int, typer.Option(help="new tokens")] = 128,
+    steps: Annotated[int, typer.Option(help="steps in all")] = 32,
+    block_length: Annotated[int | None, typer.Option(help="LLaDA: tokens per block")] = None,
+    budget: Annotated[str | None, typer.Option(help="memory for activations, such as 64MiB")] = None,
+    temperature: Annotated[float, typer.Option(help="0: the most likely tokens")] = 0.0,
+    alg: Annotated[str | None, typer.Option(help="Dream: origin, maskgit_plus, topk_margin or entropy")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Fast-dLLM: commit what is at least this confident")] = None,
+    seed: Annotated[int, typer.Option(help="of the noise")] = 0,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32")] = "fp32",
+    as_json: Annotated[bool, typer.Option("--json", help="for machines: no live text")] = False,
+) -> None:
+    """Fill in new tokens behind a prompt; the text settles in the terminal."""
+    import time
+
+    from mosaic_compiler.report.live import LiveText
+    from mosaic_compiler.report.load import load_model
+
+    if (prompt is None) == (file is None):
+        raise ConfigError("give the text to begin with: --prompt TEXT, or --file FILE")
+    if file is not None:
+        try:
+            prompt = file.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file}: {getattr(error, 'strerror', None) or 'no text'}") from None
+    limit = None if budget is None else parse_bytes("--budget", budget)
+    loaded, tokenizer = load_model(model, _DTYPES.get(dtype, dtype))
+    import torch
+
+    from mosaic_compiler.sampling import generate as run
+
+    ids = torch.tensor([tokenizer(prompt).input_ids], dtype=torch.int64, device=next(loaded.parameters()).device)
+    mask = getattr(loaded.config, "mask_token_id", None)
+    streamer = None if as_json or mask is None else LiveText(tokenizer, mask, ids.shape[1])
+    started = time.perf_counter()
+    try:
+        result = run(
+            loaded, ids, gen_length=gen_length, steps=steps, block_length=block_length, memory_budget=limit,
+            temperature=temperature, alg=alg, threshold=threshold, streamer=streamer,
+            generator=torch.Generator().manual_seed(seed),
+        )  # fmt: skip
+    except ValueError as error:
+        raise error if isinstance(error, MosaicError) else ConfigError(str(error)) from None
+    seconds = time.perf_counter() - started
+    new = result.sequences[0, ids.shape[1] :]
+    peak = None if result.plan is None else result.plan.workspace
+    if as_json:
+        print(json.dumps({
+            "text": tokenizer.decode(new), "tokens": new.tolist(), "prompt_tokens": ids.shape[1], "steps": result.steps,
+            "seconds": seconds, "workspace": peak,
+        }))  # fmt: skip
+        return
+    said = f"{len(new)} tokens behind {ids.shape[1]} in {seconds:.1f} s, {result.steps} steps"
+    Console().print(said + ("" if peak is None else f", {format_bytes(peak)} of activations"), style="dim")
 
 
 @app.command()

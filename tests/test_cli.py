@@ -141,9 +141,43 @@ def test_doctor_says_what_is_there_and_what_is_missing(run):
     assert "cpu arena" in out
 
 
+def test_generate_prints_text_or_json(run, tmp_path):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("In the beginning God created the heaven and the earth. And the earth was")
+    arguments = ("generate", "-f", prompt, "--gen-length", "8", "--steps", "4", "--budget", "64MiB")
+    code, out, _ = run(*arguments, "--json")
+    assert code == 0
+    answer = json.loads(out)
+    assert len(answer["tokens"]) == 8
+    assert answer["steps"] == 4
+    assert 0 < answer["workspace"] <= 64 << 20
+    code, out, _ = run(*arguments)
+    assert code == 0
+    assert "8 tokens behind" in out
+    assert answer["text"].strip().splitlines()[-1][-10:] in out
+
+
+def test_drafts_show_what_is_still_masked():
+    from mosaic_compiler.report.live import HIDDEN, LiveText
+
+    class Words:
+        def decode(self, ids):
+            return "".join(f"<{i}>" for i in ids)
+
+    text = LiveText(Words(), mask=3, prompt=1).render(torch.tensor([7, 3, 8, 9, 3]))
+    assert text.plain == f"<7>{HIDDEN}<8><9>{HIDDEN}"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("generate",), "give the text to begin with"),
+        (("generate", "--prompt", "x", "-f", "{plan}"), "give the text to begin with"),
+        (("generate", "-f", "{missing}"), "No such file"),
+        (("generate", "--prompt", "x", "--model", "{missing}"), "no model"),
+        (("generate", "--prompt", "x", "--budget", "lots"), "--budget 'lots'"),
+        (("generate", "--prompt", "x", "--gen-length", "0"), "gen_length must be"),
+        (("generate", "--prompt", "x", "--gen-length", "8", "--budget", "5KB"), "needs at least"),
         (("explain", "{missing}"), "No such file"),
         (("explain", "{text}"), "not a plan"),
         (("explain", "{old}"), "schema version 1"),

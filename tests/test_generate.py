@@ -336,3 +336,13 @@ def test_nothing_masked_and_everything_masked():
     assert torch.equal(result.sequences, expected)
     empty = mosaic_compiler.generate(model, torch.empty(1, 0, dtype=torch.int64), gen_length=4, steps=2, compile=False)
     assert empty.sequences.shape == (1, 4)
+
+
+def test_512_new_tokens_behind_a_long_text_inside_64_mib(tiny_llada, genesis):
+    """Equal to the plain loop's: what users would run by hand."""
+    prompt, more = genesis[:, :3500], {"gen_length": 512, "block_length": 64, "steps": 8}
+    result = mosaic_compiler.generate(tiny_llada, prompt, memory_budget="64MiB", **more)
+    expected = published.llada(logits_of(tiny_llada), prompt, mask_id=3, **more)
+    assert torch.equal(result.sequences, expected)
+    assert result.plan.workspace <= 64 << 20
+    assert max(b.shape[0] for b in result.plan.buffers if b.shape[-1:] == (8192,)) <= 512

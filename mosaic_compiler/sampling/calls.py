@@ -80,10 +80,13 @@ def is_dream_like(model: nn.Module) -> bool:
 
 
 def check_bidirectional(model: nn.Module) -> None:
-    """Raise :class:`NotADiffusionModelError` if a part of the model attends causally."""
+    """Raise :class:`NotADiffusionModelError` if the config says that the model attends causally, or, where it says
+    nothing, if a part of the model does."""
+    declared = getattr(getattr(model, "config", None), "is_causal", None)
+    if declared is False:
+        return
     causal = next((name for name, part in model.named_modules() if getattr(part, "is_causal", False) is True), None)
-    config = getattr(model, "config", None)
-    if causal is not None or getattr(config, "is_causal", False) is True:
+    if declared or causal is not None:
         where = f"its {causal}" if causal else "its config"
         raise NotADiffusionModelError(
             f"{type(model).__name__} is no diffusion language model: {where} attends causally. If its weights are of "
