@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu lint format bench bench-gpu clean
+.PHONY: help setup demo test test-all test-gpu lint docs format bench bench-gpu clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -34,13 +34,17 @@ lint: setup ## Check formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: setup ## Build the documentation into build/site, and check its links
+	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
+
 format: setup ## Rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench-gpu: setup ## Measure steps, peaks, limits and kernels on this machine's GPU
+bench-gpu: setup ## Measure steps, peaks, limits, generating and kernels on this machine's GPU
 	$(BIN)/python -m benchmarks.gpu.rows
 	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m benchmarks.gpu.generate
 
 bench: setup ## Measure the step on this machine's CPU and write benchmarks/results/
 	$(BIN)/python -m benchmarks.step_cpu

@@ -187,8 +187,14 @@ def is_pointwise(node: fx.Node) -> bool:
 
 @functools.cache
 def _is_pointwise_packet(op: OpOverload) -> bool:
-    """Only some overloads of an op carry the tag (``mul.Tensor`` does, ``mul.out`` does not)."""
-    return any(torch.Tag.pointwise in overload.tags for overload in overloads_of(op))
+    """Only some overloads of an op carry the tag: ``mul.Tensor`` does, ``mul.out`` does not.  Those with the same
+    arguments count too; ``max.dim`` is not ``max.other``."""
+    names = [argument.name for argument in op._schema.arguments if not argument.is_out]
+    return any(
+        torch.Tag.pointwise in overload.tags
+        and [argument.name for argument in overload._schema.arguments if not argument.is_out] == names
+        for overload in overloads_of(op)
+    )
 
 
 def overloads_of(op: OpOverload) -> list[OpOverload]:

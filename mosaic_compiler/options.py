@@ -13,7 +13,7 @@ from mosaic_compiler.planning.budget import parse_budget
 from mosaic_compiler.planning.placement import DEADLINE
 from mosaic_compiler.settings import Settings, read_settings
 
-PLACEMENTS = ("auto", "naive", "size", "live-total", "area")
+PLACEMENTS = ("auto", "naive", "size", "live-total", "area", "lifetime")
 
 
 def nearest(name: str, valid: tuple[str, ...]) -> str:

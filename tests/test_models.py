@@ -282,6 +282,30 @@ def test_thirty_two_layers_are_searched_and_planned_at_the_bound_within_50_ms():
     assert statistics.median(times) <= 0.05, times
 
 
+def test_520_random_plans_are_at_the_bound():
+    """Random lengths, shares of masked rows, budgets and chunk sizes of four models, each length planned afresh."""
+    import random
+    from dataclasses import replace
+
+    from mosaic_compiler.report.forecast import capture_step
+
+    ids, window = torch.zeros(1, 64, dtype=torch.long), torch.ones(1, 64, dtype=torch.bool)
+    chance, ratios = random.Random(0), []
+    for kind in ("llama", "qwen2", "olmoe", "bert"):
+        step = DenoisingStep(random_model(kind), 3)
+        outline = capture_step(step, (ids, window, torch.tensor([8])), {}).outline
+        for number in range(130):
+            fresh = replace(outline, chunk_rows=chance.randrange(1, 3000) if number % 3 == 0 else None)
+            sizes = fresh.sizes_for(chance.randrange(64, 200_000), chance.random())
+            evaluation = fresh.planner.model.at(sizes)
+            low, high = evaluation.peak(evaluation.smallest()), evaluation.peak(evaluation.rows)
+            budget = chance.randrange(low + low // 200, max(high, low + low // 100))
+            plan = fresh.choose(sizes, None if fresh.chunk_rows is not None else budget)[1].plan
+            ratios.append(plan.height / plan.lower_bound)
+    assert max(ratios) <= 1.005
+    assert sum(ratio == 1 for ratio in ratios) >= 0.99 * len(ratios), sorted(ratios)[-8:]
+
+
 def test_backend_is_found_by_name_in_a_fresh_process():
     """After installation nothing has to be imported, and transformers is not imported."""
     import subprocess

@@ -17,7 +17,7 @@ from mosaic_compiler.planning.placement import ORDERS, Interval, height_of, live
 from mosaic_compiler.planning.plan import align, check_overlaps
 from mosaic_compiler.planning.stack import Stack
 
-ALGORITHMS = ["auto", "live-total", "size", "area", "naive"]
+ALGORITHMS = ["auto", "live-total", "size", "area", "lifetime", "naive"]
 HORIZON = 24
 
 

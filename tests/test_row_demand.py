@@ -49,6 +49,7 @@ SELECTORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 READOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "argmax": lambda x: x.argmax(-1),
     "confidence": lambda x: torch.softmax(x, -1).amax(-1),
+    "highest": lambda x: torch.softmax(x, -1).max(-1)[1],
     "entropy": lambda x: -(torch.softmax(x, -1) * torch.log_softmax(x, -1)).sum(-1),
     "margin": lambda x: (lambda t: t[..., 0] - t[..., 1])(torch.topk(x, 2, -1)[0]),
     "shifted": lambda x: torch.cat((x[:, :1], x[:, :-1]), 1).argmax(-1),
@@ -413,6 +414,31 @@ def test_random_noise_keeps_its_stream():
     (got,) = step(list(arguments))
     torch.manual_seed(5)
     assert torch.equal(got, f(*arguments))
+
+
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_noise_on_selected_rows_is_drawn_for_them_only():
+    def step(x, w, ids):
+        logits = (x @ w)[ids == MASK]
+        return (logits - torch.log(-torch.log(torch.rand_like(logits)))).argmax(-1)
+
+    inputs = torch.randn(64, 8), torch.randn(8, 50), torch.randint(0, 6, (64,))
+    torch.manual_seed(0)
+    report = mosaic_compiler.explain(step, *inputs)
+    torch.manual_seed(0)
+    assert torch.equal(report.result, step(*inputs))
+    assert report.rows[0].rows == "M"
+
+
+def test_a_maximum_over_rows_is_no_pointwise_op():
+    def f(x):
+        return ((x @ x.t()).max(0)[0].unsqueeze(1) * x) @ x.t()
+
+    compiled = torch.compile(f, backend="mosaic", dynamic=True)
+    for n in (5, 9):
+        x = torch.randn(n, 4)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), f(x))
 
 
 def test_bad_masks_and_indices_are_the_errors_of_eager():

@@ -119,6 +119,8 @@ class _Memory:
         self._needs: dict[fx.Node, set[fx.Node]] = {}
         below: dict[fx.Node, set[fx.Node]] = {}  # units that a node needs, through views
         previous: fx.Node | None = None
+        touched: dict[ir.Root, list[fx.Node]] = {}  # units that read or write each storage that is written
+        written = ir.written_roots(graph, storage)
         for node in graph.nodes:
             needs = set().union(*(below[operand] for operand in node.all_input_nodes)) if node.op != "output" else set()
             if node in self._index:
@@ -128,6 +130,9 @@ class _Memory:
                 if ordered and previous is not None:
                     needs.add(previous)
                 previous = node if ordered else previous
+                for root in written.intersection(r for n in node.all_input_nodes for r in storage.roots(n)):
+                    needs.update(touched.setdefault(root, []))
+                    touched[root].append(node)
                 self._needs[node] = needs
                 below[node] = {node}
             else:

@@ -283,11 +283,18 @@ def _output_fact(item: Any, storage: ir.StorageMap, data: dict[sympy.Symbol, sym
 
 
 def _effects(graph: fx.Graph, storage: ir.StorageMap) -> Iterator[Any]:
+    """Random draws by op and layout, and writes to inputs.  Numbers that data decides have one name: ``row-demand``
+    gives them symbols of its own."""
+    bound = {node.meta[ir.BINDS] for node in graph.nodes if ir.BINDS in node.meta}
+    unbacked = sympy.Symbol("data")
     for node in graph.nodes:
         if node.op not in ("call_function", "call_module"):
             continue
         if ir.is_random(node):
-            yield (str(node.target), ir.layout_of(ir.value_of(node)))
+            tensors = [tensor for tensor in ir.tensors_of(node) if tensor is not None]
+            numbers = [ir.expr_of(n) for tensor in tensors for n in (*tensor.shape, *tensor.stride())]
+            named = {s: unbacked for n in numbers for s in n.free_symbols if s in bound or str(s).startswith("u")}
+            yield (str(node.target), *(tensor.dtype for tensor in tensors), *(n.xreplace(named) for n in numbers))
         for argument in ir.mutated_arguments(node):
             for root in storage.roots(argument):
                 if root is not None and not ir.is_computed(root):

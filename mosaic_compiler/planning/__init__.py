@@ -27,7 +27,7 @@ def make_plan(
     Args:
         buffers: lives in bytes and schedule positions, in any order, without offsets.
         schedule: node names by position.
-        algorithm: ``auto``, ``live-total``, ``size``, ``area`` or ``naive``.
+        algorithm: ``auto``, ``live-total``, ``size``, ``area``, ``lifetime`` or ``naive``.
         deadline: seconds that the search may take where first-fit does not reach the lower bound.
         symbols: the sizes that the bytes were computed for, kept for the reader.
         loops: the chunk loops and their sizes, kept for the reader.

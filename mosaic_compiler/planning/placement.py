@@ -99,8 +99,13 @@ def _by_area(lives: Sequence[Life]) -> list[int]:
     return _ranked([((b.start - b.end) * b.size, b.start, b.end, b.name) for b in lives])
 
 
+def _by_lifetime(lives: Sequence[Life]) -> list[int]:
+    """Decreasing lifetime."""
+    return _ranked([(b.start - b.end, -b.size, b.start, b.name) for b in lives])
+
+
 ORDERS: Mapping[str, Callable[[Sequence[Life]], list[int]]] = MappingProxyType(
-    {"live-total": _by_live_total, "size": _by_size, "area": _by_area}
+    {"live-total": _by_live_total, "size": _by_size, "area": _by_area, "lifetime": _by_lifetime}
 )
 """Orders for first-fit, by name: positions of the lives, the first one placed first."""
 
@@ -229,9 +234,10 @@ class _Problem:
                 return
 
     def improve(self, work: _Work, chance: np.random.Generator) -> None:
-        """Repair what first-fit made, then search."""
-        for name, order, offsets in self._tried:
-            self._repair(name, order, offsets, work, chance)
+        """Repair what first-fit made, with a third of the work, then search."""
+        with work.portion(3) as portion:
+            for name, order, offsets in self._tried:
+                self._repair(name, order, offsets, portion, chance)
         self._search(work, chance)
 
     def _keep(self, name: str, offsets: list[int]) -> None:
@@ -324,8 +330,8 @@ def place_blocks(
 ) -> tuple[str, Offsets]:
     """As :func:`place`, with the buffers that are local to one loop placed as one block.
 
-    What lives at full length does not change while a loop runs, so nothing is lost by it; equal loops (layers) are
-    placed once.
+    What lives at full length does not change while a loop runs, so little is lost by it, and equal loops (layers) are
+    placed once.  Where the lower bound is missed, all are placed one by one as well.
     """
     if algorithm != "auto" or not blocks:
         return place(lives, algorithm, deadline=deadline, seed=seed)
@@ -350,4 +356,8 @@ def place_blocks(
     for loop, own in members.items():
         base = offsets.pop(f"{loop}.*")
         offsets.update({b.name: base + at for b, at in zip(own, inside[loop], strict=True)})
+    if height_of(lives, offsets) > max(live_totals(lives)[1], default=0):  # blocks do not stack as well as buffers
+        other, single = place(lives, deadline=deadline, seed=seed)
+        if height_of(lives, single) < height_of(lives, offsets):
+            return other, single
     return name, offsets

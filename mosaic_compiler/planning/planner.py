@@ -93,6 +93,8 @@ class Planner:
         if target is None:
             return dict(rows), dict.fromkeys(rows, "no limit is known")
         found = evaluation.search(target)
+        if isinstance(found, Shortfall) and budget is not None and found.needed <= budget:
+            return evaluation.smallest(), dict.fromkeys(rows, "larger chunks do not fit as they are placed")
         if isinstance(found, Shortfall):
             raise self._error(evaluation, found.needed, budget or target, found.position)
         return dict(found.rows), dict(found.reasons)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 _Ints: TypeAlias = "npt.NDArray[np.int64]"
 
 WIDTH = 32
-"""Partial placements that are kept."""
+"""Partial placements that are kept; fewer where there is little time."""
 
 _RAISES = 32
 """Points of the skyline that one step raises at most."""
@@ -80,10 +80,11 @@ class Skyline:
             An offset for each life (``None`` if nothing was found), and the entries written.
         """
         count = len(self._sizes)
-        if count * (count + len(self._totals)) > cells:
-            return None, cells  # not even the first placement would be finished
+        width = min(WIDTH, cells // (count * (count + len(self._totals))))
+        if not width:
+            return None, cells  # not even one placement would be finished
         size, first, last, totals, members = self._tables()
-        points, width = np.arange(len(totals)), WIDTH
+        points = np.arange(len(totals))
         floor = np.zeros((1, len(totals)), np.int64)  # by state and point: the skyline
         rest = totals[None]  # ... and the bytes that are still to be placed
         lowest = np.zeros((1, count + 1), np.int64)  # by state and life: the lowest offset; FAR when placed
