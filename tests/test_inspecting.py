@@ -168,3 +168,13 @@ def test_pass_names_files_and_classes_correspond():
 def test_readme_names_only_make_targets_that_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     assert set(re.findall(r"make ([a-z-]+)", (ROOT / "README.md").read_text())) <= targets
+
+
+def test_the_pass_of_the_documentation_passes_its_own_tests(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "writing-passes.md").read_text(), re.S)
+    (tmp_path / "test_neg_neg.py").write_text(code)
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_neg_neg.py"], cwd=tmp_path,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "2 passed" in ran.stdout, ran.stdout

@@ -441,11 +441,21 @@ def _without_breaks() -> Iterator[None]:
     known = {
         "reorderable_logging_functions": {print},
         "ignore_logging_functions": functions | methods,
-        "ignore_logger_methods": methods,
         "skip_nnmodule_hook_guards": False,  # HeadRows is a hook that comes and goes
     }
-    with config.patch({name: value for name, value in known.items() if hasattr(config, name)}):
-        yield
+    # Dynamo cannot write functions of its own configuration into its metrics, and says so each time
+    metrics = logging.getLogger("torch._dynamo.metrics_context")
+    metrics.addFilter(_is_no_complaint)
+    try:
+        with config.patch({name: value for name, value in known.items() if hasattr(config, name)}):
+            yield
+    finally:
+        metrics.removeFilter(_is_no_complaint)
+
+
+def _is_no_complaint(record: logging.LogRecord) -> bool:
+    text = f"{record.getMessage()} {record.exc_info[1] if record.exc_info else ''}"
+    return "not supported between instances of 'function'" not in text and "not JSON serializable" not in text
 
 
 @contextmanager
