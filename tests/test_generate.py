@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import types
+import weakref
 
 import published_samplers as published
 import pytest
@@ -335,6 +337,15 @@ def test_nothing_masked_and_everything_masked():
     assert torch.equal(result.sequences, expected)
     empty = mosaic_compiler.generate(model, torch.empty(1, 0, dtype=torch.int64), gen_length=4, steps=2, compile=False)
     assert empty.sequences.shape == (1, 4)
+
+
+def test_models_are_not_kept_alive():
+    model = LLaDALike()
+    mosaic_compiler.generate(model, prompt_of(1, 9, 0), gen_length=4, steps=2)
+    watched = weakref.ref(model)
+    del model
+    gc.collect()
+    assert watched() is None
 
 
 def test_512_new_tokens_behind_a_long_text_inside_64_mib(tiny_llada, genesis):

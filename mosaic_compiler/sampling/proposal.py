@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -20,12 +22,14 @@ class HeadRows:
     """
 
     def __init__(self, head: nn.Module) -> None:
-        self.head = head
+        self._head = weakref.ref(head)
         self.rows: Tensor | None = None
         self._hook: RemovableHandle | None = None
 
     def __enter__(self) -> HeadRows:
-        self._hook = self.head.register_forward_pre_hook(self._pick)
+        head = self._head()
+        assert head is not None
+        self._hook = head.register_forward_pre_hook(self._pick)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -43,7 +47,7 @@ class Proposal(nn.Module):
     The graph picks the rows behind the logits; so nothing else is computed for other rows than the model needs.
 
     Args:
-        model: see ``call``.
+        model: see ``call``.  It is not kept alive.
         call: how to call it.
         rule: a module of ``rules.py``.
         guidance: scale of classifier-free guidance; 0: none.
@@ -59,7 +63,15 @@ class Proposal(nn.Module):
         picked: HeadRows | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.call, self.rule, self.guidance, self.picked = model, call, rule, guidance, picked
+        self._model = weakref.ref(model)
+        self.call, self.rule, self.guidance, self.picked = call, rule, guidance, picked
+
+    @property
+    def model(self) -> nn.Module:
+        """The model; whoever calls holds it."""
+        found = self._model()
+        assert found is not None
+        return found
 
     def forward(
         self, ids: Tensor, rows: Tensor, keys: Tensor, unguided: Tensor | None = None, real: Tensor | None = None
