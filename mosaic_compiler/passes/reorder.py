@@ -38,10 +38,11 @@ class OrderDecision:
 class ReorderPass:
     """Reorder ops that do not depend on each other if that lowers the most bytes live at once.
 
-    Three orders are compared, in the graph and in loop bodies: the program's own; least peak memory first (of what can
-    run, the op that adds least; Inductor calls it LPMF); and depth first (what feeds the last op is finished operand by
-    operand, the one that needs most memory first).  Another order than the program's is taken only if it is lower.
-    What runs before sizes are known stays in front, and effects (random draws) keep their order.
+    Four orders are compared, in the graph and in loop bodies: the program's own; least peak memory first (of what can
+    run, the op that adds least; Inductor calls it LPMF); depth first (what feeds the last op is finished operand by
+    operand, the one that needs most memory first); and breadth first (by the number of ops in front).  Another order
+    than the program's is taken only if it is lower.  What runs before sizes are known stays in front, and effects
+    (random draws) keep their order.
 
     Requires: a functional graph (``in-place`` comes later).  Guarantees: same outputs, bit for bit.
 
@@ -83,7 +84,12 @@ class ReorderPass:
 def _reorder(graph: fx.Graph, name: str) -> OrderDecision:
     memory = _Memory(graph)
     program = memory.units
-    orders = {"program": program, "least peak first": memory.least_peak_first(), "depth first": memory.depth_first()}
+    orders = {
+        "program": program,
+        "least peak first": memory.least_peak_first(),
+        "depth first": memory.depth_first(),
+        "breadth first": memory.breadth_first(),
+    }
     estimates = {order: memory.peak(units) for order, units in orders.items()}
     chosen = min(estimates, key=lambda order: estimates[order])  # the first of equals: the program's own
     if chosen != "program":
@@ -191,6 +197,13 @@ class _Memory:
                 else:
                     todo += heapq.nsmallest(len(missing), missing, key=lambda n: (weight[n], -self._index[n]))
         return list(order)
+
+    def breadth_first(self) -> list[fx.Node]:
+        """By the longest chain of ops in front of each."""
+        level: dict[fx.Node, int] = {}
+        for unit in self.units:
+            level[unit] = 1 + max((level[need] for need in self._needs[unit]), default=0)
+        return sorted(self.units, key=lambda unit: (level[unit], self._index[unit]))
 
     def _made(self, unit: fx.Node) -> int:
         return sum(self._bytes[root] for root in self._makes[unit])

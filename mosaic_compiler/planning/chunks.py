@@ -20,6 +20,7 @@ then 64, 32, ..., 1.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -39,13 +40,23 @@ HALF_RATE = {"cuda": 280, "cpu": 20}
 [c, 1024] x [1024, 4096]: 81 GFLOP/s at 8 rows, 166 at 32, 218 at 128, 261 at 4,096."""
 
 
+FINE = 512
+"""Numbers of chunks up to which each is tried; beyond, they grow by 1 %."""
+
+
+def _steps(most: int) -> int:
+    return max(math.ceil(math.log(most / FINE) / math.log(1.01)) + 1, 0) if most > FINE else 0
+
+
 @functools.lru_cache(maxsize=64)
 def candidates(rows: int) -> tuple[int, ...]:
     """Chunk sizes worth trying for a loop over ``rows`` rows, the largest first.
 
     candidates(1000) == (1000, 512, 384, 256, 128, 64, 32, 16, 8, 4, 2, 1)
     """
-    even = {-(-rows // count // UNIT) * UNIT for count in range(2, rows // UNIT + 2)}
+    most = rows // UNIT + 1
+    counts = {*range(2, min(most, FINE) + 1), *(round(FINE * 1.01**step) for step in range(_steps(most)))}
+    even = {-(-rows // count // UNIT) * UNIT for count in counts if count <= most}
     small = {UNIT >> shift for shift in range(1, UNIT.bit_length())}
     return (rows, *sorted((size for size in even | small if size < rows), reverse=True))
 

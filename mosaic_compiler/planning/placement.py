@@ -29,7 +29,7 @@ DEADLINE = 0.02
 
 RATE = 25_000_000
 """Entries of its tables that the search writes per second of its deadline: what it finds depends on this work, not on
-the clock, which only stops it on a slow machine (after twice the deadline)."""
+the clock, which only stops it on a much slower machine (after ten times the deadline)."""
 
 _REPAIRS = 6
 """Repairs of one first-fit placement."""
@@ -201,7 +201,7 @@ class _Work:
 
     @classmethod
     def of(cls, seconds: float) -> _Work:
-        return cls(round(seconds * RATE), time.perf_counter() + 2 * seconds)
+        return cls(round(seconds * RATE), time.perf_counter() + 10 * seconds)
 
     def is_left(self) -> bool:
         return self.cells > 0 and time.perf_counter() < self.stop

@@ -152,12 +152,10 @@ def explain(
         BudgetError: if the step does not fit ``memory_budget``.
         CaptureError: with ``tokens``, if the function cannot be captured as one graph.
     """
-    MosaicOptions.parse(options)  # a clear error before anything is traced
+    parsed = MosaicOptions.parse(options)  # a clear error before anything is traced
     if tokens is not None:
         step = capture_step(fn, args, options, device=device)
-        return Report(
-            (_graph_report(step, step.outline.plan_for(tokens, needed_rows, step.options.budget).plan),), None
-        )
+        return Report((_graph_report(step, step.outline.plan_for(tokens, needed_rows, parsed.budget).plan),), None)
     steps: list[CompiledStep] = []
 
     def backend(module: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:

@@ -30,12 +30,15 @@ def capture_step(
     Args:
         fn: a function or module; the modules that it is, is bound to or closes over may be on the meta device.
         args: an example; tensors may be on the meta device.
-        options: of the backend.
+        options: of the backend; nothing runs, so the memory budget does not matter here.
         device: what meta tensors are planned for.
 
     Raises:
         CaptureError: if the function is not one graph.
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise CaptureError("planning with a GPU's kernels needs a GPU that torch can use: leave device out")
+    options = {key: value for key, value in options.items() if key != "memory_budget"}  # may be another machine's
     steps: list[CompiledStep] = []
 
     def backend(module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
