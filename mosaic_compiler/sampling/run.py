@@ -1,0 +1,230 @@
+"""``Run``: the loop of one call of ``generate()``, and what it calls at each step."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mosaic_compiler.backend import observing
+from mosaic_compiler.planning.outline import capacity
+from mosaic_compiler.planning.plan import MemoryPlan
+from mosaic_compiler.runtime.step import CompiledStep
+from mosaic_compiler.sampling import commit, noise
+from mosaic_compiler.sampling.calls import call_for
+from mosaic_compiler.sampling.loop import transfer_counts
+from mosaic_compiler.sampling.proposal import HeadRows, Proposal
+from mosaic_compiler.sampling.request import Sampling
+
+
+class Run:
+    """One call of :func:`generate`: the ids so far, and how the next ones are made."""
+
+    def __init__(self, model: nn.Module, prompt: Tensor, attention_mask: Tensor | None, sampling: Sampling) -> None:
+        self.model, self.sampling = model, sampling
+        batch, self.start = prompt.shape
+        new = prompt.new_full((batch, sampling.length), sampling.mask)
+        self.ids = torch.cat([prompt, new], 1)
+        self.given = self.ids != sampling.mask
+        self.real: Tensor | None = None
+        if attention_mask is not None and not bool(attention_mask.bool().all()):
+            self.real = torch.cat([attention_mask.bool().to(prompt.device), torch.ones_like(new, dtype=torch.bool)], 1)
+        self.call = call_for(model, self.real is not None)
+        self.forwards = 0
+        self._compiled: list[CompiledStep] = []
+        self._picked: HeadRows | None = None
+        self._options: dict[str, Any] | None = None
+        self._warned = False
+        self._propose: Callable[..., tuple[Tensor, Tensor]] = lambda *arguments: (prompt, prompt)
+
+    @property
+    def plan(self) -> MemoryPlan | None:
+        """The plan with the highest peak."""
+        plans = [step.plan for step in self._compiled if step.plan is not None]
+        return max(plans, key=lambda plan: plan.peak, default=None)
+
+    def prepare(self, compile: bool, options: dict[str, Any]) -> None:
+        """Compile, or find what a former call has compiled."""
+        self._options = options if compile else None
+        if not compile:
+            self._propose = Proposal(self.model, self.call, self.sampling.rule, self.sampling.guidance)
+            return
+        self._use(_known.setdefault(self.model, {}).setdefault(self._key, _Compiled(self._proposal(), options)))
+
+    @property
+    def _key(self) -> Any:
+        rule = self.sampling.rule
+        options = repr(sorted((self._options or {}).items()))
+        return self.call, type(rule), repr(rule.__dict__), self.sampling.guidance, options
+
+    def _proposal(self, picked: HeadRows | None = None) -> Proposal:
+        return Proposal(self.model, self.call, self.sampling.rule, self.sampling.guidance, picked)
+
+    def _use(self, compiled: _Compiled) -> None:
+        self._propose, self._compiled, self._picked = compiled.function, compiled.steps, compiled.picked
+
+    def _propose_compiled(self, *arguments: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Call what is compiled; if it turned out to be several graphs, rows are picked in front of the head."""
+        with observing(self._compiled.append), self._picked or nullcontext():
+            result = self._propose(*arguments)
+        if self._options is None or self._picked is not None or len(self._compiled) < 2:
+            return result
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        if not isinstance(head, nn.Module):
+            if not self._warned:
+                warnings.warn(
+                    f"the forward of {type(self.model).__name__} breaks into several graphs (TORCH_LOGS=graph_breaks "
+                    "says where), and it has no get_output_embeddings(): logits of all rows are computed",
+                    stacklevel=2,
+                )
+            self._warned = True
+            return result
+        picked = HeadRows(head)
+        known = _known[self.model][self._key] = _Compiled(self._proposal(picked), self._options, picked)
+        self._use(known)
+        return result
+
+    def ids_by_step(self) -> Iterator[Tensor]:
+        """Run; the ids after each forward pass."""
+        blocks = self._dream() if self.sampling.sampler == "dream" else self._llada()
+        for _ in blocks:
+            yield self.ids
+            if self.sampling.stop_at_eos and self._ended():
+                return
+
+    # ------------------------------------------------------------------------------------ samplers
+    def _llada(self) -> Iterator[None]:
+        given = self.sampling
+        blocks = given.length // given.block_length
+        per_block = given.steps // blocks
+        for block in range(blocks):
+            end = self.start + (block + 1) * given.block_length
+            within = slice(end - given.block_length, end)
+            counts = transfer_counts((self.ids[:, within] == given.mask).sum(1), per_block)
+            if given.threshold is not None:
+                while bool((self.ids[:, within] == given.mask).any()):
+                    before = self.ids
+                    proposed, confidence = self._proposals(self._masked(end), self.forwards)
+                    self.ids = commit.commit_confident(before, proposed, confidence, given.threshold)
+                    self.forwards += 1
+                    yield
+                    if given.temperature == 0 and torch.equal(before, self.ids):
+                        break  # the model proposes the mask itself, and would for ever
+                continue
+            for number in range(per_block):
+                step = block * per_block + number
+                masked = self._masked(end)
+                if bool(counts[:, number].any()) and bool(masked.any()):
+                    proposed, confidence = self._proposals(masked, step)
+                    self.ids = commit.commit_best(self.ids, proposed, confidence, counts[:, number])
+                    self.forwards += 1
+                    yield
+
+    def _masked(self, end: int) -> Tensor:
+        """bool [B, N]: masked positions before the end of a block."""
+        return (self.ids == self.sampling.mask) & (torch.arange(self.ids.shape[1], device=self.ids.device) < end)
+
+    def _dream(self) -> Iterator[None]:
+        given, batch = self.sampling, self.ids.shape[0]
+        times = torch.linspace(1, given.eps, given.steps + 1)
+        everywhere = torch.arange(self.ids.numel(), device=self.ids.device)
+        for step in range(given.steps):
+            masked = self.ids == given.mask
+            if given.algorithm == "origin":
+                last = step == given.steps - 1
+                share = torch.ones(()) if last else 1 - times[step + 1] / times[step]
+                keys = noise.row_keys(given.seed, noise.TRANSFER, step, everywhere)
+                chosen = commit.dream_origin(self.ids, share.to(self.ids.device), masked, keys)
+                if not bool(chosen.any()):
+                    continue
+                proposed, _ = self._proposals(chosen, step)
+                self.ids = torch.where(chosen, proposed, self.ids)
+            else:
+                count = commit.dream_count(int(masked.sum()), batch, step, given.steps, given.eps)
+                if not count:
+                    continue
+                proposed, confidence = self._proposals(masked, step)
+                keys = noise.row_keys(given.seed, noise.CHOICE, step, everywhere)
+                self.ids = commit.commit_dream(
+                    self.ids, proposed, confidence, count,
+                    mask=given.mask, temperature=given.algorithm_temperature, keys=keys,
+                )  # fmt: skip
+            self.forwards += 1
+            yield
+
+    def _proposals(self, wanted: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Proposed ids and their confidence, [B, N]; -inf where nothing was wanted."""
+        given, length = self.sampling, self.ids.shape[1]
+        cells = wanted.flatten().nonzero().squeeze(1)
+        rows = cells
+        if given.sampler == "dream":  # position n is predicted from row n - 1
+            rows = torch.where(cells % length > 0, cells - 1, cells)
+        keys = noise.row_keys(given.seed, noise.TOKENS, step, cells)
+        room = capacity(len(cells)) - len(cells)  # a few rows twice, so that one plan serves many steps
+        padded = [torch.cat([tensor, tensor[:1].expand(room)]) for tensor in (rows, keys)]
+        unguided = torch.where(self.given, given.mask, self.ids) if given.guidance > 0 else None
+        token, confidence = self._propose_compiled(self.ids, *padded, unguided, self.real)
+        token, confidence = token[: len(cells)], confidence[: len(cells)]
+        if given.sampler == "llada" and given.remasking == "random":
+            drawn = noise.uniform(noise.row_keys(given.seed, noise.CONFIDENCE, step, cells), 1).squeeze(1).float()
+            confidence = torch.where(confidence < 0, -1.0, drawn)  # below 0: see EndTokens
+        proposed, scores = self.ids.flatten().clone(), confidence.new_full((self.ids.numel(),), float("-inf"))
+        proposed[cells], scores[cells] = token, confidence
+        return proposed.view_as(self.ids), scores.view_as(self.ids)
+
+    def _ended(self) -> bool:
+        """Every sequence has an end token with nothing masked before it; if so, it is repeated to the end."""
+        eos, new = self.sampling.eos, self.ids[:, self.start :]
+        assert eos is not None
+        ends = new == eos
+        first = torch.where(ends.any(1), ends.int().argmax(1), new.shape[1])
+        behind = torch.arange(new.shape[1], device=new.device) > first.unsqueeze(1)
+        if not bool(ends.any(1).all()) or bool(((new == self.sampling.mask) & ~behind).any()):
+            return False
+        self.ids = torch.cat([self.ids[:, : self.start], torch.where(behind, eos, new)], 1)
+        return True
+
+
+class _Compiled:
+    """A compiled proposal, and the graphs that it consists of."""
+
+    def __init__(self, made: Proposal, options: dict[str, Any], picked: HeadRows | None = None) -> None:
+        self.function = torch.compile(made, backend="mosaic", dynamic=True, options=options)
+        self.steps: list[CompiledStep] = []
+        self.picked = picked
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Compiled]] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def without_breaks() -> Iterator[None]:
+    """Log lines in a model's forward do not break its graph, and hooks are looked at."""
+    import torch._dynamo.config as config
+
+    functions = {warnings.warn, logging.info, logging.warning, logging.debug}
+    methods = {logging.Logger.info, logging.Logger.warning, logging.Logger.debug}
+    known = {
+        "reorderable_logging_functions": {print},
+        "ignore_logging_functions": functions | methods,
+        "skip_nnmodule_hook_guards": False,  # HeadRows is a hook that comes and goes
+    }
+    # Dynamo cannot write functions of its own configuration into its metrics, and says so each time
+    metrics = logging.getLogger("torch._dynamo.metrics_context")
+    metrics.addFilter(_is_no_complaint)
+    try:
+        with config.patch({name: value for name, value in known.items() if hasattr(config, name)}):
+            yield
+    finally:
+        metrics.removeFilter(_is_no_complaint)
+
+
+def _is_no_complaint(record: logging.LogRecord) -> bool:
+    text = f"{record.getMessage()} {record.exc_info[1] if record.exc_info else ''}"
+    return "not supported between instances of 'function'" not in text and "not JSON serializable" not in text
