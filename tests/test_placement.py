@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mosaic_compiler.errors import PlanError
@@ -220,6 +220,7 @@ def optimum(lives):
     return round(solver.objective_value)
 
 
+@example([Buffer("a", "arena", 512, 0, 2), Buffer("b", "arena", 0, 1, 4), Buffer("c", "arena", 512, 3, 5)], [512] * 30)
 @given(lives(), st.lists(st.integers(0, 5000), min_size=30, max_size=30))
 def test_a_placement_evaluated_for_other_sizes_does_not_overlap(buffers, sizes):
     before = [Interval(b.name, b.start, b.end, b.size) for b in buffers]

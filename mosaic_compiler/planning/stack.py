@@ -21,7 +21,8 @@ class Stack:
 
     def __init__(self, lives: Sequence[Interval], offsets: Sequence[int]) -> None:
         neighbours = neighbours_of([life._replace(size=1) for life in lives])
-        self._order = sorted(range(len(lives)), key=lambda i: (offsets[i], lives[i].name))
+        # what is empty rests on nothing, and nothing that it meets is lifted by it
+        self._order = sorted(range(len(lives)), key=lambda i: (offsets[i], lives[i].size > 0, lives[i].name))
         rank = {index: position for position, index in enumerate(self._order)}
         below: list[set[int]] = [set() for _ in lives]
         self._supports: list[tuple[int, ...]] = [()] * len(lives)
