@@ -170,11 +170,6 @@ class MemoryPlan:
         return lower_bound(self.of_kind("arena"))
 
     @cached_property
-    def most_live(self) -> int:
-        """Most bytes of every kind live at once: what an allocator without waste would need."""
-        return max(self.timeline, default=0)
-
-    @cached_property
     def naive(self) -> int:
         """Arena bytes without any reuse."""
         return sum(buffer.size for buffer in self.of_kind("arena"))

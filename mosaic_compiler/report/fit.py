@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mosaic_compiler.errors import BudgetError, ConfigError
 from mosaic_compiler.planning.outline import StepOutline
-from mosaic_compiler.planning.plan import MemoryPlan, live_bytes
+from mosaic_compiler.planning.plan import MemoryPlan, lower_bound
 from mosaic_compiler.report.known_models import KNOWN
 from mosaic_compiler.settings import read_settings
 
@@ -149,9 +149,7 @@ def longest(model: Traced, room: int, needed_rows: float = 0.5) -> tuple[int, in
 
 def _eager_peak(model: Traced, tokens: int) -> int:
     """Most bytes live at once where every op allocates its result and frees what nobody reads any more."""
-    lives = model.eager.loops
-    buffers = lives.at(model.eager.sizes_for(tokens))
-    return max(live_bytes(buffers, len(lives.schedule)), default=0) + IN_AND_OUT * tokens
+    return lower_bound(model.eager.loops.at(model.eager.sizes_for(tokens))) + IN_AND_OUT * tokens
 
 
 def _cache_folder() -> Path:
@@ -224,7 +222,7 @@ def build(config: Mapping[str, Any], dtype: torch.dtype) -> tuple[torch.nn.Modul
     try:
         made = hf.AutoConfig.for_model(kind, **{**given, "use_cache": False})
     except (ValueError, TypeError, KeyError) as error:
-        why = "" if "model_type" in str(error) or kind in str(error) else f": {_first_line(error)}"
+        why = "" if "model_type" in str(error) or kind in str(error) else f": {first_line(error)}"
         raise ConfigError(f"transformers {hf.__version__} does not know model_type {kind!r}{why}") from None
     made.is_causal = False
     if kind == "olmoe":
@@ -234,13 +232,10 @@ def build(config: Mapping[str, Any], dtype: torch.dtype) -> tuple[torch.nn.Modul
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            family = (
-                hf.AutoModelForMaskedLM if type(made) in hf.MODEL_FOR_MASKED_LM_MAPPING else hf.AutoModelForCausalLM
-            )
-            model = family.from_config(made)  # type: ignore[no-untyped-call]
+            model = family_of(made).from_config(made)
     except (ValueError, TypeError, AttributeError, ImportError) as error:
         raise ConfigError(
-            f"transformers cannot build a language model of this {kind} config: {_first_line(error)}"
+            f"transformers cannot build a language model of this {kind} config: {first_line(error)}"
         ) from None
     finally:
         torch.set_default_dtype(before)
@@ -249,5 +244,13 @@ def build(config: Mapping[str, Any], dtype: torch.dtype) -> tuple[torch.nn.Modul
     return model.eval().requires_grad_(False), int(mask)
 
 
-def _first_line(error: Exception) -> str:
+def family_of(config: Any) -> Any:
+    """The class of transformers' automatic models that loads a language model of a config."""
+    import transformers as hf
+
+    return hf.AutoModelForMaskedLM if type(config) in hf.MODEL_FOR_MASKED_LM_MAPPING else hf.AutoModelForCausalLM
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, shortened."""
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

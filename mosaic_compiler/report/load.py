@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mosaic_compiler.errors import ConfigError
-from mosaic_compiler.report.fit import DTYPES
+from mosaic_compiler.report.fit import DTYPES, family_of, first_line
 
 SHIPPED = Path(__file__).parent.parent.parent / "examples" / "tiny-llada"
 """Beside the package in a checkout."""
@@ -33,11 +33,9 @@ def load_model(path: Path | None, dtype: str) -> tuple[Any, Any]:
         raise ConfigError("loading a model needs transformers: pip install 'mosaic-compiler[hf]'") from None
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        config = hf.AutoConfig.from_pretrained(path)
-        masked = type(config) in hf.MODEL_FOR_MASKED_LM_MAPPING
-        family = hf.AutoModelForMaskedLM if masked else hf.AutoModelForCausalLM
+        family = family_of(hf.AutoConfig.from_pretrained(path))
         model = family.from_pretrained(path, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
         tokenizer = hf.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{path} does not load: {str(error).strip().splitlines()[0][:200]}") from None
+        raise ConfigError(f"{path} does not load: {first_line(error)}") from None
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer

@@ -40,7 +40,6 @@ class Run:
         self._compiled: list[CompiledStep] = []
         self._picked: HeadRows | None = None
         self._options: dict[str, Any] | None = None
-        self._warned = False
         self._propose: Callable[..., tuple[Tensor, Tensor]] = lambda *arguments: (prompt, prompt)
 
     @property
@@ -53,9 +52,12 @@ class Run:
         """Compile, or find what a former call has compiled."""
         self._options = options if compile else None
         if not compile:
-            self._propose = Proposal(self.model, self.call, self.sampling.rule, self.sampling.guidance)
+            self._propose = self._proposal()
             return
-        self._use(_known.setdefault(self.model, {}).setdefault(self._key, _Compiled(self._proposal(), options)))
+        known = _known.setdefault(self.model, {})
+        if self._key not in known:
+            known[self._key] = _Compiled(self._proposal(), options)
+        self._use(known[self._key])
 
     @property
     def _key(self) -> Any:
@@ -71,19 +73,19 @@ class Run:
 
     def _propose_compiled(self, *arguments: Tensor | None) -> tuple[Tensor, Tensor]:
         """Call what is compiled; if it turned out to be several graphs, rows are picked in front of the head."""
+        before = len(self._compiled)
         with observing(self._compiled.append), self._picked or nullcontext():
             result = self._propose(*arguments)
-        if self._options is None or self._picked is not None or len(self._compiled) < 2:
+        graphs = len(self._compiled) - before  # one: the first time, or once more for other guards
+        if self._options is None or self._picked is not None or graphs < 2:
             return result
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         if not isinstance(head, nn.Module):
-            if not self._warned:
-                warnings.warn(
-                    f"the forward of {type(self.model).__name__} breaks into several graphs (TORCH_LOGS=graph_breaks "
-                    "says where), and it has no get_output_embeddings(): logits of all rows are computed",
-                    stacklevel=2,
-                )
-            self._warned = True
+            warnings.warn(
+                f"the forward of {type(self.model).__name__} breaks into several graphs (TORCH_LOGS=graph_breaks says "
+                "where), and it has no get_output_embeddings(): logits of all rows are computed",
+                stacklevel=2,
+            )
             return result
         picked = HeadRows(head)
         known = _known[self.model][self._key] = _Compiled(self._proposal(picked), self._options, picked)
