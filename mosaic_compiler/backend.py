@@ -19,7 +19,10 @@ from mosaic_compiler.dump import GraphDump
 from mosaic_compiler.errors import GradientError
 from mosaic_compiler.ir import fake_mode_of
 from mosaic_compiler.options import MosaicOptions
+from mosaic_compiler.passes.needed_rows import settle_sizes
 from mosaic_compiler.passes.pipeline import PassRecord, passes_for, run_passes, without_loops
+from mosaic_compiler.planning.forms import main_device_of
+from mosaic_compiler.runtime.sparse import page_bytes
 from mosaic_compiler.runtime.step import CompiledStep
 from mosaic_compiler.settings import read_settings
 
@@ -71,8 +74,15 @@ def compile_aten(module: fx.GraphModule, options: MosaicOptions, static_inputs: 
     """
     settings = read_settings()
     dump = GraphDump(options.dump, module, settings.debug)
-    passes = passes_for(vocabulary_tile=options.vocabulary_tile)
+    passes = passes_for(
+        vocabulary_tile=options.vocabulary_tile,
+        needed_rows=options.needed_rows,
+        mask_token_id=options.mask_token_id,
+        page_bytes=page_bytes(main_device_of(module)),
+    )
     stages = {"capture": module}
+    if options.needed_rows != "all":
+        settle_sizes(module)
 
     def observe(graph: fx.GraphModule, record: PassRecord) -> None:
         stages[record.name] = graph

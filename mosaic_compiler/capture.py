@@ -15,7 +15,6 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
@@ -53,18 +52,23 @@ def specialize_floats(module: fx.GraphModule) -> None:
     Raises:
         TensorifyScalarRestartAnalysis: Dynamo's own request to trace again with these numbers as constants.
     """
-    found = set()
+    operands = set()
     for node in module.graph.nodes:
         value = node.meta.get("example_value")
-        symbol = value.node._expr if isinstance(value, torch.SymFloat) else None
-        if isinstance(symbol, sympy.Symbol) and symbol_is_type(symbol, SymT.FLOAT):
-            assert isinstance(value, torch.SymFloat)
-            if value.node.expr.is_number or not any(map(_is_arithmetic, node.users)):
-                found.add(str(symbol))
+        if isinstance(value, torch.SymFloat) and any(map(_is_arithmetic, node.users)) and not value.node.expr.is_number:
+            operands.add(str(value.node._expr))
+    found = _floats() - operands
     if found:
         for name in found:
             TensorifyState.specialize(name)
         raise TensorifyScalarRestartAnalysis
+
+
+def _floats() -> set[str]:
+    """Names of all floats that are symbols now, also of those that only conditions have asked for."""
+    mode = torch._guards.detect_fake_mode()
+    values = {} if mode is None or mode.shape_env is None else mode.shape_env.backed_var_to_val
+    return {str(s) for s in values if symbol_is_type(s, SymT.FLOAT) and not TensorifyState.should_specialize(str(s))}
 
 
 def forget_floats() -> None:

@@ -156,7 +156,7 @@ _IMPORTS = """
 import sympy  # noqa: F401
 
 from mosaic_compiler.clusters import Cluster  # noqa: F401
-from mosaic_compiler.loops import ChunkLoop, LoopOutput  # noqa: F401
+from mosaic_compiler.loops import ChunkLoop, LoopOutput, Scatter  # noqa: F401
 """
 
 
@@ -194,7 +194,7 @@ def _constructions(module: fx.GraphModule, prefix: str) -> str:
         if isinstance(part, Cluster):
             text += f"        self.{name} = Cluster({made}, {part.into})\n"
             continue
-        outputs = ", ".join(f"LoopOutput({o.dim}, {o.order}, {o.into})" for o in part.outputs)
+        outputs = ", ".join(f"LoopOutput({o.dim}, {o.order}, {o.into}, {o.scatter})" for o in part.outputs)
         text += (
             f"        self.{name} = ChunkLoop(\n            {made}, {part.operands},\n"
             f"            [{outputs}], sympy.Symbol({str(part.chunk)!r}),\n        )\n"

@@ -21,6 +21,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from mosaic_compiler.clusters import cluster_of
+from mosaic_compiler.kernels import ops
 from mosaic_compiler.loops import loop_of
 
 Root: TypeAlias = "tuple[fx.Node, int]"
@@ -169,6 +170,14 @@ def is_random(node: fx.Node) -> bool:
     return not any(a.name == "dropout_p" for a in node.target._schema.arguments) or argument(node, "dropout_p") != 0
 
 
+def is_zeros(node: fx.Node) -> bool:
+    """A new tensor full of zeros."""
+    if node.target in (torch.ops.aten.full.default, torch.ops.aten.scalar_tensor.default):
+        value = node.args[0 if node.target is torch.ops.aten.scalar_tensor.default else 1]
+        return isinstance(value, (bool, int, float)) and value == 0
+    return False
+
+
 def argument(node: fx.Node, name: str) -> Any:
     """A call's argument by its name in the operator's schema; its default if it is not given."""
     assert isinstance(node.target, OpOverload)
@@ -209,6 +218,19 @@ def taken_over(node: fx.Node) -> tuple[int | None, ...] | None:
     if loop is not None:
         return tuple(spec.into for spec in loop.outputs)
     return cluster.into if cluster is not None else None
+
+
+def scatter_of(node: fx.Node, output: int = 0) -> tuple[fx.Node, Any, int] | None:
+    """For a result whose rows are scattered into zeros: the row numbers, the number of memory pages that the rows lie
+    in (int or node), and the bytes of a page."""
+    loop = loop_of(node)
+    if loop is not None:
+        spec = loop.outputs[output].scatter
+        return None if spec is None else (node.args[spec.index], node.args[spec.pages], spec.page)  # type: ignore[return-value]
+    if node.target is ops.scatter_rows:
+        _, index, _, pages, page = node.args
+        return index, pages, page  # type: ignore[return-value]
+    return None
 
 
 def mutated_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
@@ -364,7 +386,7 @@ def written_roots(graph: fx.Graph, storage: StorageMap) -> set[Root]:
 
 # --------------------------------------------------------------------------------------- prologue
 BINDS = "binds_rows"
-"""Metadata key: the symbol for the first size of this node's result, known once the node has run."""
+"""Metadata key: the symbol for this node's number, or for its result's first size, known once the node has run."""
 
 
 def prologue_nodes(graph: fx.Graph) -> list[fx.Node]:

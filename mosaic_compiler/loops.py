@@ -22,6 +22,22 @@ from torch import Tensor, fx, nn
 
 
 @dataclass(frozen=True)
+class Scatter:
+    """Rows go where an index says, into zeros with ``total`` rows; pages of memory without such rows are not resident.
+
+    Attributes:
+        index: position of the operand (int64 [rows], sliced) with the number of each row in the result.
+        total, pages: positions of the operands that say how many rows the result has, and pages of ``page`` bytes the
+            rows lie in.
+    """
+
+    index: int
+    total: int
+    pages: int
+    page: int
+
+
+@dataclass(frozen=True)
 class LoopOutput:
     """One full-length result.
 
@@ -29,11 +45,13 @@ class LoopOutput:
         dim: the dim that holds the rows.
         order: its dims from the largest stride to the smallest.
         into: position of the operand whose memory it takes over (rows are overwritten as they are done with).
+        scatter: its rows do not stand side by side.
     """
 
     dim: int
     order: tuple[int, ...]
     into: int | None = None
+    scatter: Scatter | None = None
 
 
 class ChunkLoop(nn.Module):
@@ -68,6 +86,10 @@ class ChunkLoop(nn.Module):
         """The same loop with its results put elsewhere."""
         return ChunkLoop(self.body, self.operands, outputs, self.chunk)
 
+    def with_scattered(self, body: fx.GraphModule, operands: int, outputs: Sequence[LoopOutput]) -> ChunkLoop:
+        """The same loop around a body that takes a row index (sliced) and ``operands`` numbers more."""
+        return ChunkLoop(body, (*self.operands, 0, *[None] * operands), outputs, self.chunk)
+
     def sliced(self) -> tuple[int, ...]:
         """Positions of the operands that are sliced."""
         return tuple(index for index, dim in enumerate(self.operands) if dim is not None)
@@ -87,7 +109,10 @@ class ChunkLoop(nn.Module):
                     self._whole(spec, part, rows, operands) for spec, part in zip(self.outputs, parts, strict=True)
                 ]
             for spec, part, whole in zip(self.outputs, parts, results, strict=True):
-                whole.narrow(spec.dim, start, count).copy_(part)
+                if spec.scatter is None:
+                    whole.narrow(spec.dim, start, count).copy_(part)
+                else:
+                    whole.index_copy_(spec.dim, operands[spec.scatter.index].narrow(0, start, count), part)
         return tuple(results)
 
     def _cut(self, operands: Sequence[Any], start: int, count: int) -> list[Any]:
@@ -100,6 +125,8 @@ class ChunkLoop(nn.Module):
         if spec.into is not None:
             result: Tensor = operands[spec.into]
             return result
+        if spec.scatter is not None:
+            return part.new_zeros((operands[spec.scatter.total], *part.shape[1:]))
         shape = list(part.shape)
         shape[spec.dim] = rows
         dense = part.new_empty([shape[dim] for dim in spec.order])

@@ -38,6 +38,10 @@ class MosaicOptions:
         memory_budget: bytes (``8_000_000_000`` or ``"8GiB"``) for everything that a step allocates besides weights,
             inputs and outputs; loops are chunked as far as that needs.  ``None``: what is free when a new length
             is planned.
+        needed_rows: which rows of a model's logits its caller reads, where the model itself is compiled and the
+            caller's own loop picks rows: ``all``, ``masked`` (positions that hold ``mask_token_id``: LLaDA) or
+            ``before_masked`` (rows in front of such positions: Dream).  The other rows are zeros that take no memory.
+        mask_token_id: the id that ``needed_rows`` looks for.
         chunk_rows: force every loop to this many rows per chunk, whatever the budget (for experiments).
         program_cache: how many bound programs (one per length and set of weights) a graph keeps.
     """
@@ -50,6 +54,8 @@ class MosaicOptions:
     placement_deadline: float = DEADLINE
     vocabulary_tile: int | None = None
     memory_budget: int | str | None = None
+    needed_rows: str = "all"
+    mask_token_id: int | None = None
     chunk_rows: int | None = None
     program_cache: int = 64
 
@@ -71,6 +77,7 @@ class MosaicOptions:
         tile = self.vocabulary_tile
         valid_tile = tile is None or (isinstance(tile, int) and not isinstance(tile, bool) and tile >= 1)
         _expect(valid_tile, "vocabulary_tile", "a whole number of columns from 1, or None", tile)
+        self._check_needed_rows()
         object.__setattr__(self, "memory_budget", parse_budget(self.memory_budget))
         chunk = self.chunk_rows
         valid_chunk = chunk is None or (isinstance(chunk, int) and not isinstance(chunk, bool) and chunk >= 1)
@@ -78,6 +85,20 @@ class MosaicOptions:
         count = self.program_cache
         valid_count = isinstance(count, int) and not isinstance(count, bool) and count >= 1
         _expect(valid_count, "program_cache", "a whole number from 1", count)
+
+    def _check_needed_rows(self) -> None:
+        from mosaic_compiler.passes.needed_rows import CHOICES
+
+        if self.needed_rows not in CHOICES:
+            raise OptionsError(f"needed_rows={self.needed_rows!r}{nearest(str(self.needed_rows), CHOICES)}")
+        token = self.mask_token_id
+        valid = token is None or (isinstance(token, int) and not isinstance(token, bool) and token >= 0)
+        _expect(valid, "mask_token_id", "a token id", token)
+        if self.needed_rows != "all" and token is None:
+            raise OptionsError(
+                f"needed_rows={self.needed_rows!r} needs mask_token_id: the id of the mask token, for example "
+                "model.config.mask_token_id or tokenizer.mask_token_id"
+            )
 
     @property
     def budget(self) -> int | None:

@@ -399,7 +399,7 @@ def test_a_budget_above_the_machine_is_refused():
     [
         ({"tokens": 0}, "tokens must be"),
         ({"tokens": 2.5}, "tokens must be"),
-        ({"tokens": 100, "needed_rows": 1.5}, "share between 0 and 1"),
+        ({"tokens": 100, "row_share": 1.5}, "share between 0 and 1"),
     ],
 )
 def test_malformed_forecasts(arguments, message):

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mosaic_compiler.errors import ArenaError, BudgetError
-from mosaic_compiler.runtime.cuda_arena import CudaArena, OutOfDeviceMemory
+from mosaic_compiler.runtime.cuda_arena import CudaArena
+from mosaic_compiler.runtime.cuda_driver import OutOfDeviceMemory
 
 PAGE = 4096
 
@@ -61,7 +62,7 @@ class FakeDriver:
         assert not self.unsynchronized, "pages were unmapped while kernels may use them"
         assert self.maps.pop(address) == size, "only a whole mapping can be unmapped"
 
-    def tensor(self, address, size):
+    def tensor(self, address, size, owner=None):
         assert address in self.maps, "the first page has to be mapped"
         return self.reserved[address][2][:size]
 

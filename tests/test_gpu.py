@@ -11,7 +11,8 @@ import mosaic_compiler
 from mosaic_compiler.backend import observing
 from mosaic_compiler.errors import BudgetError
 from mosaic_compiler.runtime.arena import pool_for
-from mosaic_compiler.runtime.cuda_arena import CudaArena, virtual_memory_problem
+from mosaic_compiler.runtime.cuda_arena import CudaArena
+from mosaic_compiler.runtime.cuda_driver import virtual_memory_problem
 from mosaic_compiler.sampling import DenoisingStep, block_window
 
 pytestmark = [
@@ -249,3 +250,41 @@ def test_every_gpu_gets_its_own_arena():
         moved = compiled(other)(*(t.to("cuda:1") for t in given))
     assert torch.equal(moved.to("cuda:0"), expected)
     assert pool_for(torch.device("cuda", 0)) is not pool_for(torch.device("cuda", 1))
+
+
+@pytest.mark.parametrize("rows", ["masked", "before_masked"])
+def test_logits_of_needed_rows_and_shared_zeros(rows):
+    """Drop-in mode: needed rows are eager's, the others zeros without memory; nothing is left when they are gone."""
+    step, (ids, *_) = model(), arguments(6000)
+    ids[:, :] = 7
+    ids[:, 3000:3100] = 3
+    lm = step.model
+    lm.config.use_cache = False
+    lm.lm_head = torch.nn.Linear(256, 30_000, bias=False).cuda().requires_grad_(False)  # 687 MiB of logits
+    made = torch.compile(lm, backend="mosaic", dynamic=True, options={"needed_rows": rows, "mask_token_id": 3})
+    with torch.no_grad():
+        expected = lm(ids).logits
+        needed = torch.zeros(6000, dtype=torch.bool, device="cuda")
+        needed[3000 - (rows == "before_masked") : 3100 - (rows == "before_masked")] = True
+        for _ in range(3):
+            logits = made(ids).logits
+            assert logits.stride() == expected.stride()
+            torch.testing.assert_close(logits[0, needed], expected[0, needed], rtol=1e-4, atol=1e-4)
+            assert not logits[0, ~needed].any()
+            logits[:, :, 5] = -torch.inf  # as LLaDA's loop does; unneeded rows are anybody's afterwards
+        del logits
+        mosaic_compiler.release_memory()
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize()
+        before = device_bytes()
+        with observing(steps := []):
+            logits = made(ids).logits
+        mosaic_compiler.release_memory()
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize()
+        taken = device_bytes() - before
+        assert 100 * 30_000 * 4 <= taken < 64 * MiB, taken
+        del logits
+        torch.cuda.synchronize()
+        assert device_bytes() - before < 4 * MiB
+        assert not steps

@@ -191,16 +191,16 @@ def test_max_tokens_and_explain_plan_without_running(tiny_llada):
     step = DenoisingStep(tiny_llada, 3)
     ids = torch.full((1, 64), 3)
     example = (ids, block_window(64, 0, 64), torch.tensor([8]))
-    longest = mosaic_compiler.max_tokens(step, example, "64MiB", needed_rows=0.5)
+    longest = mosaic_compiler.max_tokens(step, example, "64MiB", row_share=0.5)
     assert 3072 * longest <= 64 << 20  # x + K + V in float32
     assert longest >= 0.75 * (64 << 20) / 3072
-    report = mosaic_compiler.explain(step, *example, tokens=longest, needed_rows=0.5, memory_budget="64MiB")
+    report = mosaic_compiler.explain(step, *example, tokens=longest, row_share=0.5, memory_budget="64MiB")
     assert report.plan.workspace <= 64 << 20
     assert report.result is None
     assert "chunk loops" in str(report)
     assert any("would exceed the budget" in loop.reason for loop in report.plan.loops)
     with pytest.raises(mosaic_compiler.BudgetError, match="would fit"):
-        mosaic_compiler.explain(step, *example, tokens=2 * longest, needed_rows=0.5, memory_budget="64MiB")
+        mosaic_compiler.explain(step, *example, tokens=2 * longest, row_share=0.5, memory_budget="64MiB")
 
 
 def test_the_plan_ahead_is_the_plan_of_the_real_step(tiny_llada):
@@ -208,7 +208,7 @@ def test_the_plan_ahead_is_the_plan_of_the_real_step(tiny_llada):
     ids = torch.full((1, 640), 5)
     ids[:, ::2] = 3
     example = (ids, block_window(640, 0, 640), torch.tensor([8]))
-    ahead = mosaic_compiler.explain(step, *example, tokens=640, needed_rows=0.5, memory_budget="5MiB").plan
+    ahead = mosaic_compiler.explain(step, *example, tokens=640, row_share=0.5, memory_budget="5MiB").plan
     with torch.no_grad(), observing(steps.append):
         torch.compile(step, backend="mosaic", dynamic=True, options={"memory_budget": "5MiB"})(*example)
     assert (ahead.peak, ahead.height, ahead.workspace) == tuple(

@@ -32,8 +32,8 @@ _HINT = {"cuda": 4096, "cpu": 512}
 """Sizes that kernels are tuned for: rows of a chunk."""
 
 _WIDE_HINT = 1 << 26
-_WIDE = 1 << 29
-"""Elements from which 64-bit indices are used (a strided operand may span four times its elements)."""
+_WIDE = (1 << 31) - 1
+"""Elements, or elements that a strided operand spans, above which 64-bit indices are used."""
 
 MOST_ADDED = 8
 """Elements that a kernel adds one by one, wherever they lie."""
@@ -113,7 +113,7 @@ class FusedKernel:
     def bind(self, *arguments: Any) -> Callable[[], Any]:
         """The call with these arguments, tensors that stay where they are or are moved by ``set_``."""
         tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
-        artifact = self.compile(any(tensor.numel() > _WIDE for tensor in tensors))
+        artifact = self.compile(any(_span(tensor) > _WIDE for tensor in tensors))
         if artifact is None:
             return functools.partial(self._run_op_by_op, arguments)
         return functools.partial(_call, artifact, [*self._form.sizes(arguments), *tensors])
@@ -357,6 +357,12 @@ class _Form:
             total += elements * getattr(torch, dtype).itemsize
         if total > allowed + 4096:
             raise _TooMuchMemory(f"its kernel would allocate {total} bytes at {most} rows")
+
+
+def _span(tensor: torch.Tensor) -> int:
+    """Elements from the first to the last one in memory, or elements in all if that is more (a broadcast operand)."""
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return max(tensor.numel(), 1 + last)
 
 
 _ALLOCATION = re.compile(r"= empty_strided(?:_cpu|_cuda)?\(\(([^)]*)\), \([^)]*\), torch\.(\w+)")

@@ -38,6 +38,7 @@ class Compactor(Emitter):
         self._sources = size_sources(module.graph)
         self.gathers: dict[Any, fx.Node] = {}
         self.replaced: list[fx.Node] = []
+        self._scattered: dict[fx.Node, fx.Node] = {}
 
     def rewrite(self) -> None:
         exits = set(self.demands.exits)
@@ -209,7 +210,10 @@ class Compactor(Emitter):
             for position in (1, 2):
                 operand = node.args[position]
                 if isinstance(operand, fx.Node) and operand in self.compact:
-                    node.update_arg(position, self._scatter(operand))
+                    full = self._scatter(operand)
+                    node.update_arg(position, full)
+                    if self._selects_just_those(node, position):
+                        node.replace_all_uses_with(full, propagate_meta=False)
             return
         source = node.args[0]
         assert isinstance(source, fx.Node)
@@ -229,6 +233,19 @@ class Compactor(Emitter):
         result = self.emit(aten.reshape.default, picked, shape)
         node.replace_all_uses_with(result, propagate_meta=False)
         self.replaced.append(result)
+
+    def _selects_just_those(self, node: fx.Node, position: int) -> bool:
+        """``where(m, v, 0)``, and v was computed for just the rows m: what was scattered is 0 elsewhere anyway."""
+        condition, other, scattered = node.args[0], node.args[3 - position], node.args[position]
+        assert isinstance(scattered, fx.Node)
+        wanted = self.demands.conditions[self._demand(self._scattered[scattered]).space]
+        return (
+            isinstance(other, fx.Node)
+            and ir.is_zeros(other)
+            and len(wanted) == 1
+            and [(lit.mask, lit.positive) for lit in next(iter(wanted))] == [(condition, position == 1)]
+            and ir.same_layout(ir.only_tensor(node), ir.only_tensor(scattered))
+        )
 
     def _rows_of_mask(self, node: fx.Node, source: fx.Node, own: Demand) -> fx.Node:
         """Rows of one mask out of those of the union of all masks on the space."""
@@ -253,7 +270,9 @@ class Compactor(Emitter):
             pin_memory=False,
         )  # fmt: skip
         full = self.emit(aten.index_copy.default, zeros, 0, self.selectors.index(segment), flat)
-        return self.emit(aten.view.default, full, shape)
+        result = self.emit(aten.view.default, full, shape)
+        self._scattered[result] = operand
+        return result
 
     def _repropagate(self) -> None:
         """Metadata behind a replaced index: its size is the number of rows now."""

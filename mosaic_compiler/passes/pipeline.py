@@ -2,13 +2,16 @@
 
 Order matters:
 
-1. ``canonicalize`` first: every later pass matches one spelling per operation.
-2. ``row-demand`` before ``in-place``: it calls ops again on fewer rows, which only pure ops allow.
-3. ``gather-logits`` and ``vocabulary-tiles`` behind ``row-demand``: they match the head as it left it.
-4. ``chunk-loops`` when all graph-wide rewrites are done: those match nodes, not loop bodies.
-5. ``fuse`` behind ``chunk-loops``: what a loop computes is known by then, and clusters hide ops from it.
-6. ``reorder`` behind ``fuse``: it sees the ops that will run; and before anything is written.
-7. ``in-place`` and ``reuse-rows`` last: they introduce writes, and no other pass moves or merges nodes around a
+1. ``needed-rows`` first: it says what the step has to compute; all others only say how.
+2. ``canonicalize`` before the rest: every later pass matches one spelling per operation.
+3. ``row-demand`` before ``in-place``: it calls ops again on fewer rows, which only pure ops allow.
+4. ``gather-logits``, ``vocabulary-tiles`` and ``sparse-outputs`` behind ``row-demand``: they match the head, and what
+   is done with its rows, as it left them.
+5. ``chunk-loops`` when all graph-wide rewrites are done: those match nodes, not loop bodies.
+6. ``scatter-results`` behind ``chunk-loops``: it matches a loop and the reader of its result.
+7. ``fuse`` behind both: what a loop computes is known by then, and clusters hide ops from it.
+8. ``reorder`` behind ``fuse``: it sees the ops that will run; and before anything is written.
+9. ``in-place`` and ``reuse-rows`` last: they introduce writes, and no other pass moves or merges nodes around a
    write.  ``reuse-rows`` behind ``in-place``, because it must see when a body's results are written.
 """
 
@@ -28,18 +31,24 @@ from mosaic_compiler.passes.chunk_loops import ChunkLoopsPass
 from mosaic_compiler.passes.fuse import FusePass
 from mosaic_compiler.passes.gather_logits import GatherLogitsPass
 from mosaic_compiler.passes.in_place import InPlacePass
+from mosaic_compiler.passes.needed_rows import NeededRowsPass
 from mosaic_compiler.passes.reorder import ReorderPass
 from mosaic_compiler.passes.reuse_rows import ReuseRowsPass
 from mosaic_compiler.passes.row_demand import RowDemandPass
+from mosaic_compiler.passes.scatter_results import ScatterResultsPass
+from mosaic_compiler.passes.sparse_outputs import SparseOutputsPass
 from mosaic_compiler.passes.verifier import Verifier
 from mosaic_compiler.passes.vocabulary_tiles import VocabularyTilesPass
 
 PASSES: tuple[Pass, ...] = (
+    NeededRowsPass(),
     CanonicalizePass(),
     RowDemandPass(),
     GatherLogitsPass(),
     VocabularyTilesPass(),
+    SparseOutputsPass(),
     ChunkLoopsPass(),
+    ScatterResultsPass(),
     FusePass(),
     ReorderPass(),
     InPlacePass(),
@@ -47,9 +56,23 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
-def passes_for(*, vocabulary_tile: int | None = None) -> tuple[Pass, ...]:
-    """The passes with the parameters that options set."""
-    return tuple(replace(p, tile=vocabulary_tile) if isinstance(p, VocabularyTilesPass) else p for p in PASSES)
+def passes_for(
+    *,
+    vocabulary_tile: int | None = None,
+    needed_rows: str = "all",
+    mask_token_id: int | None = None,
+    page_bytes: int | None = None,
+) -> tuple[Pass, ...]:
+    """The passes with the parameters that options and the device set."""
+
+    def with_parameters(given: Pass) -> Pass:
+        if isinstance(given, VocabularyTilesPass):
+            return replace(given, tile=vocabulary_tile)
+        if isinstance(given, NeededRowsPass):
+            return replace(given, rows=needed_rows, mask=mask_token_id)
+        return replace(given, page=page_bytes) if isinstance(given, SparseOutputsPass) else given
+
+    return tuple(map(with_parameters, PASSES))
 
 
 def pass_names() -> tuple[str, ...]:

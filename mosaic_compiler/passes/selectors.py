@@ -62,6 +62,15 @@ class Emitter:
         node.meta["val"] = ir.value_of(source)[index]
         return node
 
+    def bind_number(self, node: fx.Node) -> Any:
+        """A new symbol for the number that a node of the prologue gives."""
+        environment = self.mode.shape_env
+        source, hint = ConstantSource(f"number_of_{node.name}"), 13
+        symbol = environment.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+        number = node.meta["val"] = environment.create_symintnode(symbol, hint=hint, source=source)
+        node.meta[ir.BINDS] = symbol
+        return number
+
     def arithmetic(self, combine: Any, left: Any, right: Any) -> Any:
         """The sum or product of two sizes, each an int or a node."""
         if isinstance(left, int) and isinstance(right, int):
@@ -194,13 +203,9 @@ class Selectors(Emitter):
         tensor = ir.tensor_of(mask)
         assert tensor is not None
         found = self.bare(aten.nonzero.default, mask)
-        environment = self.mode.shape_env
-        source, hint = ConstantSource(f"rows_of_{found.name}"), 13
-        symbol = environment.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
-        count = environment.create_symintnode(symbol, hint=hint, source=source)
+        count = self.bind_number(found)
         with self.mode:
             found.meta["val"] = torch.empty((count, 1), dtype=torch.int64, device=tensor.device)
-        found.meta[ir.BINDS] = symbol
         return self.emit(aten.squeeze.dim, found, 1)
 
     def _mask(self, space: Space) -> fx.Node:

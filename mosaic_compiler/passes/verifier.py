@@ -209,8 +209,28 @@ def _disagreements(node: fx.Node, loop: ChunkLoop) -> Iterator[str]:
         return
     for index, (part, spec, result) in enumerate(zip(results, loop.outputs, ir.tensors_of(node), strict=True)):
         chunk = ir.tensor_of(part)
-        if chunk is None or result is None or whole(chunk, spec.dim) != whole(result, None):
+        expected = None if chunk is None else whole(chunk, spec.dim)
+        if spec.scatter is not None:
+            for problem in _misplaced(node, loop, index):
+                yield f"result {index}: {problem}"
+            if isinstance(expected, tuple):
+                total = node.args[spec.scatter.total]
+                rows_in_all = ir.expr_of(ir.value_of(total) if isinstance(total, fx.Node) else total)
+                expected = (*expected[:2], (rows_in_all, *expected[2][1:]))
+        if result is None or expected != whole(result, None):
             yield f"result {index} is {ir.layout_of(result)}, its chunks are {ir.layout_of(chunk)}"
+
+
+def _misplaced(node: fx.Node, loop: ChunkLoop, output: int) -> Iterator[str]:
+    """Rows that are scattered: by an int64 index with as many rows, and nothing else takes their memory."""
+    spec = loop.outputs[output]
+    assert spec.scatter is not None
+    index = node.args[spec.scatter.index]
+    tensor = ir.tensor_of(index) if isinstance(index, fx.Node) else None
+    if tensor is None or tensor.dtype != torch.int64 or tensor.dim() != 1 or loop.operands[spec.scatter.index] != 0:
+        yield f"{index} is no sliced int64 index"
+    if spec.into is not None or spec.dim != 0:
+        yield "scattered rows have dim 0, and memory of their own"
 
 
 def _signature_of(value: Any) -> Any:

@@ -160,7 +160,13 @@ def _emit_cluster(cluster: Cluster, outs: Sequence[Any], args: Sequence[Any], kw
     return [Call(kernel, (*args, *own))]
 
 
+def _emit_scatter_rows(outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
+    rows, index = args[:2]
+    return [Call(torch.Tensor.index_copy_, (outs[0], 0, index, rows))]
+
+
 _SPECIAL: dict[OpOverload, Emit] = {
+    ops.scatter_rows: _emit_scatter_rows,
     ops.gather_logits: _emit_gather_logits,
     ops.head_statistics: _emit_head_statistics,
     aten.arange.default: _emit_arange,

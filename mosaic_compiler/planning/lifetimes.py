@@ -270,7 +270,7 @@ class _Finder:
                     node,
                     name=node.name if len(outputs) == 1 else f"{node.name}.{index}",
                     kind="output" if root in escaping else kind,
-                    nbytes=ir.storage_extent(tensor),
+                    nbytes=_resident(node, index, tensor),
                     start=start[node],
                     end=last if root in escaping else ends[root],
                     tensor=tensor,
@@ -376,7 +376,7 @@ def _direct_results(loop: ChunkLoop, forms: Mapping[fx.Node, Form], storage: ir.
     results: tuple[fx.Node, ...] = loop.body.graph.output_node().args[0]
     for index, (node, spec) in enumerate(zip(results, loop.outputs, strict=True)):
         root, tensor = storage.root(node), ir.tensor_of(node)
-        if root is None or tensor is None or root in found or not ir.is_computed(root):
+        if root is None or tensor is None or root in found or not ir.is_computed(root) or spec.scatter is not None:
             continue
         outer = spec.order[: spec.order.index(spec.dim)]
         dense = all(ir.expr_of(tensor.shape[dim]) == 1 for dim in outer)
@@ -384,6 +384,15 @@ def _direct_results(loop: ChunkLoop, forms: Mapping[fx.Node, Form], storage: ir.
         if dense and whole and forms[root[0]].kind is Kind.DESTINATION:
             found[root] = index
     return found
+
+
+def _resident(node: fx.Node, index: int, tensor: torch.Tensor) -> sympy.Expr:
+    """Bytes of memory that a result takes: of scattered rows the pages that they lie in."""
+    scatter = ir.scatter_of(node, index)
+    if scatter is None:
+        return ir.storage_extent(tensor)
+    _, pages, page = scatter
+    return ir.expr_of(ir.value_of(pages) if isinstance(pages, fx.Node) else pages) * page
 
 
 def _scalar_arguments(module: fx.GraphModule, positions: int) -> tuple[SymbolicBuffer, ...]:

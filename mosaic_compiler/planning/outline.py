@@ -82,42 +82,42 @@ class StepOutline:
                 return flat, flat.plan(sizes, budget)
         return self.planner, self.planner.plan(sizes, budget)
 
-    def sizes_for(self, tokens: int, needed_rows: float = 1.0) -> Sizes:
+    def sizes_for(self, tokens: int, row_share: float = 1.0) -> Sizes:
         """All sizes of a step for a sequence of ``tokens``, as running it would plan them.
 
         The other sizes are those of the example; what was as long as its sequence is taken to be so again.
-        ``needed_rows`` is the share of rows that masks select.
+        ``row_share`` is the share of rows that masks select.
 
         Raises:
-            OptionsError: if ``tokens`` or ``needed_rows`` is out of range.
+            OptionsError: if ``tokens`` or ``row_share`` is out of range.
             CaptureError: if the captured graph has no symbolic length.
         """
         if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
             raise OptionsError(f"tokens must be a whole number from 1, got {tokens!r}")
-        if not 0 <= needed_rows <= 1:
-            raise OptionsError(f"needed_rows is a share between 0 and 1, got {needed_rows!r}")
+        if not 0 <= row_share <= 1:
+            raise OptionsError(f"row_share is a share between 0 and 1, got {row_share!r}")
         main = self.planner.tokens
         if main is None:
             raise CaptureError("the captured graph has no symbolic length: give an example of more than one token")
         values = {symbol: tokens if hint == self.hints[main] else hint for symbol, hint in self.hints.items()}
         for symbol, rows in self.selected:
-            values[symbol] = capacity(round(Sizes(values)(rows) * needed_rows))
+            values[symbol] = capacity(round(Sizes(values)(rows) * row_share))
         return Sizes(values)
 
-    def plan_for(self, tokens: int, needed_rows: float = 1.0, budget: int | None = None) -> Planned:
+    def plan_for(self, tokens: int, row_share: float = 1.0, budget: int | None = None) -> Planned:
         """The plan for a sequence of ``tokens`` (see :meth:`sizes_for`).
 
         Raises:
             BudgetError: if it cannot fit.
         """
-        return self.choose(self.sizes_for(tokens, needed_rows), budget)[1]
+        return self.choose(self.sizes_for(tokens, row_share), budget)[1]
 
-    def longest(self, budget: int, needed_rows: float = 1.0) -> int:
+    def longest(self, budget: int, row_share: float = 1.0) -> int:
         """The most tokens whose step fits ``budget`` bytes besides weights, inputs and outputs; 0 if none do."""
-        found = self.planner.longest(self.sizes_for(1 << 16, needed_rows), budget) or 0
+        found = self.planner.longest(self.sizes_for(1 << 16, row_share), budget) or 0
         while found:
             try:
-                self.planner.plan(self.sizes_for(found, needed_rows), budget)
+                self.planner.plan(self.sizes_for(found, row_share), budget)
             except BudgetError:  # the placement is above the lower bound, or rounding took more rows
                 found -= max(found // 1000, 1)
             else:

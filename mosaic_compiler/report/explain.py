@@ -129,7 +129,7 @@ def explain(
     fn: Callable[..., Any],
     *args: Any,
     tokens: int | None = None,
-    needed_rows: float = 1.0,
+    row_share: float = 1.0,
     device: str = "cpu",
     **options: Any,
 ) -> Report:
@@ -140,7 +140,7 @@ def explain(
         args: its arguments; tensor sizes become symbols.
         tokens: plan for a sequence of this length instead, and run nothing.  Weights and arguments may then be on the
             meta device.
-        needed_rows: with ``tokens``: the share of rows that masks select (1.0: every row's logits are computed).
+        row_share: with ``tokens``: the share of rows that masks select (1.0: every row's logits are computed).
         device: with ``tokens``: what meta tensors are planned for.
         options: as in ``torch.compile(..., options={...})``; see :class:`MosaicOptions`.
 
@@ -155,7 +155,7 @@ def explain(
     parsed = MosaicOptions.parse(options)  # a clear error before anything is traced
     if tokens is not None:
         step = capture_step(fn, args, options, device=device)
-        return Report((_graph_report(step, step.outline.plan_for(tokens, needed_rows, parsed.budget).plan),), None)
+        return Report((_graph_report(step, step.outline.plan_for(tokens, row_share, parsed.budget).plan),), None)
     steps: list[CompiledStep] = []
 
     def backend(module: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:

@@ -119,25 +119,25 @@ def traced(
     return found
 
 
-def answer(model: Traced, tokens: int, room: int, needed_rows: float = 0.5) -> Answer:
+def answer(model: Traced, tokens: int, room: int, row_share: float = 0.5) -> Answer:
     """The plan for one length in ``room`` bytes besides weights."""
     budget = room - IN_AND_OUT * tokens
     eager_peak = _eager_peak(model, tokens)
     if budget <= 0:
         return Answer(tokens, None, "no room is left beside the weights", eager_peak)
     try:
-        return Answer(tokens, model.outline.plan_for(tokens, needed_rows, budget).plan, "", eager_peak)
+        return Answer(tokens, model.outline.plan_for(tokens, row_share, budget).plan, "", eager_peak)
     except BudgetError as error:
         return Answer(tokens, None, str(error), eager_peak)
 
 
-def longest(model: Traced, room: int, needed_rows: float = 0.5) -> tuple[int, int]:
+def longest(model: Traced, room: int, row_share: float = 0.5) -> tuple[int, int]:
     """The most tokens that run in ``room`` bytes besides weights: with this compiler, and in eager PyTorch."""
     if room <= 0:
         return 0, 0
     found = 0
     for _ in range(4):  # inputs and results take room as well
-        found = model.outline.longest(max(room - IN_AND_OUT * found, 1), needed_rows)
+        found = model.outline.longest(max(room - IN_AND_OUT * found, 1), row_share)
     low, high = 0, 1
     while _eager_peak(model, high) <= room:
         low, high = high, 2 * high

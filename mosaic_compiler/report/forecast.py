@@ -78,7 +78,7 @@ def max_tokens(
     example: Sequence[Any],
     budget: int | str,
     *,
-    needed_rows: float = 1.0,
+    row_share: float = 1.0,
     device: str = "cpu",
     **options: Any,
 ) -> int:
@@ -88,7 +88,7 @@ def max_tokens(
         fn: a step, for example :class:`~mosaic_compiler.sampling.DenoisingStep`; its weights may be on the meta device.
         example: its arguments at any length above 1.
         budget: bytes, or a string such as ``"8GiB"``, for everything besides weights, inputs and outputs.
-        needed_rows: share of rows that masks select (1.0: every row's logits are computed).
+        row_share: share of rows that masks select (1.0: every row's logits are computed).
         device: what meta tensors are planned for.
         options: of the backend, see :class:`MosaicOptions`.
 
@@ -104,7 +104,7 @@ def max_tokens(
         raise OptionsError("max_tokens needs a budget: bytes, or a string such as '8GiB'")
     MosaicOptions.parse(options)
     step = capture_step(fn, example, options, device=device)
-    return step.outline.longest(limit, needed_rows)
+    return step.outline.longest(limit, row_share)
 
 
 @contextmanager

@@ -202,7 +202,7 @@ def check_bounds(offset: int, dtype: torch.dtype, shape: Sequence[int], stride: 
 def arena_problem(device: torch.device) -> str | None:
     """Why a device has no virtual-memory arena (then one plain allocation is used); ``None`` if it has one."""
     if device.type == "cuda" and torch.cuda.is_available():
-        from mosaic_compiler.runtime.cuda_arena import virtual_memory_problem
+        from mosaic_compiler.runtime.cuda_driver import virtual_memory_problem
 
         return virtual_memory_problem(device)
     return None if device.type in ("cpu", "cuda") else f"there is no virtual-memory arena for {device.type} devices"

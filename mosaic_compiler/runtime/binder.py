@@ -31,6 +31,7 @@ from mosaic_compiler.runtime.instructions import (
     store,
     store_all,
 )
+from mosaic_compiler.runtime.sparse import sparse_zeros
 
 Destination: TypeAlias = "tuple[torch.Tensor, int, torch.Size]"
 """A bound destination, with the address and shape that it must keep."""
@@ -166,6 +167,7 @@ class Binder:
         buffer = self.shared.placed[self.scope.root_buffers[(node, index)].name]
         if buffer.kind == "arena":
             assert buffer.offset is not None
+            assert ir.scatter_of(node, index) is None, "rows are scattered into memory of the caller's"
             limit = buffer.offset + buffer.nbytes
             view = self.shared.arena.tensor(buffer.offset, tensor.dtype, shape, stride, limit)
             self.shared.fixed[buffer.name, self.role] = (view, view.data_ptr(), view.shape)
@@ -175,7 +177,12 @@ class Binder:
                 self.instructions.append(functools.partial(fill, limit - GUARD, limit, CANARY))
             return view
         slot = self._slot(node, index, (node, index))
-        make = functools.partial(torch.empty_strided, shape, stride, dtype=tensor.dtype, device=tensor.device)
+        make: Instruction = functools.partial(
+            torch.empty_strided, shape, stride, dtype=tensor.dtype, device=tensor.device
+        )
+        if (scatter := ir.scatter_of(node, index)) is not None:
+            arguments = (self.values[scatter[0]], shape, tensor.dtype, tensor.device)
+            make = bound_call(Call(sparse_zeros, arguments), self.shared.slots)
         self.instructions.append(store(self.shared.slots, slot.index, make))
         return slot
 

@@ -97,8 +97,9 @@ class _BodyBinder(Binder):
         for node, operand, dim in zip(entries, operands, self.loop.operands, strict=True):
             self.values[node] = operand if dim is None else self._slice(operand, dim, (node, 0))
         self._parts: tuple[fx.Node, ...] = graph.output_node().args[0]  # type: ignore[assignment]
+        self._entries = entries
         self._places = [
-            self._slice(result, spec.dim, self._root_of(index))
+            result if spec.scatter is not None else self._slice(result, spec.dim, self._root_of(index))
             for index, (result, spec) in enumerate(zip(results, self.loop.outputs, strict=True))
         ]
 
@@ -109,7 +110,11 @@ class _BodyBinder(Binder):
         direct = set(self.scope.direct.values())
         for index, (part, place) in enumerate(zip(self._parts, self._places, strict=True)):
             if index not in direct:
-                copy = Call(torch.Tensor.copy_, (place, self.values[part]))
+                scatter, value = self.loop.outputs[index].scatter, self.values[part]
+                copy = Call(torch.Tensor.copy_, (place, value))
+                if scatter is not None:
+                    rows = self.values[self._entries[scatter.index]]
+                    copy = Call(torch.Tensor.index_copy_, (place, 0, rows, value))
                 self.instructions.append(bound_call(copy, self.shared.slots))
         late = [index for indices in self._slots_in.values() for index in indices]
         if late:

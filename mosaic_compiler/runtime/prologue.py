@@ -44,5 +44,6 @@ class Prologue:
                 args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
                 if BINDS in node.meta:
-                    counts.append(values[node].shape[0])
+                    found = values[node]
+                    counts.append(found if isinstance(found, int) else found.shape[0])
         return {node.name: values[node] for node in self.nodes}, tuple(counts)

@@ -21,12 +21,13 @@ from torch import fx
 from mosaic_compiler import ir
 from mosaic_compiler.clusters import clusters_in
 from mosaic_compiler.errors import CaptureError, FallbackError, StaleGraphError
+from mosaic_compiler.kernels import ops
 from mosaic_compiler.kernels.fused import kernel_for
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.pipeline import PassRecord
 from mosaic_compiler.planning import MemoryPlan
 from mosaic_compiler.planning.budget import check_machine, free_memory
-from mosaic_compiler.planning.forms import ACCOUNTED_OPAQUE, Kind
+from mosaic_compiler.planning.forms import ACCOUNTED_OPAQUE, Kind, main_device_of
 from mosaic_compiler.planning.lifetimes import Lives, find_lives
 from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.planning.outline import StepOutline, capacity
@@ -36,6 +37,7 @@ from mosaic_compiler.runtime.arena import Arena, ArenaPool, arena_problem, pool_
 from mosaic_compiler.runtime.instructions import GUARD
 from mosaic_compiler.runtime.program import Program, bind
 from mosaic_compiler.runtime.prologue import Prologue
+from mosaic_compiler.runtime.sparse import page_bytes
 
 _Entry: TypeAlias = "tuple[Program, list[tuple[weakref.ref[Any], int]]]"
 """A program, and the weights (with their addresses) that it is bound to."""
@@ -77,7 +79,7 @@ class CompiledStep:
         self.module, self.options, self.passes = module, options, tuple(passes)
         self.captured = captured if captured is not None else module
         self.lives: Lives = find_lives(module)
-        self._planned_fallbacks = find_fallbacks(self.lives)
+        self._planned_fallbacks = find_fallbacks(self.lives) + unmet_options(module, options)
         self._clusters = [*clusters_in(module), *(clusters_in(flat) if flat is not None else ())]
         self._be_strict()
         self.plan: MemoryPlan | None = None
@@ -235,10 +237,14 @@ def _hints(module: fx.GraphModule) -> dict[sympy.Symbol, int]:
 
 
 def _selected(module: fx.GraphModule) -> tuple[tuple[sympy.Symbol, sympy.Expr], ...]:
-    """For each number of computed rows its symbol, and the elements of the mask that selects them."""
+    """For each number of computed rows (or of pages that they lie in) its symbol, and how many it is a share of."""
     found = []
     for node in module.graph.nodes:
-        if ir.BINDS in node.meta:
+        if node.target is ops.touched_pages:
+            _, total, row_bytes, page = node.args
+            rows = ir.expr_of(ir.value_of(total) if isinstance(total, fx.Node) else total)
+            found.append((node.meta[ir.BINDS], sympy.ceiling(rows * row_bytes / page)))
+        elif ir.BINDS in node.meta:
             mask = ir.only_tensor(node.args[0])
             found.append((node.meta[ir.BINDS], sympy.prod([ir.expr_of(size) for size in mask.shape])))
     return tuple(found)
@@ -272,6 +278,18 @@ def find_fallbacks(lives: Lives) -> tuple[Fallback, ...]:
         if form.kind is Kind.OPAQUE and node not in named and not _is_accounted(node):
             add("opaque-op", node, "has no out= form; memory that it uses inside is not in the plan")
     return tuple(found)
+
+
+def unmet_options(module: fx.GraphModule, options: MosaicOptions) -> tuple[Fallback, ...]:
+    """What ``needed_rows`` asked for and this graph cannot have."""
+    problem = module.meta.get("needed_rows_problem")
+    if problem is not None:
+        return (Fallback("all-rows", "", "", problem, ""),)
+    device = main_device_of(module)
+    if options.needed_rows == "all" or page_bytes(device) is not None:
+        return ()
+    reason = arena_problem(device) or f"there is no virtual memory for results on {device.type} devices"
+    return (Fallback("dense-logits", "", "", f"zeros of unneeded rows take memory, because {reason}", ""),)
 
 
 def _is_accounted(node: fx.Node) -> bool:
