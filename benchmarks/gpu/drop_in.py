@@ -1,0 +1,102 @@
+"""A compiled model under its caller's own loop (``needed_rows``): logits [N, V] with memory for the masked rows only.
+
+Eager, Inductor and mosaic return logits of the whole sequence; mosaic computes those of masked rows.  ``peak`` is what
+a call holds above the weights, its result included.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.common import show, write
+from benchmarks.gpu.models import GIB, MASK, MODELS, build, clean, device, forget, parser, synchronize
+from mosaic_compiler.backend import observing
+from mosaic_compiler.runtime.arena import pool_for
+from mosaic_compiler.runtime.step import CompiledStep
+
+
+def ids_with(name: str, prompt: int, new: int) -> torch.Tensor:
+    """A random prompt with masked positions behind it."""
+    ids = torch.randint(
+        MASK + 1, MODELS[name].vocabulary, (1, prompt + new), generator=torch.Generator().manual_seed(0)
+    )
+    ids[:, prompt:] = MASK
+    return ids.to(device())
+
+
+def measure(name: str, model: torch.nn.Module, cases: list[tuple[int, int]], repeats: int) -> list[dict[str, Any]]:
+    """One row per (prompt, new) and system."""
+    options = {"needed_rows": "masked", "mask_token_id": MASK}
+    steps: list[CompiledStep] = []
+    mosaic = torch.compile(model, backend="mosaic", dynamic=True, options=options)
+    rows = []
+    with torch.no_grad():
+        for prompt, new in cases:
+            ids = ids_with(name, prompt, new)
+            for system, function in (("eager", model), ("mosaic", mosaic)):
+                row: dict[str, Any] = {"model": name, "prompt": prompt, "new": new, "system": system}
+                clean()
+                synchronize()
+                free = torch.cuda.mem_get_info()[0]
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                try:
+                    with observing(steps.append):
+                        logits = function(ids).logits
+                    synchronize()
+                    row["shape"] = list(logits.shape)
+                    arena = pool_for(device()).reserved()
+                    row["allocator"] = torch.cuda.max_memory_allocated() - before
+                    if system == "mosaic":
+                        row["planned"] = steps[0].plan.peak if steps[0].plan is not None else None
+                        clean()
+                        row["result"] = free - torch.cuda.mem_get_info()[0]
+                    else:
+                        row["result"] = logits.numel() * logits.element_size()
+                    row["peak"] = row["allocator"] + arena + (row["result"] if system == "mosaic" else 0)
+                    del logits
+                    times = []
+                    for _ in range(repeats):
+                        synchronize()
+                        started = time.perf_counter()
+                        logits = function(ids).logits
+                        synchronize()
+                        times.append(time.perf_counter() - started)
+                        del logits
+                    row["step_s"] = statistics.median(times)
+                except torch.OutOfMemoryError as error:
+                    row["error"] = str(error).splitlines()[0][:120]
+                print(row, flush=True)
+                rows.append(row)
+    return rows
+
+
+def main() -> None:
+    given = parser(__doc__).parse_args()
+    rows: list[dict[str, Any]] = []
+    for name in given.models:
+        model = build(name, given.layers).model
+        model.config.use_cache = False
+        rows += measure(name, model, [(15_360, 1024), (8192, 8192), (60_000, 1024)], given.repeats)
+        write("drop_in", {"layers": given.layers or "all", "rows": rows}, given.out)
+        del model
+        forget()
+    show(
+        "a model's logits, masked rows needed",
+        ["model", "prompt", "masked", "system", "peak GiB", "of it logits GiB", "seconds"],
+        [
+            [
+                r["model"], r["prompt"], r["new"], r["system"],
+                r.get("peak") and r["peak"] / GIB, r.get("result") and r["result"] / GIB, r.get("step_s"),
+            ]
+            for r in rows
+        ],
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
