@@ -58,9 +58,20 @@ class FakeDriver:
         assert base <= address <= address + size <= base + reserved
         self.maps[address] = size
 
+    def allow(self, address, size):
+        if "allow" in self.broken:
+            raise ArenaError("cuMemSetAccess: broken")
+        end = address + size
+        while address < end:
+            address += self.maps[address]
+        assert address == end
+
     def unmap(self, address, size):
         assert not self.unsynchronized, "pages were unmapped while kernels may use them"
-        assert self.maps.pop(address) == size, "only a whole mapping can be unmapped"
+        end = address + size
+        while address < end:
+            address += self.maps.pop(address)
+        assert address == end, "only whole mappings can be unmapped"
 
     def tensor(self, address, size, owner=None):
         assert address in self.maps, "the first page has to be mapped"

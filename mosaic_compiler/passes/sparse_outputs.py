@@ -82,7 +82,7 @@ def _is_early(index: object, early: set[fx.Node]) -> bool:
 
 def _row_bytes(node: fx.Node) -> sympy.Expr:
     tensor = ir.only_tensor(node)
-    return sympy.prod([ir.expr_of(size) for size in tensor.shape[1:]]) * tensor.dtype.itemsize
+    return sympy.prod([ir.expr_of(size) for size in tensor.shape[1:]], start=sympy.Integer(tensor.dtype.itemsize))
 
 
 class _Rewriter(Emitter):

@@ -24,6 +24,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import sympy
 import torch
@@ -100,6 +101,21 @@ class Scope:
     root_buffers: Mapping[ir.Root, SymbolicBuffer]
     direct: Mapping[ir.Root, int]
     facts: dict[fx.Node, Facts] = field(default_factory=dict)
+
+    @cached_property
+    def deaths(self) -> dict[fx.Node, list[ir.Root]]:
+        """Roots by the node that uses them last; outputs never die."""
+        escaping = ir.escaping_roots(self.nodes[0].graph, self.storage) if self.nodes else set()
+        last: dict[ir.Root, fx.Node] = {}
+        for node in self.nodes:
+            for user in (node, *node.all_input_nodes):
+                for root in self.storage.roots(user):
+                    if root is not None and ir.is_computed(root) and root not in escaping:
+                        last[root] = node
+        found: dict[fx.Node, list[ir.Root]] = {}
+        for root, node in last.items():
+            found.setdefault(node, []).append(root)
+        return found
 
     def facts_of(self, node: fx.Node) -> Facts:
         """What binding asks of a node, looked up once for all lengths."""

@@ -96,7 +96,7 @@ class Binder:
         self.instructions: list[Instruction] = []
         self._slot_of: dict[tuple[fx.Node, int], Slot] = {}
         self._slots_in: dict[ir.Root, list[int]] = {}
-        self._deaths = self._find_deaths()
+        self._deaths = scope.deaths
 
     def is_bound(self, value: Any) -> bool:
         """The value follows from the symbols that are bound."""
@@ -250,20 +250,6 @@ class Binder:
         self.instructions.append(bound_call(call, self.shared.slots))
 
     # ------------------------------------------------------------------------------------- deaths
-    def _find_deaths(self) -> dict[fx.Node, list[ir.Root]]:
-        """Roots by the node that uses them last; outputs never die."""
-        escaping = ir.escaping_roots(self.module.graph, self.scope.storage)
-        last: dict[ir.Root, fx.Node] = {}
-        for node in self.scope.nodes:
-            for user in (node, *node.all_input_nodes):
-                for root in self.scope.storage.roots(user):
-                    if root is not None and ir.is_computed(root) and root not in escaping:
-                        last[root] = node
-        deaths: dict[fx.Node, list[ir.Root]] = {}
-        for root, node in last.items():
-            deaths.setdefault(node, []).append(root)
-        return deaths
-
     def _bury(self, roots: Sequence[ir.Root]) -> None:
         indices = [index for root in roots for index in self._slots_in.get(root, ())]
         if indices:

@@ -114,6 +114,11 @@ class CudaArena(ArenaBytes):
         handle = self._driver.create(size)
         try:
             self._driver.map(self._base + offset, size, handle)
+            try:
+                self._driver.allow(self._base + offset, size)
+            except BaseException:
+                self._driver.unmap(self._base + offset, size)
+                raise
         except BaseException:
             self._driver.release(handle)
             raise

@@ -36,9 +36,13 @@ class Driver(Protocol):
     def release(self, handle: Any) -> None: ...
 
     def map(self, address: int, size: int, handle: Any) -> None:
-        """Back addresses with memory, readable and writable by the device.  Raises :class:`OutOfDeviceMemory`."""
+        """Back addresses with memory.  Raises :class:`OutOfDeviceMemory`."""
 
-    def unmap(self, address: int, size: int) -> None: ...
+    def allow(self, address: int, size: int) -> None:
+        """Let the device read and write addresses, all of which are mapped.  Raises :class:`OutOfDeviceMemory`."""
+
+    def unmap(self, address: int, size: int) -> None:
+        """Undo one mapping, or several that lie side by side."""
 
     def tensor(self, address: int, size: int, owner: object = None) -> torch.Tensor:
         """uint8 [size] over addresses of which the first are mapped, without a copy.  ``owner`` lives as long."""
@@ -78,8 +82,11 @@ class CudaDriver:
         self.granularity = int(self._call("cuMemGetAllocationGranularity", self._properties, minimum))
 
     def _call(self, name: str, *args: Any) -> Any:
-        with torch.cuda.device(self._index):
+        if torch.cuda.current_device() == self._index:  # thousands of calls map one sparse result
             error, *results = getattr(self._api, name)(*args)
+        else:
+            with torch.cuda.device(self._index):
+                error, *results = getattr(self._api, name)(*args)
         if error == self._api.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             raise OutOfDeviceMemory
         if error != self._api.CUresult.CUDA_SUCCESS:
@@ -103,11 +110,9 @@ class CudaDriver:
 
     def map(self, address: int, size: int, handle: Any) -> None:
         self._call("cuMemMap", address, size, 0, handle, 0)
-        try:
-            self._call("cuMemSetAccess", address, size, [self._access], 1)
-        except BaseException:
-            self._call("cuMemUnmap", address, size)
-            raise
+
+    def allow(self, address: int, size: int) -> None:
+        self._call("cuMemSetAccess", address, size, [self._access], 1)
 
     def unmap(self, address: int, size: int) -> None:
         self._call("cuMemUnmap", address, size)

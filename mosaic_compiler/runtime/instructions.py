@@ -7,10 +7,11 @@ call, because the caller keeps them) and results of opaque ops.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
 from torch.utils._pytree import tree_map_only
 
 from mosaic_compiler.errors import CanaryError
@@ -62,12 +63,24 @@ def store_all(slots: list[Any], indices: Sequence[int], make: Instruction) -> In
     return instruction
 
 
-def has_slot(values: Any) -> bool:
-    if isinstance(values, Mapping):
-        return any(has_slot(value) for value in values.values())
-    if isinstance(values, (tuple, list)):
-        return any(has_slot(value) for value in values)
-    return isinstance(values, Slot)
+_PLAIN = frozenset({torch.Tensor, int, float, bool, str, type(None), torch.dtype, torch.device})
+
+
+def has_slot(value: Any) -> bool:
+    """There is a slot among nested lists, tuples and dicts.  (Asked for every argument of every call that is bound.)"""
+    kind = type(value)
+    if kind in _PLAIN:
+        return False
+    if kind is Slot:
+        return True
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return False
+    for item in value:  # noqa: SIM110  (a generator takes three times as long)
+        if has_slot(item):
+            return True
+    return False
 
 
 def bound_call(call: Call, slots: list[Any]) -> Instruction:

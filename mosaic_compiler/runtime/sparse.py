@@ -95,11 +95,12 @@ class SparseMemory:
         self._driver, self._size, self._runs = driver, size, [*runs]
         self._zeros = _zeros_of(driver)
         self._base = driver.reserve(size)
-        self._maps: list[tuple[int, int, Any]] = []  # address, size, handle to release (None: shared)
+        self._maps: list[tuple[int, int, Any]] = []  # side by side: address, size, handle to release (None: shared)
         self._finalizer = weakref.finalize(self, _give_back, driver, self._base, size, self._maps, self._zeros)
         self._finalizer.atexit = False  # the process's memory goes with the process
         try:
             self._map_all()
+            _twice(driver, functools.partial(driver.allow, self._base, size), size)
         except BaseException:
             self._finalizer()
             raise
@@ -189,9 +190,9 @@ def _give_back(driver: Driver, base: int, size: int, maps: list[tuple[int, int, 
     with suppress(ArenaError):  # the context may be gone
         if maps:
             driver.synchronize()
+            driver.unmap(base, sum(nbytes for _, nbytes, _ in maps))
         while maps:
-            address, nbytes, handle = maps.pop()
-            driver.unmap(address, nbytes)
+            handle = maps.pop()[2]
             if handle is not None:
                 driver.release(handle)
         driver.free(base, size)
