@@ -57,10 +57,12 @@ def test_mask(name):
 class Scaled(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.scaling, self.factor = 0.25, 1.5
+        self.scaling, self.factor, self.temperature = 0.25, 1.5, 0.0
 
     def forward(self, x):
         q = x.view(1, 2, -1, 8) * self.factor
+        if self.temperature > 0:  # a float that only a condition asks for
+            q = q / self.temperature
         return F.scaled_dot_product_attention(q, q, q, scale=self.scaling)
 
 
@@ -77,4 +79,7 @@ def test_a_scale_is_a_constant_before_anything_else_is_traced(monkeypatch):
         assert len(traced) == 1, "AOTAutograd traced, and then Dynamo began again"
         module.factor = 2.5  # arithmetic: an input, as with any other backend
         assert torch.equal(step(x), module(x))
-    assert len(compiled) == 1
+        assert len(compiled) == 1
+        module.temperature = 0.5
+        assert torch.equal(step(x), module(x))
+    assert len(compiled) == 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -12,8 +12,9 @@ from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.errors import InvariantError
-from mosaic_compiler.loops import ChunkLoop
+from mosaic_compiler.loops import ChunkLoop, loop_of
 from mosaic_compiler.passes import run_passes, trace
+from mosaic_compiler.passes.pipeline import passes_for
 from mosaic_compiler.passes.verifier import INVARIANTS
 
 aten = torch.ops.aten
@@ -193,6 +194,40 @@ def slice_another_dim(module: fx.GraphModule) -> None:
 def test_a_loop_that_disagrees_with_its_body_is_refused(edit):
     with pytest.raises(InvariantError, match=r"'loops'|'metadata'|'signature'"):
         run_passes(looped(), passes=[BrokenPass(edit)])
+
+
+def scattering():
+    def f(x, w, chosen):
+        return torch.where(chosen[:, None], torch.relu(x @ w), 0.0)
+
+    given = torch.randn(9, 6), torch.randn(6, 1500), torch.arange(9) % 2 == 0
+    module = trace(f, *given, dynamic=[(0,), (), (0,)])
+    result = run_passes(module, passes=passes_for(page_bytes=4096), disable=("fuse",))[0]
+    assert any(spec.scatter for node in result.graph.nodes if loop_of(node) for spec in loop_of(node).outputs)
+    return result
+
+
+def _change_scatter(module: fx.GraphModule, **changes: object) -> None:
+    node = next(node for node in module.graph.nodes if node.op == "call_module")
+    loop = node.meta["loop"]
+    (spec,) = loop.outputs
+    scatter = replace(spec.scatter, **{k: v for k, v in changes.items() if k != "into"})
+    node.meta["loop"] = loop.with_outputs([replace(spec, scatter=scatter, into=changes.get("into"))])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        lambda scatter: {"index": 0},  # the rows themselves say where they go
+        lambda scatter: {"total": scatter.pages},  # another size
+        lambda scatter: {"into": 0},  # an operand's memory
+    ],
+)
+def test_rows_that_are_scattered_wrongly_are_refused(changes):
+    module = scattering()
+    (spec,) = next(node for node in module.graph.nodes if node.op == "call_module").meta["loop"].outputs
+    with pytest.raises(InvariantError, match="'loops'|'signature'"):
+        run_passes(module, passes=[BrokenPass(lambda m: _change_scatter(m, **changes(spec.scatter)))])
 
 
 def fused():

@@ -19,7 +19,7 @@ from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.passes import rows
-from mosaic_compiler.passes.demand import SHAPED, Demand, Demands, Segment, can_resize, size_sources
+from mosaic_compiler.passes.demand import SHAPED, Demand, Demands, Segment, can_resize, choices_of, size_sources
 from mosaic_compiler.passes.moves import moved_dims
 from mosaic_compiler.passes.rows import DEAR, FLAT, Layout, Space
 from mosaic_compiler.passes.selectors import Emitter, Selectors
@@ -206,8 +206,9 @@ class Compactor(Emitter):
 
     # -------------------------------------------------------------------------------------- exits
     def _rewrite_exit(self, node: fx.Node) -> None:
-        if node.target is aten.where.self:
-            for position in (1, 2):
+        choices = choices_of(node)
+        if choices is not None:
+            for position, _ in choices[1]:
                 operand = node.args[position]
                 if isinstance(operand, fx.Node) and operand in self.compact:
                     full = self._scatter(operand)
@@ -236,6 +237,8 @@ class Compactor(Emitter):
 
     def _selects_just_those(self, node: fx.Node, position: int) -> bool:
         """``where(m, v, 0)``, and v was computed for just the rows m: what was scattered is 0 elsewhere anyway."""
+        if node.target is not aten.where.self:
+            return False
         condition, other, scattered = node.args[0], node.args[3 - position], node.args[position]
         assert isinstance(scattered, fx.Node)
         wanted = self.demands.conditions[self._demand(self._scattered[scattered]).space]

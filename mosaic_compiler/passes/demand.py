@@ -99,6 +99,16 @@ class Demands:
         """Matmuls and attentions that run on some rows only."""
         return [node for node in self.compact if node.target in MATMULS or node.target in ATTENTIONS]
 
+    def cause(self, node: fx.Node) -> fx.Node:
+        """Who is to blame for all rows of a value: the first reader behind it that could not do with fewer, whoever
+        reads itself; or the output."""
+        while node in self.blame and self.of.get(node, node) is None:
+            reader = self.blame[node]
+            if not _passes_rows_on(reader, node):
+                return reader
+            node = reader
+        return node
+
     def reasons(self) -> Iterator[tuple[fx.Node, Any, Any, fx.Node]]:
         """(operation, rows computed, rows in all, who forced it) for rewritten operations; if there are
         none, for the matmul with the largest result."""
@@ -114,7 +124,23 @@ class Demands:
         if matmuls:
             node = max(matmuls, key=_hinted_size)
             total = ir.expr_of(rows.shape_of(node)[0])
-            yield node, total, total, self.blame.get(node, node)
+            yield node, total, total, self.cause(node)
+
+
+def _passes_rows_on(reader: fx.Node, operand: fx.Node) -> bool:
+    """Some rows of the reader need only the same rows of the operand."""
+    tensor = ir.tensor_of(reader)
+    if reader.target is operator.getitem or movement_base(reader) is not None:
+        return True
+    if tensor is None or choices_of(reader) is not None:
+        return False
+    for dims in range(1, min(tensor.dim(), 2) + 1):
+        layout, space = rows.leading_layout(tensor, dims)
+        needed = rows.operand_layouts(reader, 0, layout, space) if space else None
+        for item in needed or ():
+            if item.node is operand and item.layout is not None and is_complete(item.layout, space):
+                return True
+    return False
 
 
 def _segment_size(segment: Segment) -> str:
@@ -220,15 +246,16 @@ class _Analysis:
     # ------------------------------------------------------------------------------------ exits
     def _exit(self, node: fx.Node) -> bool:
         """Handle a node that reads only some rows of an operand, whatever is demanded of itself."""
-        if node.target is aten.where.self:
-            return self._where_exit(node)
+        if choices_of(node) is not None:
+            return self._choice_exit(node)
         if node.target is aten.index.Tensor and self._boolean_index_exit(node):
             return True
         return self.demands.of[node] is None and self._move_exit(node)
 
-    def _where_exit(self, node: fx.Node) -> bool:
-        condition, yes, no = node.args
-        assert isinstance(condition, fx.Node)
+    def _choice_exit(self, node: fx.Node) -> bool:
+        choices = choices_of(node)
+        assert choices is not None
+        condition, operands = choices
         out, demand = ir.tensor_of(node), self.demands.of[node]
         assert out is not None
         mask_shape = rows.shape_of(condition)
@@ -245,7 +272,8 @@ class _Analysis:
             return False
         outer: set[Condition] = {frozenset()} if demand is None else demand.conditions
         self._need_all(condition, node)
-        for operand, positive in ((yes, True), (no, False)):
+        for position, positive in operands:
+            operand = node.args[position]
             if not isinstance(operand, fx.Node):
                 continue
             literals = self._literals(condition, positive, layout)
@@ -377,6 +405,16 @@ class _Analysis:
             assert demand is not None
             if demand.conditions:
                 self.demands.conditions.setdefault(demand.space, set()).update(demand.conditions)
+
+
+def choices_of(node: fx.Node) -> tuple[fx.Node, tuple[tuple[int, bool], ...]] | None:
+    """Of an op that takes elements from one operand or another: the mask, and the positions of the operands with what
+    the mask is where their elements are taken."""
+    if node.target is aten.where.self:
+        return node.args[0], ((1, True), (2, False))  # type: ignore[return-value]
+    if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        return node.args[1], ((0, False),)  # type: ignore[return-value]
+    return None
 
 
 def is_complete(layout: Layout, space: Space) -> bool:

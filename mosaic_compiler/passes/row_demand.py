@@ -19,7 +19,7 @@ class RowDecision:
     Attributes:
         node, module, source: which operation.
         rows, total: rows computed and rows there are, as expressions in the graph's symbols.
-        consumer: what forced these rows (the selector's node and source line, or who demands all).
+        consumer: what forced these rows: the selector, or the op (or output) that needs all, with its source line.
     """
 
     node: str
