@@ -20,11 +20,11 @@ from test_cuda_arena import FakeDriver
 
 from mosaic_compiler.backend import compile_aten, observing
 from mosaic_compiler.errors import BudgetError, FallbackError, OptionsError
-from mosaic_compiler.kernels.scatter_rows import count_pages, touched_runs
+from mosaic_compiler.kernels.scatter_rows import BLOCK_PAGES, count_pages, touched_runs
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes import run_passes, trace
 from mosaic_compiler.passes.pipeline import passes_for
-from mosaic_compiler.runtime.sparse import BLOCK_PAGES, SparseMemory, sparse_zeros
+from mosaic_compiler.runtime.sparse import SparseMemory, sparse_zeros
 
 MASK, VOCABULARY, WIDTH = 3, 1200, 8
 PAGE = mmap.PAGESIZE

@@ -226,7 +226,7 @@ def _change_scatter(module: fx.GraphModule, **changes: object) -> None:
 def test_rows_that_are_scattered_wrongly_are_refused(changes):
     module = scattering()
     (spec,) = next(node for node in module.graph.nodes if node.op == "call_module").meta["loop"].outputs
-    with pytest.raises(InvariantError, match="'loops'|'signature'"):
+    with pytest.raises(InvariantError, match=r"'loops'|'signature'"):
         run_passes(module, passes=[BrokenPass(lambda m: _change_scatter(m, **changes(spec.scatter)))])
 
 

@@ -12,10 +12,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+BLOCK_PAGES = 16
+"""A GPU's gaps between rows share two blocks of zeros, of so many pages (fewer calls for long gaps) and of one page."""
+
 
 def scatter_rows_reference(rows: Tensor, index: Tensor, total: int) -> Tensor:
     """Zeros [total, features...] with ``rows`` [M, features...] at ``index`` int64 [M]."""
     return rows.new_zeros((total, *rows.shape[1:])).index_copy_(0, index, rows)
+
+
+def shared_pages(device: torch.device) -> int:
+    """Pages of zeros that all gaps share, at most; the CPU's kernel has a page of its own for that."""
+    return BLOCK_PAGES + 1 if device.type == "cuda" else 0
 
 
 def count_pages(index: Tensor, row_bytes: int, page: int) -> int:

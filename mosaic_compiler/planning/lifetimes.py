@@ -32,6 +32,7 @@ from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.ir import prologue_nodes
+from mosaic_compiler.kernels.scatter_rows import shared_pages
 from mosaic_compiler.loops import ChunkLoop, loop_of
 from mosaic_compiler.passes.regions import HEAVY
 from mosaic_compiler.passes.rows import MATMULS
@@ -408,7 +409,8 @@ def _resident(node: fx.Node, index: int, tensor: torch.Tensor) -> sympy.Expr:
     if scatter is None:
         return ir.storage_extent(tensor)
     _, pages, page = scatter
-    return ir.expr_of(ir.value_of(pages) if isinstance(pages, fx.Node) else pages) * page
+    own = ir.expr_of(ir.value_of(pages) if isinstance(pages, fx.Node) else pages)
+    return (own + shared_pages(tensor.device)) * page
 
 
 def _scalar_arguments(module: fx.GraphModule, positions: int) -> tuple[SymbolicBuffer, ...]:

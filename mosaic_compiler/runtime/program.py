@@ -1,7 +1,8 @@
 """A program: one step, bound to one arena, one plan and one set of weights.
 
 Binding does all the work that does not depend on the caller's data: views are made, sizes are numbers,
-every call is a ``functools.partial`` with its destination.  A step is then a walk over a flat list.
+every call is a ``functools.partial`` with its destination.  A step is then a walk over a flat list.  The first
+run binds as it goes.
 
 What cannot be bound is read from ``slots`` when it is needed: the caller's inputs, outputs (fresh
 memory per call, because the caller keeps them) and results of opaque ops.
@@ -27,44 +28,68 @@ from mosaic_compiler.runtime.instructions import Instruction, Slot
 
 
 class Program:
-    """A bound step.  Not thread-safe: the arena's lease serialises calls.
+    """A step, bound while it runs for the first time.  Not thread-safe: the arena's lease serialises calls.
 
     Attributes:
         plan: the memory plan it runs in.
-        instructions: prebound calls, in schedule order.
+        instructions: prebound calls, in schedule order; empty until it has run, or :meth:`finish` was called.
     """
 
     def __init__(self, binder: _StepBinder) -> None:
         self._binder = binder
         self.plan = binder.plan
         self.slots = binder.shared.slots
-        self._load()
-
-    def _load(self) -> None:
-        binder = self._binder
-        self.instructions: list[Instruction] = [call for calls in binder.calls.values() for call in calls]
-        self.outputs, self._inputs, self.fixed = binder.outputs, binder.inputs, binder.shared.fixed
+        self.instructions: list[Instruction] = []
+        self._inputs = binder.inputs
         self._checked = False
 
     def resize(self, sizes: Sizes) -> None:
-        """Bind again what depends on the number of computed rows; the plan must have room for it."""
+        """Bind again, in the next run, what depends on the number of computed rows; the plan must have room for it."""
         if sizes.symbols != self._binder.sizes.symbols:
-            self._binder.rebind(sizes)
-            self._load()
+            self._binder.resize(sizes)
+
+    def finish(self) -> None:
+        """Bind what is not bound yet."""
+        for node in self._binder.calls:
+            self._binder.bind_pending(node)
+        self._load()
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
-        """Run the step.  ``inputs`` are the graph's placeholders, then the prologue's results."""
+        """Run the step.  ``inputs`` are the graph's placeholders, then the prologue's results.
+
+        What has to be bound is bound node by node, right before it runs: a GPU is busy with the first nodes while
+        later ones are bound.
+        """
         slots = self.slots
         try:
             slots[: self._inputs] = inputs
             with torch.no_grad():
-                for instruction in self.instructions:
-                    instruction()
+                if self._binder.pending:
+                    self._bind_and_run()
+                else:
+                    for instruction in self.instructions:
+                        instruction()
             if not self._checked:
                 self._check_destinations()
             return [slots[out.index] if type(out) is Slot else out for out in self.outputs]
         finally:
             slots[:] = [None] * len(slots)
+
+    def _bind_and_run(self) -> None:
+        binder = self._binder
+        for node, calls in binder.calls.items():
+            if node in binder.pending:
+                calls = binder.bind_pending(node)
+            for call in calls:
+                call()
+        self._load()
+
+    def _load(self) -> None:
+        binder = self._binder
+        binder.pending = frozenset()
+        self.instructions = [call for calls in binder.calls.values() for call in calls]
+        self.outputs, self.fixed = binder.outputs(), binder.shared.fixed
+        self._checked = False
 
     def _check_destinations(self) -> None:
         """An op that got an ``out=`` of the wrong shape resizes it, with only a warning.  Look once."""
@@ -100,13 +125,16 @@ def bind(
             :data:`GUARD` bytes behind each arena buffer).
     """
     shared = Shared(arena, {buffer.name: buffer for buffer in plan.buffers}, lives.loops, [None] * len(inputs), poison)
-    binder = _StepBinder(module, lives, plan, sizes, inputs, static, shared, varying, early)
-    binder.rebind(sizes)
-    return Program(binder)
+    return Program(_StepBinder(module, lives, plan, sizes, inputs, static, shared, varying, early))
 
 
 class _StepBinder(Binder):
-    """Binds the step's own graph, some of it again when the number of computed rows changes."""
+    """Binds the step's own graph, some of it again when the number of computed rows changes.
+
+    Attributes:
+        calls: each node's calls, in schedule order.
+        pending: nodes that are to be bound, or bound again; all of them until a run has bound the last one.
+    """
 
     def __init__(
         self,
@@ -123,24 +151,31 @@ class _StepBinder(Binder):
         super().__init__(module, lives.scope, sizes, shared)
         self.plan, self.inputs = plan, len(inputs)  # only their number is kept, so that no caller's tensor is
         self.calls: dict[fx.Node, list[Instruction]] = {node: [] for node in lives.nodes}
-        self._todo = lives.nodes
+        self.pending = frozenset(lives.nodes)
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         for index, node in enumerate(placeholders):
             self.values[node] = self._placeholder(node, index, inputs[index], static)
         for index, node in enumerate(early, len(placeholders)):
             self.values[node] = Slot(index)
-        self._varying = lives.depending_on(varying)
+        self._varying = frozenset(lives.depending_on(varying))
 
-    def rebind(self, sizes: Sizes) -> None:
-        """Bind all nodes the first time, then those that depend on varying sizes."""
+    def resize(self, sizes: Sizes) -> None:
+        """Other numbers of computed rows: what depends on them is pending."""
         self.sizes = sizes
-        with torch.inference_mode(False), torch.no_grad():
-            for node in self._todo:
-                self.instructions = self.calls[node] = []
+        self.pending |= self._varying
+
+    def bind_pending(self, node: fx.Node) -> list[Instruction]:
+        """The node's calls, bound if that is pending."""
+        if node in self.pending:
+            self.instructions = self.calls[node] = []
+            with torch.inference_mode(False), torch.no_grad():
                 self.bind_node(node)
+        return self.calls[node]
+
+    def outputs(self) -> list[Any]:
+        """What the step returns: slots, tensors, numbers."""
         flat, _ = torch.utils._pytree.tree_flatten(self.module.graph.output_node().args[0])
-        self.outputs = [self.values[item] if isinstance(item, fx.Node) else item for item in flat]
-        self._todo = self._varying
+        return [self.values[item] if isinstance(item, fx.Node) else item for item in flat]
 
     def _placeholder(self, node: fx.Node, index: int, given: Any, static: frozenset[int]) -> Any:
         if isinstance(given, torch.Tensor):

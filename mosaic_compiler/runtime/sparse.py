@@ -25,16 +25,10 @@ import torch
 from torch import Tensor
 
 from mosaic_compiler.errors import ArenaError, BudgetError
-from mosaic_compiler.kernels.scatter_rows import touched_runs
+from mosaic_compiler.kernels.scatter_rows import BLOCK_PAGES, touched_runs
 from mosaic_compiler.planning.plan import align
 from mosaic_compiler.runtime.arena import arena_problem
 from mosaic_compiler.runtime.cuda_driver import CudaDriver, Driver, OutOfDeviceMemory
-
-CUDA_PAGE = 2 << 20
-"""Physical memory of NVIDIA GPUs is mapped in pages of 2 MiB (``CudaDriver.granularity``)."""
-
-BLOCK_PAGES = 16
-"""Pages of the larger one of the two shared blocks of zeros: fewer calls for long gaps."""
 
 
 def page_bytes(device: torch.device) -> int | None:

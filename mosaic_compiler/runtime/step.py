@@ -179,7 +179,9 @@ class CompiledStep:
             early=variant.prologue.results,
             poison=self.options.poison,
         )
-        self._be_strict()
+        if self.options.strict:  # a kernel that does not compile is found out when it is bound
+            program.finish()
+            self._be_strict()
         return program, [(weakref.ref(values[i]), values[i].data_ptr()) for i in self._static]
 
     def _check_weights(self, sizes: Sizes, values: Sequence[Any]) -> None:
