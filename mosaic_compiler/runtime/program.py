@@ -40,19 +40,22 @@ class Program:
         self.plan = binder.plan
         self.slots = binder.shared.slots
         self.instructions: list[Instruction] = []
+        self.fixed = binder.shared.fixed
         self._inputs = binder.inputs
+        self._outputs: list[Any] | None = None  # known when all is bound
         self._checked = False
 
     def resize(self, sizes: Sizes) -> None:
         """Bind again, in the next run, what depends on the number of computed rows; the plan must have room for it."""
         if sizes.symbols != self._binder.sizes.symbols:
             self._binder.resize(sizes)
+            self._outputs = None
 
     def finish(self) -> None:
         """Bind what is not bound yet."""
         for node in self._binder.calls:
             self._binder.bind_pending(node)
-        self._load()
+        self._outputs = self._load()
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         """Run the step.  ``inputs`` are the graph's placeholders, then the prologue's results.
@@ -64,32 +67,33 @@ class Program:
         try:
             slots[: self._inputs] = inputs
             with torch.no_grad():
-                if self._binder.pending:
-                    self._bind_and_run()
+                if self._outputs is None:
+                    self._outputs = self._bind_and_run()
                 else:
                     for instruction in self.instructions:
                         instruction()
             if not self._checked:
                 self._check_destinations()
-            return [slots[out.index] if type(out) is Slot else out for out in self.outputs]
+            return [slots[out.index] if type(out) is Slot else out for out in self._outputs]
         finally:
             slots[:] = [None] * len(slots)
 
-    def _bind_and_run(self) -> None:
+    def _bind_and_run(self) -> list[Any]:
         binder = self._binder
         for node, calls in binder.calls.items():
             if node in binder.pending:
                 calls = binder.bind_pending(node)
             for call in calls:
                 call()
-        self._load()
+        return self._load()
 
-    def _load(self) -> None:
+    def _load(self) -> list[Any]:
+        """All is bound: the flat list of calls, and what the step returns."""
         binder = self._binder
         binder.pending = frozenset()
         self.instructions = [call for calls in binder.calls.values() for call in calls]
-        self.outputs, self.fixed = binder.outputs(), binder.shared.fixed
         self._checked = False
+        return binder.outputs()
 
     def _check_destinations(self) -> None:
         """An op that got an ``out=`` of the wrong shape resizes it, with only a warning.  Look once."""
