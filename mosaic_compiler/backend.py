@@ -19,7 +19,7 @@ from mosaic_compiler.dump import GraphDump
 from mosaic_compiler.errors import GradientError
 from mosaic_compiler.ir import fake_mode_of
 from mosaic_compiler.options import MosaicOptions
-from mosaic_compiler.passes.needed_rows import settle_sizes
+from mosaic_compiler.passes.needed_rows import STATIC, settle_sizes
 from mosaic_compiler.passes.pipeline import PassRecord, passes_for, run_passes, without_loops
 from mosaic_compiler.planning.forms import main_device_of
 from mosaic_compiler.runtime.sparse import page_bytes
@@ -81,6 +81,7 @@ def compile_aten(module: fx.GraphModule, options: MosaicOptions, static_inputs: 
         page_bytes=page_bytes(main_device_of(module)),
     )
     stages = {"capture": module}
+    module.meta[STATIC] = tuple(static_inputs)
     if options.needed_rows != "all":
         settle_sizes(module)
 

@@ -389,6 +389,17 @@ BINDS = "binds_rows"
 """Metadata key: the symbol for this node's number, or for its result's first size, known once the node has run."""
 
 
+def most_of(node: fx.Node) -> sympy.Expr:
+    """The most that a number bound by the prologue can be: the elements of the mask that selects rows; for pages of
+    memory, all of them."""
+    if node.target is ops.touched_pages:
+        _, total, row_bytes, page = node.args
+        rows = expr_of(value_of(total) if isinstance(total, fx.Node) else total)
+        return sympy.ceiling(rows * row_bytes / page)
+    mask = only_tensor(node.args[0])  # type: ignore[arg-type]
+    return sympy.prod([expr_of(size) for size in mask.shape], start=sympy.Integer(1))
+
+
 def prologue_nodes(graph: fx.Graph) -> list[fx.Node]:
     """What the nodes that bind a number of rows are computed from, and they themselves, in order."""
     wanted: set[fx.Node] = set()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 BLOCK_PAGES = 16
 """A GPU's gaps between rows share two blocks of zeros, of so many pages (fewer calls for long gaps) and of one page."""
@@ -21,6 +22,15 @@ def scatter_rows_reference(rows: Tensor, index: Tensor, total: int) -> Tensor:
     return rows.new_zeros((total, *rows.shape[1:])).index_copy_(0, index, rows)
 
 
+_on_host = WeakTensorKeyDictionary()
+"""Copies of row numbers on the host, made when the step starts: later it would have to wait for the device."""
+
+
+def pages_per_row(row_bytes: int, page: int) -> int:
+    """The most pages that one row can touch."""
+    return (row_bytes - 2 + page) // page + 1
+
+
 def shared_pages(device: torch.device) -> int:
     """Pages of zeros that all gaps share, at most; the CPU's kernel has a page of its own for that."""
     return BLOCK_PAGES + 1 if device.type == "cuda" else 0
@@ -28,14 +38,14 @@ def shared_pages(device: torch.device) -> int:
 
 def count_pages(index: Tensor, row_bytes: int, page: int) -> int:
     """How many pages of ``page`` bytes hold a byte of a row of ``index`` (int64 [M], in any order)."""
-    first, last = _page_ranges(index.sort()[0], row_bytes, page)
+    first, last = _page_ranges(_host_copy(index).sort()[0], row_bytes, page)
     new = torch.maximum(first[1:], last[:-1] + 1)  # the first page that no row before has touched
     return int((last[:1] - first[:1] + 1).sum() + (last[1:] - new + 1).clamp_min(0).sum())
 
 
 def touched_runs(index: Tensor, row_bytes: int, page: int) -> list[tuple[int, int]]:
     """Runs [first, end) of consecutive pages that hold a byte of a row of ``index``, in order."""
-    firsts, lasts = _page_ranges(index.cpu().sort()[0], row_bytes, page)
+    firsts, lasts = _page_ranges(_host_copy(index).sort()[0], row_bytes, page)
     runs: list[tuple[int, int]] = []
     for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
         if runs and first <= runs[-1][1]:
@@ -43,6 +53,15 @@ def touched_runs(index: Tensor, row_bytes: int, page: int) -> list[tuple[int, in
         else:
             runs.append((first, last + 1))
     return runs
+
+
+def _host_copy(index: Tensor) -> Tensor:
+    if index.device.type == "cpu":
+        return index
+    if index not in _on_host:
+        _on_host[index] = index.cpu()
+    copy: Tensor = _on_host[index]
+    return copy
 
 
 def _page_ranges(index: Tensor, row_bytes: int, page: int) -> tuple[Tensor, Tensor]:

@@ -54,80 +54,115 @@ class NeededRowsPass:
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
         module = ir.copy_graph(module)
         if self.rows != "all":
-            found = _find(module.graph)
-            if found is not None:
-                _Rewriter(module, *found).rewrite(self)
-            elif any(node.target in MATMULS for node in module.graph.nodes):
-                module.meta["needed_rows_problem"] = (
-                    "no output of this graph has one row of logits per token id that the graph looks up: every row "
-                    "is computed"
-                )
+            found = _find(module)
+            problem = found if isinstance(found, str) else _Rewriter(module, *found).rewrite(self)
+            if problem and any(node.target in MATMULS for node in module.graph.nodes):
+                module.meta["needed_rows_problem"] = f"{problem}: every row is computed"
         module.graph.lint()
         module.recompile()
         return module
 
 
-def _find(graph: fx.Graph) -> tuple[fx.Node, list[fx.Node]] | None:
-    """Token ids and logits."""
-    floats, lookups = _floats(graph), list(_lookups(graph))
+STATIC = "static_inputs"
+"""Metadata key of a graph module: the positions of placeholders that are parameters and buffers."""
+
+
+@dataclass(frozen=True)
+class _Lookup:
+    """Rows of an embedding table that an input says.
+
+    Attributes:
+        ids: the row numbers.
+        given: the input that they come from.
+        entries, width: of the table.
+    """
+
+    ids: fx.Node
+    given: fx.Node
+    entries: Any
+    width: Any
+
+
+def _find(module: fx.GraphModule) -> tuple[fx.Node, list[fx.Node]] | str:
+    """Token ids and logits, or why they cannot be told."""
+    floats, lookups = _floats(module.graph), list(_lookups(module))
     for as_wide_as_table in (True, False):
-        for ids, entries, width in lookups:
+        found: dict[fx.Node, tuple[fx.Node, list[fx.Node]]] = {}
+        for lookup in lookups:
             logits = [
                 node
                 for node in floats
-                if _sizes(node)[:-1] == _sizes(ids)
-                and (_sizes(node)[-1] == entries if as_wide_as_table else _sizes(node)[-1] != width)
+                if _sizes(node)[:-1] == _sizes(lookup.ids)
+                and _may_be_logits(node, lookup, as_wide_as_table)
                 and ir.is_contiguous(ir.only_tensor(node))
             ]
             if logits:
-                return ids, logits
-    return None
+                found.setdefault(lookup.given, (lookup.ids, logits))
+        if len(found) > 1:
+            names = " or ".join(given.name for given in found)
+            return f"which input holds the token ids, {names}, cannot be told from their use"
+        if found:
+            return next(iter(found.values()))
+    return "no output of this graph has one row of logits per token id that the graph looks up"
+
+
+def _may_be_logits(node: fx.Node, lookup: _Lookup, as_wide_as_table: bool) -> bool:
+    columns = _sizes(node)[-1]
+    return bool(columns == lookup.entries if as_wide_as_table else columns != lookup.width)
 
 
 def settle_sizes(module: fx.GraphModule) -> None:
     """Let Dynamo guard on logits that have one row per token, where the example has and not every call need have.
 
-    ``hidden[:, -logits_to_keep:]`` has all rows while the argument is 0; Dynamo takes it for a symbol.
+    ``hidden[:, -logits_to_keep:]`` has all rows while the argument is 0; Dynamo takes it for a symbol k, and the rows
+    for N + k.  With the guard that they are N, k is 0.  Sizes that differ by more than a symbol are left alone.
     """
-    environment = ir.fake_mode_of(module).shape_env
-    for ids, _, _ in _lookups(module.graph):
-        rows = ir.only_tensor(ids).shape
+    mode = ir.fake_mode_of(module)
+    for lookup in _lookups(module) if mode is not None else ():
+        rows = ir.only_tensor(lookup.ids).shape
         for node in _floats(module.graph):
             sizes = ir.only_tensor(node).shape[:-1]
-            if len(sizes) == len(rows) and list(map(_hint, sizes)) == list(map(_hint, rows)):
-                for size, extent in zip(sizes, rows, strict=True):
-                    if size == extent:  # a guard from now on; sizes get one name as well
-                        difference = sympy.expand(ir.expr_of(size) - ir.expr_of(extent))
-                        for symbol in difference.free_symbols - ir.expr_of(extent).free_symbols:
-                            (value,) = sympy.solve(difference, symbol)
-                            environment._set_replacement(symbol, value, "one row of logits per token")
+            logits = any(_may_be_logits(node, lookup, wide) for wide in (True, False))
+            if not logits or len(sizes) != len(rows) or None in (hints := [*map(_hint, (*sizes, *rows))]):
+                continue
+            if hints[: len(sizes)] != hints[len(sizes) :]:
+                continue
+            for size, extent in zip(sizes, rows, strict=True):
+                difference = sympy.expand(ir.expr_of(size) - ir.expr_of(extent))
+                lone = [s for s in difference.free_symbols if difference in (s, -s)]
+                for symbol in lone if lone and size == extent else ():  # a guard from now on
+                    mode.shape_env._set_replacement(symbol, sympy.Integer(0), "one row of logits per token")
 
 
-def _hint(size: Any) -> int:
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+def _hint(size: Any) -> int | None:
+    hint = size.node.hint if isinstance(size, torch.SymInt) else size
+    return None if hint is None else int(hint)
 
 
 def _floats(graph: fx.Graph) -> list[fx.Node]:
-    """Outputs with floating-point numbers."""
+    """Outputs with floating-point numbers, and more dims than one."""
     results, _ = torch.utils._pytree.tree_flatten(graph.output_node().args[0])
     tensors = {node: ir.tensor_of(node) for node in results if isinstance(node, fx.Node)}
-    return [node for node, tensor in tensors.items() if tensor is not None and tensor.is_floating_point()]
+    return [node for node, t in tensors.items() if t is not None and t.is_floating_point() and t.dim() > 1]
 
 
-def _lookups(graph: fx.Graph) -> Iterator[tuple[fx.Node, Any, Any]]:
-    """Indices into tables that follow from an input, with the entries and the width of the table."""
-    for node in graph.nodes:
+def _lookups(module: fx.GraphModule) -> Iterator[_Lookup]:
+    """Lookups in tables by what the caller gives."""
+    placeholders = module.graph.find_nodes(op="placeholder")
+    static = {placeholders[index] for index in module.meta.get(STATIC, ())}
+    for node in module.graph.nodes:
         if node.target is aten.embedding.default:
             table, ids = node.args[:2]
-            if _is_given(ids):
-                yield ids, *_sizes(table)
+            given = _origin(ids)
+            if given.op == "placeholder" and given not in static and ir.tensor_of(given) is not None:
+                yield _Lookup(ids, given, *_sizes(table))
 
 
-def _is_given(ids: fx.Node) -> bool:
-    """An input, perhaps in another form."""
-    while ids.op == "call_function" and len(ids.all_input_nodes) >= 1 and (ir.is_view(ids) or _is_copy(ids)):
+def _origin(ids: fx.Node) -> fx.Node:
+    """What ids are a view or a copy of."""
+    while ids.op == "call_function" and ids.all_input_nodes and (ir.is_view(ids) or _is_copy(ids)):
         ids = ids.all_input_nodes[0]
-    return ids.op == "placeholder"
+    return ids
 
 
 def _is_copy(node: fx.Node) -> bool:
@@ -143,7 +178,8 @@ class _Rewriter(Emitter):
         super().__init__(module)
         self.ids, self.logits = ids, logits
 
-    def rewrite(self, given: NeededRowsPass) -> None:
+    def rewrite(self, given: NeededRowsPass) -> str:
+        """Returns what is in the way, if something is."""
         output = self.graph.output_node()
         with self.graph.inserting_before(output):
             needed = self.emit(aten.eq.Scalar, self.ids, given.mask)
@@ -154,8 +190,12 @@ class _Rewriter(Emitter):
             for node in self.logits:
                 self.origin, tensor = node, ir.only_tensor(node)
                 zero = self.emit(aten.full.default, [], 0, dtype=tensor.dtype, device=tensor.device, pin_memory=False)
-                replaced[node] = self.emit(aten.where.self, needed, node, zero)
+                selected = self.emit(aten.where.self, needed, node, zero)
+                if ir.layout_of(tensor) != ir.layout_of(ir.value_of(selected)):
+                    return f"rows of {node.name} cannot be selected without another layout for some sizes"
+                replaced[node] = selected
         output.args = fx.node.map_arg(output.args, lambda node: replaced.get(node, node))
+        return ""
 
     def _in_front(self, masked: fx.Node) -> fx.Node:
         """bool [..., N]: the next position is masked; of position 0 also: it is masked itself."""

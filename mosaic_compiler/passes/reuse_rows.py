@@ -63,6 +63,8 @@ def _placed(node: fx.Node, loop: ChunkLoop) -> tuple[LoopOutput, ...]:
     storage = ir.StorageMap(node.graph)
     free = list(loop.sliced())
     for index, spec in enumerate(outputs):
+        if spec.scatter is not None:
+            continue
         position = next((i for i in free if _may_overwrite(node, loop, index, i, storage)), None)
         if position is not None:
             free.remove(position)

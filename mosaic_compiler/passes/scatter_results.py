@@ -83,10 +83,11 @@ def _rewrite(module: fx.GraphModule, node: fx.Node, source: fx.Node, result: int
     spec = replace(loop.outputs[result], scatter=Scatter(first, first + 1, first + 2, page))
     outputs = [spec if i == result else output for i, output in enumerate(loop.outputs)]
     scattering = loop.with_scattered(_with_inputs(loop, operands), len(operands) - 1, outputs)
-    name = str(source.target)
-    shared = any(other is not source and other.target == name for other in module.graph.nodes)
+    taken = {str(other.target) for other in module.graph.nodes if other is not source}
+    names = (str(source.target), *(f"{source.target}_scattering_{number}" for number in range(len(taken))))
+    name = next(name for name in names if name not in taken)
     source.args = (*source.args, *operands)
-    set_loop(module, source, f"{name}_scattering" if shared else name, scattering)
+    set_loop(module, source, name, scattering)
     values = list(ir.value_of(source))
     values[result] = ir.only_tensor(node)
     source.meta["val"] = tuple(values)

@@ -16,12 +16,16 @@ from mosaic_compiler.passes.selectors import Emitter
 aten = torch.ops.aten
 
 
+_NARROWEST = 4096
+"""Bytes of the narrowest row."""
+
+
 @dataclass(frozen=True)
 class SparseOutputsPass:
     """Give the caller rows in zeros of virtual memory, where only pages that hold such rows are resident.
 
-    Rows have to be at least a page wide; narrower ones (a number per token) are not worth it.  How many pages there are
-    is known when the row numbers are: first thing in the step.
+    Rows of less than 4 KiB (a number per token) are not worth it.  How many pages there are is known when the row
+    numbers are: first thing in the step.  Where the pages are no fewer than the result has, it is an ordinary tensor.
 
     Attributes:
         page: bytes that get memory or do not; ``None``: the device has no virtual memory, and nothing is done.
@@ -52,9 +56,10 @@ class SparseOutputsPass:
             storage = ir.StorageMap(module.graph)
             escaping = ir.escaping_roots(module.graph, storage)
             early = set(ir.prologue_nodes(module.graph))
+            rewriter = _Rewriter(module, self.page)
             for node in list(module.graph.nodes):
                 if (node, 0) in escaping and self._is_match(node, early):
-                    _Rewriter(module).rewrite(node, self.page)
+                    rewriter.rewrite(node)
             ir.remove_dead_code(module.graph)
         module.graph.lint()
         module.recompile()
@@ -68,8 +73,7 @@ class SparseOutputsPass:
         if not isinstance(zeros, fx.Node) or zeros.target is not aten.full.default or not ir.is_zeros(zeros):
             return False
         width = _row_bytes(node)
-        assert self.page is not None
-        wide = bool(width.is_Integer) and int(width) >= min(self.page, 4096)
+        wide = bool(width.is_Integer) and int(width) >= _NARROWEST
         return wide and bool(dim == 0) and _is_early(index, early)
 
 
@@ -86,18 +90,30 @@ def _row_bytes(node: fx.Node) -> sympy.Expr:
 
 
 class _Rewriter(Emitter):
-    def rewrite(self, node: fx.Node, page: int) -> None:
+    def __init__(self, module: fx.GraphModule, page: int) -> None:
+        super().__init__(module)
+        self.page = page
+        self._pages: dict[Any, fx.Node] = {}
+
+    def rewrite(self, node: fx.Node) -> None:
         zeros, _, index, rows = node.args
         assert isinstance(zeros, fx.Node)
         assert isinstance(index, fx.Node)
         total: Any = zeros.args[0][0]  # type: ignore[index]
         self.origin = node
-        with self.graph.inserting_after(total if _is_behind(total, index) else index):
-            pages = self.bare(ops.touched_pages, index, total, int(_row_bytes(node)), page)
-        self.bind_number(pages)
+        pages = self._pages_of(index, total, int(_row_bytes(node)))
         with self.graph.inserting_before(node):
-            result = self.emit(ops.scatter_rows, rows, index, total, pages, page)
+            result = self.emit(ops.scatter_rows, rows, index, total, pages, self.page)
         node.replace_all_uses_with(result, propagate_meta=False)
+
+    def _pages_of(self, index: fx.Node, total: Any, row_bytes: int) -> fx.Node:
+        """The number of pages, once for all results with the same rows."""
+        key = index, total, row_bytes
+        if key not in self._pages:
+            with self.graph.inserting_after(total if _is_behind(total, index) else index):
+                self._pages[key] = self.bare(ops.touched_pages, index, total, row_bytes, self.page)
+            self.bind_number(self._pages[key])
+        return self._pages[key]
 
 
 def _is_behind(number: object, node: fx.Node) -> bool:

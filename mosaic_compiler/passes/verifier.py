@@ -222,7 +222,8 @@ def _disagreements(node: fx.Node, loop: ChunkLoop) -> Iterator[str]:
 
 
 def _misplaced(node: fx.Node, loop: ChunkLoop, output: int) -> Iterator[str]:
-    """Rows that are scattered: by an int64 index with as many rows, and nothing else takes their memory."""
+    """Rows that are scattered: by a sliced int64 index (as many as there are rows: see the operands' check), into
+    memory of their own."""
     spec = loop.outputs[output]
     assert spec.scatter is not None
     index = node.args[spec.scatter.index]
@@ -272,9 +273,15 @@ def facts_of(module: fx.GraphModule) -> Facts:
     data = _data_symbols(graph)
     flat, _ = torch.utils._pytree.tree_flatten(output.args[0])
     outputs = tuple(_output_fact(item, storage, data) for item in flat)
-    return Facts(
-        outputs=outputs, effects=tuple(_effects(graph, storage)), degree=max(map(_degree, graph.nodes), default=0)
-    )
+    constant = _bounded_symbols(graph)
+    degree = max((_degree(node, constant) for node in graph.nodes), default=0)
+    return Facts(outputs=outputs, effects=tuple(_effects(graph, storage)), degree=degree)
+
+
+def _bounded_symbols(graph: fx.Graph) -> dict[sympy.Symbol, sympy.Expr]:
+    """Numbers of rows that a mask of constant size selects, with that size: they do not grow with the inputs."""
+    bounds = {node.meta[ir.BINDS]: ir.most_of(node) for node in graph.nodes if ir.BINDS in node.meta}
+    return {symbol: most for symbol, most in bounds.items() if not most.free_symbols}
 
 
 def _data_symbols(graph: fx.Graph) -> dict[sympy.Symbol, sympy.Symbol]:
@@ -321,14 +328,14 @@ def _effects(graph: fx.Graph, storage: ir.StorageMap) -> Iterator[Any]:
                     yield ("write", root[0].target)
 
 
-def _degree(node: fx.Node) -> int:
+def _degree(node: fx.Node, constant: dict[sympy.Symbol, sympy.Expr]) -> int:
     """Largest total degree, in the graph's symbols, of an output's number of elements."""
     loop = loop_of(node)
     worst = 0
     if loop is not None:
-        rows = {loop.chunk: ir.rows_of_loop(node)}
+        rows = {loop.chunk: ir.rows_of_loop(node).xreplace(constant), **constant}
         worst = max(_degree_in(inner, rows) for inner in loop.body.graph.nodes)
-    return max(worst, _degree_in(node, {}))
+    return max(worst, _degree_in(node, constant))
 
 
 def _degree_in(node: fx.Node, known: dict[sympy.Symbol, sympy.Expr]) -> int:
@@ -358,7 +365,8 @@ def _degree_of(expr: sympy.Expr) -> int:
 
 
 def _largest(graph: fx.Graph) -> str:
-    return str(max(graph.nodes, key=_degree).name)
+    constant = _bounded_symbols(graph)
+    return str(max(graph.nodes, key=lambda node: _degree(node, constant)).name)
 
 
 # --------------------------------------------------------------------------------------- in-place

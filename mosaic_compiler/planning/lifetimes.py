@@ -183,7 +183,8 @@ class Lives(StepLives):
         if symbols not in self._dependent:
             found: set[fx.Node] = set()
             for node in self.scope.nodes:
-                if found.intersection(node.all_input_nodes) or ir.free_symbols(node) & symbols:
+                touched = (node, *node.all_input_nodes)  # operands too: those of the prologue are no nodes of the step
+                if found.intersection(touched) or any(ir.free_symbols(other) & symbols for other in touched):
                     found.add(node)
             self._dependent[symbols] = tuple(node for node in self.scope.nodes if node in found)
         return self._dependent[symbols]
@@ -410,7 +411,7 @@ def _resident(node: fx.Node, index: int, tensor: torch.Tensor) -> sympy.Expr:
         return ir.storage_extent(tensor)
     _, pages, page = scatter
     own = ir.expr_of(ir.value_of(pages) if isinstance(pages, fx.Node) else pages)
-    return (own + shared_pages(tensor.device)) * page
+    return page * sympy.Min(sympy.ceiling(ir.storage_extent(tensor) / page), own + shared_pages(tensor.device))
 
 
 def _scalar_arguments(module: fx.GraphModule, positions: int) -> tuple[SymbolicBuffer, ...]:

@@ -26,20 +26,35 @@ def capacity(count: int) -> int:
 
 
 @dataclass(frozen=True)
+class Selected:
+    """A number that is known when a step starts, such as that of masked rows.
+
+    Attributes:
+        symbol: what it is called.
+        counted: it is about the share of selected rows times this.
+        most: and not more than this.
+    """
+
+    symbol: sympy.Symbol
+    counted: sympy.Expr
+    most: sympy.Expr
+
+
+@dataclass(frozen=True)
 class StepOutline:
     """What plans are made from.
 
     Attributes:
         loops, flat: lives of the step in loops, and of the flat graph that runs where nothing needs chunks.
         hints: the example's value of every symbol of the inputs.
-        selected: for each number of computed rows its symbol, and of how many rows they are selected.
+        selected: the numbers that are known when a step starts.
         placement, deadline, chunk_rows, guard: see :class:`planner.Planner`.
     """
 
     loops: StepLives
     flat: StepLives | None
     hints: Mapping[sympy.Symbol, int]
-    selected: tuple[tuple[sympy.Symbol, sympy.Expr], ...]
+    selected: tuple[Selected, ...]
     placement: str = "auto"
     deadline: float = DEADLINE
     chunk_rows: int | None = None
@@ -58,7 +73,7 @@ class StepOutline:
     def _planner(self, lives: StepLives) -> Planner:
         return Planner(
             lives,
-            counted=[symbol for symbol, _ in self.selected],
+            counted=[number.symbol for number in self.selected],
             placement=self.placement,
             deadline=self.deadline,
             chunk_rows=self.chunk_rows,
@@ -100,8 +115,9 @@ class StepOutline:
         if main is None:
             raise CaptureError("the captured graph has no symbolic length: give an example of more than one token")
         values = {symbol: tokens if hint == self.hints[main] else hint for symbol, hint in self.hints.items()}
-        for symbol, rows in self.selected:
-            values[symbol] = capacity(round(Sizes(values)(rows) * row_share))
+        for number in self.selected:
+            sizes = Sizes(values)
+            values[number.symbol] = capacity(min(round(sizes(number.counted) * row_share), sizes(number.most)))
         return Sizes(values)
 
     def plan_for(self, tokens: int, row_share: float = 1.0, budget: int | None = None) -> Planned:

@@ -17,7 +17,7 @@ import torch
 from mosaic_compiler.errors import ArenaError, BudgetError
 from mosaic_compiler.planning.plan import align
 from mosaic_compiler.runtime.arena import ArenaBytes, next_number
-from mosaic_compiler.runtime.cuda_driver import CudaDriver, Driver, OutOfDeviceMemory
+from mosaic_compiler.runtime.cuda_driver import CudaDriver, Driver, OutOfDeviceMemory, map_new, tried_twice
 
 
 @dataclass(frozen=True)
@@ -93,33 +93,25 @@ class CudaArena(ArenaBytes):
     def _grow(self, size: int) -> None:
         """Map ``size`` more bytes.  If the device refuses, it is asked once more when PyTorch has emptied its cache."""
         try:
-            self._map(size)
+            tried_twice(self._driver, lambda: self._map(size))
         except OutOfDeviceMemory:
-            self._driver.reclaim()
-            try:
-                self._map(size)
-            except OutOfDeviceMemory:
-                self.reserved = min(self.reserved, self.mapped)
-                needed, free = self.mapped + size, self._driver.available() + self.mapped
-                raise BudgetError(
-                    f"the plan needs an arena of {needed} bytes, and the device has {free} bytes for it: other tensors "
-                    "or processes hold the rest. Free them, or set options={'memory_budget': ...} to what is left",
-                    needed,
-                    free,
-                    None,
-                ) from None
+            self.reserved = min(self.reserved, self.mapped)
+            needed, free = self.mapped + size, self._driver.available() + self.mapped
+            raise BudgetError(
+                f"the plan needs an arena of {needed} bytes, and the device has {free} bytes for it: other tensors "
+                "or processes hold the rest. Free them, or set options={'memory_budget': ...} to what is left",
+                needed,
+                free,
+                None,
+            ) from None
 
     def _map(self, size: int) -> None:
         offset = self.mapped
-        handle = self._driver.create(size)
+        handle = map_new(self._driver, self._base + offset, size)
         try:
-            self._driver.map(self._base + offset, size, handle)
-            try:
-                self._driver.allow(self._base + offset, size)
-            except BaseException:
-                self._driver.unmap(self._base + offset, size)
-                raise
+            self._driver.allow(self._base + offset, size)
         except BaseException:
+            self._driver.unmap(self._base + offset, size)
             self._driver.release(handle)
             raise
         self._pieces.append(_Piece(offset, size, handle))

@@ -6,7 +6,7 @@ The calls are ``cuMemAddressReserve``, ``cuMemCreate``, ``cuMemMap``, ``cuMemSet
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -48,13 +48,33 @@ class Driver(Protocol):
         """uint8 [size] over addresses of which the first are mapped, without a copy.  ``owner`` lives as long."""
 
     def synchronize(self) -> None:
-        """Wait for all work that may still use mapped pages."""
+        """Wait for all work that may still use mapped pages.  Raises :class:`ArenaError` if that is impossible now."""
 
     def reclaim(self) -> None:
         """Ask PyTorch's caching allocator to give back what it holds and does not use."""
 
     def available(self) -> int:
         """Bytes of memory that are free now."""
+
+
+def map_new(driver: Driver, address: int, size: int) -> Any:
+    """A handle to new memory, mapped to addresses.  Raises :class:`OutOfDeviceMemory`, and keeps nothing then."""
+    handle = driver.create(size)
+    try:
+        driver.map(address, size, handle)
+    except BaseException:
+        driver.release(handle)
+        raise
+    return handle
+
+
+def tried_twice(driver: Driver, attempt: Callable[[], Any]) -> Any:
+    """``attempt()``; if the device has no memory, once more when PyTorch has emptied its cache."""
+    try:
+        return attempt()
+    except OutOfDeviceMemory:
+        driver.reclaim()
+        return attempt()
 
 
 class CudaDriver:
@@ -121,7 +141,10 @@ class CudaDriver:
         return torch.as_tensor(_Addresses(address, (size,), owner), device=self._device)
 
     def synchronize(self) -> None:
-        torch.cuda.synchronize(self._index)
+        try:
+            torch.cuda.synchronize(self._index)
+        except RuntimeError as error:  # a graph is being captured, or the device is lost
+            raise ArenaError(f"cannot wait for {self._device}: {error}") from error
 
     def reclaim(self) -> None:
         torch.cuda.synchronize(self._index)

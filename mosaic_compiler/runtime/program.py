@@ -32,7 +32,9 @@ class Program:
 
     Attributes:
         plan: the memory plan it runs in.
-        instructions: prebound calls, in schedule order; empty until it has run, or :meth:`finish` was called.
+        instructions: prebound calls, in schedule order.
+        outputs: what the step returns, as slots, tensors and numbers; ``None`` while something is not bound: before the
+            first run (or :meth:`finish`), and when :meth:`resize` has changed something.
     """
 
     def __init__(self, binder: _StepBinder) -> None:
@@ -42,20 +44,20 @@ class Program:
         self.instructions: list[Instruction] = []
         self.fixed = binder.shared.fixed
         self._inputs = binder.inputs
-        self._outputs: list[Any] | None = None  # known when all is bound
+        self.outputs: list[Any] | None = None
         self._checked = False
 
     def resize(self, sizes: Sizes) -> None:
         """Bind again, in the next run, what depends on the number of computed rows; the plan must have room for it."""
         if sizes.symbols != self._binder.sizes.symbols:
             self._binder.resize(sizes)
-            self._outputs = None
+            self.outputs = None
 
     def finish(self) -> None:
         """Bind what is not bound yet."""
         for node in self._binder.calls:
             self._binder.bind_pending(node)
-        self._outputs = self._load()
+        self.outputs = self._load()
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         """Run the step.  ``inputs`` are the graph's placeholders, then the prologue's results.
@@ -67,14 +69,14 @@ class Program:
         try:
             slots[: self._inputs] = inputs
             with torch.no_grad():
-                if self._outputs is None:
-                    self._outputs = self._bind_and_run()
+                if self.outputs is None:
+                    self.outputs = self._bind_and_run()
                 else:
                     for instruction in self.instructions:
                         instruction()
             if not self._checked:
                 self._check_destinations()
-            return [slots[out.index] if type(out) is Slot else out for out in self._outputs]
+            return [slots[out.index] if type(out) is Slot else out for out in self.outputs]
         finally:
             slots[:] = [None] * len(slots)
 

@@ -28,7 +28,7 @@ from mosaic_compiler.errors import ArenaError, BudgetError
 from mosaic_compiler.kernels.scatter_rows import BLOCK_PAGES, touched_runs
 from mosaic_compiler.planning.plan import align
 from mosaic_compiler.runtime.arena import arena_problem
-from mosaic_compiler.runtime.cuda_driver import CudaDriver, Driver, OutOfDeviceMemory
+from mosaic_compiler.runtime.cuda_driver import CudaDriver, Driver, OutOfDeviceMemory, map_new, tried_twice
 
 
 def page_bytes(device: torch.device) -> int | None:
@@ -57,8 +57,10 @@ def sparse_zeros(
         return flat[: math.prod(shape)].view(list(shape))
     if driver is None:
         driver = _driver_for(device.index if device.index is not None else torch.cuda.current_device())
-    runs = touched_runs(index, nbytes // shape[0], driver.granularity)
-    memory = SparseMemory(driver, align(nbytes, driver.granularity), runs)
+    size, runs = align(nbytes, driver.granularity), touched_runs(index, nbytes // shape[0], driver.granularity)
+    if (sum(end - first for first, end in runs) + BLOCK_PAGES + 1) * driver.granularity >= size:
+        return torch.zeros(list(shape), dtype=dtype, device=device)
+    memory = SparseMemory(driver, size, runs)
     return memory.tensor()[:nbytes].view(dtype).view(list(shape))
 
 
@@ -86,6 +88,10 @@ class SparseMemory:
     """
 
     def __init__(self, driver: Driver, size: int, runs: Sequence[tuple[int, int]]) -> None:
+        waiting = _postponed[:]
+        del _postponed[: len(waiting)]
+        for memory in waiting:
+            _give_back(*memory)
         self._driver, self._size, self._runs = driver, size, [*runs]
         self._zeros = _zeros_of(driver)
         self._base = driver.reserve(size)
@@ -94,7 +100,7 @@ class SparseMemory:
         self._finalizer.atexit = False  # the process's memory goes with the process
         try:
             self._map_all()
-            _twice(driver, functools.partial(driver.allow, self._base, size), size)
+            _or_budget(driver, size, lambda: driver.allow(self._base, size))
         except BaseException:
             self._finalizer()
             raise
@@ -119,20 +125,11 @@ class SparseMemory:
         self._map_zeros(end, self._base + self._size)
 
     def _map_own(self, address: int, size: int) -> None:
-        def attempt() -> Any:
-            handle = self._driver.create(size)
-            try:
-                self._driver.map(address, size, handle)
-            except BaseException:
-                self._driver.release(handle)
-                raise
-            return handle
-
-        self._maps.append((address, size, _twice(self._driver, attempt, size)))
+        self._maps.append((address, size, _or_budget(self._driver, size, lambda: map_new(self._driver, address, size))))
 
     def _map_zeros(self, start: int, end: int) -> None:
         for handle, size in self._zeros.cover(end - start):
-            _twice(self._driver, functools.partial(self._driver.map, start, size, handle), size)
+            _or_budget(self._driver, size, functools.partial(self._driver.map, start, size, handle))
             self._maps.append((start, size, None))
             start += size
 
@@ -143,6 +140,7 @@ class _SharedZeros:
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
         self._handles: dict[int, Any] = {}
+        self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _release, driver, self._handles)
         self._finalizer.atexit = False
 
@@ -150,54 +148,61 @@ class _SharedZeros:
         """Handles whose sizes add up to ``size``, a multiple of the granularity."""
         page = self._driver.granularity
         block = BLOCK_PAGES * page
-        if size >= block and block not in self._handles:
-            with suppress(OutOfDeviceMemory):  # then single pages have to do
-                self._handles[block] = self._driver.create(block)
-        if size >= page and page not in self._handles:
-            self._handles[page] = _twice(self._driver, functools.partial(self._driver.create, page), page)
+        with self._lock:
+            if size >= block and block not in self._handles:
+                with suppress(OutOfDeviceMemory):  # then single pages have to do
+                    self._handles[block] = self._driver.create(block)
+            if size >= page and page not in self._handles:
+                self._handles[page] = _or_budget(self._driver, page, lambda: self._driver.create(page))
         for unit in (block, page):
             while unit in self._handles and size >= unit:
                 yield self._handles[unit], unit
                 size -= unit
 
 
-def _twice(driver: Driver, attempt: Callable[[], Any], size: int) -> Any:
-    """Try once more when PyTorch has emptied its cache."""
+def _or_budget(driver: Driver, size: int, attempt: Callable[[], Any]) -> Any:
     try:
-        return attempt()
+        return tried_twice(driver, attempt)
     except OutOfDeviceMemory:
-        driver.reclaim()
-        try:
-            return attempt()
-        except OutOfDeviceMemory:
-            free = driver.available()
-            raise BudgetError(
-                f"needed rows of a result want {size} bytes more, and the device has {free}: free other tensors, set "
-                "a smaller options={'memory_budget': ...}, or use a shorter sequence",
-                size,
-                free,
-                None,
-            ) from None
+        free = driver.available()
+        raise BudgetError(
+            f"needed rows of a result want {size} bytes more, and the device has {free}: free other tensors, set "
+            "a smaller options={'memory_budget': ...}, or use a shorter sequence",
+            size,
+            free,
+            None,
+        ) from None
 
 
 def _give_back(driver: Driver, base: int, size: int, maps: list[tuple[int, int, Any]], zeros: _SharedZeros) -> None:
-    with suppress(ArenaError):  # the context may be gone
+    """Unmap, release and free, each as far as the driver lets; later, if it cannot be waited for the device now."""
+    try:
         if maps:
             driver.synchronize()
+    except ArenaError:  # for example while a CUDA graph is captured
+        _postponed.append((driver, base, size, maps, zeros))
+        return
+    if maps:
+        with suppress(ArenaError):  # the context may be gone
             driver.unmap(base, sum(nbytes for _, nbytes, _ in maps))
-        while maps:
-            handle = maps.pop()[2]
-            if handle is not None:
+    while maps:
+        handle = maps.pop()[2]
+        if handle is not None:
+            with suppress(ArenaError):
                 driver.release(handle)
+    with suppress(ArenaError):
         driver.free(base, size)
     del zeros  # the last one to go gives the shared blocks back
 
 
 def _release(driver: Driver, handles: dict[int, Any]) -> None:
-    with suppress(ArenaError):
-        while handles:
+    while handles:
+        with suppress(ArenaError):
             driver.release(handles.popitem()[1])
 
+
+_postponed: list[tuple[Driver, int, int, list[tuple[int, int, Any]], _SharedZeros]] = []
+"""Memory of tensors that died while nobody could wait for the device."""
 
 _shared: weakref.WeakKeyDictionary[Driver, weakref.ref[_SharedZeros]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()

@@ -23,6 +23,7 @@ from mosaic_compiler.clusters import clusters_in
 from mosaic_compiler.errors import CaptureError, FallbackError, StaleGraphError
 from mosaic_compiler.kernels import ops
 from mosaic_compiler.kernels.fused import kernel_for
+from mosaic_compiler.kernels.scatter_rows import pages_per_row
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.pipeline import PassRecord
 from mosaic_compiler.planning import MemoryPlan
@@ -30,7 +31,7 @@ from mosaic_compiler.planning.budget import check_machine, free_memory
 from mosaic_compiler.planning.forms import ACCOUNTED_OPAQUE, Kind, main_device_of
 from mosaic_compiler.planning.lifetimes import Lives, find_lives
 from mosaic_compiler.planning.lives import Sizes
-from mosaic_compiler.planning.outline import StepOutline, capacity
+from mosaic_compiler.planning.outline import Selected, StepOutline, capacity
 from mosaic_compiler.planning.plan import Fallback
 from mosaic_compiler.planning.planner import Planned
 from mosaic_compiler.runtime.arena import Arena, ArenaPool, arena_problem, pool_for
@@ -238,17 +239,17 @@ def _hints(module: fx.GraphModule) -> dict[sympy.Symbol, int]:
     return found
 
 
-def _selected(module: fx.GraphModule) -> tuple[tuple[sympy.Symbol, sympy.Expr], ...]:
-    """For each number of computed rows (or of pages that they lie in) its symbol, and how many it is a share of."""
+def _selected(module: fx.GraphModule) -> tuple[Selected, ...]:
+    """What is known ahead of each number of the prologue."""
     found = []
     for node in module.graph.nodes:
-        if node.target is ops.touched_pages:
-            _, total, row_bytes, page = node.args
-            rows = ir.expr_of(ir.value_of(total) if isinstance(total, fx.Node) else total)
-            found.append((node.meta[ir.BINDS], sympy.ceiling(rows * row_bytes / page)))
-        elif ir.BINDS in node.meta:
-            mask = ir.only_tensor(node.args[0])
-            found.append((node.meta[ir.BINDS], sympy.prod([ir.expr_of(size) for size in mask.shape])))
+        if ir.BINDS in node.meta:
+            most = counted = ir.most_of(node)
+            if node.target is ops.touched_pages:  # scattered rows share no page with each other
+                _, total, row_bytes, page = node.args
+                rows = ir.expr_of(ir.value_of(total) if isinstance(total, fx.Node) else total)
+                counted = rows * pages_per_row(row_bytes, page)
+            found.append(Selected(node.meta[ir.BINDS], counted, most))
     return tuple(found)
 
 
