@@ -45,6 +45,7 @@ bench-gpu: setup ## Measure steps, peaks, limits, generating and kernels on this
 	$(BIN)/python -m benchmarks.gpu.rows
 	$(BIN)/python -m benchmarks.gpu
 	$(BIN)/python -m benchmarks.gpu.generate
+	$(BIN)/python -m benchmarks.gpu.drop_in --models LLaDA-8B
 
 bench: setup ## Measure the step on this machine's CPU and write benchmarks/results/
 	$(BIN)/python -m benchmarks.step_cpu

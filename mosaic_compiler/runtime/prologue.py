@@ -1,8 +1,8 @@
 """The prologue: the few nodes that say how many rows a step computes, run before anything is planned.
 
 ``row-demand`` puts masks and ``nonzero`` at the front of the graph.  They run functionally (a handful of
-small tensors, planned as transients), and then all sizes of the step are numbers.  On a GPU this is the
-step's only synchronisation with the device.
+small tensors, planned as transients), and then all sizes of the step are numbers.  On a GPU this is where a
+step waits for the device, and the only place.
 """
 
 from __future__ import annotations
