@@ -11,12 +11,12 @@ from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.loops import ChunkLoop
-from mosaic_compiler.passes.demand import size_sources
 from mosaic_compiler.passes.labels import Labels, find_labels
 from mosaic_compiler.passes.loop_bodies import BodyFactory
 from mosaic_compiler.passes.regions import Operand, Region, Regions, contents_of, find_regions
 from mosaic_compiler.passes.rows import FLAT
 from mosaic_compiler.passes.selectors import Emitter
+from mosaic_compiler.passes.sizes import size_sources
 
 aten = torch.ops.aten
 

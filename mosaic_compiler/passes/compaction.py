@@ -19,10 +19,11 @@ from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.passes import rows
-from mosaic_compiler.passes.demand import SHAPED, Demand, Demands, Segment, can_resize, choices_of, size_sources
+from mosaic_compiler.passes.demand import Demand, Demands, Segment, choices_of
 from mosaic_compiler.passes.moves import moved_dims
 from mosaic_compiler.passes.rows import DEAR, FLAT, Layout, Space
 from mosaic_compiler.passes.selectors import Emitter, Selectors
+from mosaic_compiler.passes.sizes import SHAPED, can_resize, size_sources
 
 aten = torch.ops.aten
 

@@ -8,7 +8,7 @@ any of them holds) and a list of *moves* (rows that a slice, an index or a shift
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -22,6 +22,7 @@ from mosaic_compiler import ir
 from mosaic_compiler.passes import rows
 from mosaic_compiler.passes.moves import kept_dims, moved_dims, movement_base, movement_steps
 from mosaic_compiler.passes.rows import ATTENTIONS, MATMULS, Layout, Space
+from mosaic_compiler.passes.sizes import can_resize, is_readable, size_sources
 
 aten = torch.ops.aten
 
@@ -423,22 +424,6 @@ def is_complete(layout: Layout, space: Space) -> bool:
     return labels == {rows.FLAT} or len(labels) == len(space)
 
 
-def is_readable(size: sympy.Expr, sources: Mapping[sympy.Expr, Any]) -> bool:
-    """A number, a size of the inputs, or a sum or product of such."""
-    if size.is_Integer or size in sources:
-        return True
-    return bool(size.is_Mul or size.is_Add) and all(is_readable(part, sources) for part in size.args)
-
-
-def can_resize(node: fx.Node, layout: Layout, sources: Mapping[sympy.Expr, Any]) -> bool:
-    """Whether the op can be called with another number of rows: the feature sizes of its shape argument must be
-    numbers or readable off the inputs."""
-    if node.target not in SHAPED:
-        return True
-    sizes = [ir.expr_of(s) for label, s in zip(layout, rows.shape_of(node), strict=True) if label is None]
-    return all(is_readable(size, sources) for size in sizes)
-
-
 def early_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that can be computed before the step's heavy work: everything behind them is cheap, has no
     effect, and draws no random numbers."""
@@ -455,21 +440,3 @@ def early_nodes(graph: fx.Graph) -> set[fx.Node]:
 
 def _has_features(layout: Layout, tensor: torch.Tensor) -> bool:
     return any(label is None and ir.expr_of(s) != 1 for label, s in zip(layout, tensor.shape, strict=True))
-
-
-SHAPED = frozenset({aten.view.default, aten.expand.default, aten.full.default})
-"""Ops with an explicit shape argument; compaction writes it anew."""
-
-
-def size_sources(graph: fx.Graph) -> dict[sympy.Expr, tuple[fx.Node, int | None]]:
-    """Where a symbolic size can be read off the inputs: a SymInt placeholder, or a dim of a tensor."""
-    sources: dict[sympy.Expr, tuple[fx.Node, int | None]] = {}
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    for node in placeholders:
-        if isinstance(ir.value_of(node), torch.SymInt):
-            sources.setdefault(ir.expr_of(ir.value_of(node)), (node, None))
-    for node in placeholders:
-        tensor = ir.tensor_of(node)
-        for dim, size in enumerate(tensor.shape if tensor is not None else ()):
-            sources.setdefault(ir.expr_of(size), (node, dim))
-    return sources

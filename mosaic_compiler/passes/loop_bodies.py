@@ -23,11 +23,11 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic
 from mosaic_compiler import ir
 from mosaic_compiler.loops import ChunkLoop, LoopOutput
 from mosaic_compiler.passes import rows
-from mosaic_compiler.passes.demand import SHAPED
 from mosaic_compiler.passes.labels import Labels
 from mosaic_compiler.passes.regions import Contents, Operand, Region
 from mosaic_compiler.passes.rows import FLAT, Layout, Space
 from mosaic_compiler.passes.selectors import Emitter
+from mosaic_compiler.passes.sizes import SHAPED
 
 aten = rows.aten
 

@@ -24,10 +24,10 @@ from mosaic_compiler.passes.demand import (
     Condition,
     Demands,
     Segment,
-    size_sources,
 )
 from mosaic_compiler.passes.moves import movement_base, movement_steps, row_index
 from mosaic_compiler.passes.rows import Space
+from mosaic_compiler.passes.sizes import size_sources
 
 aten = torch.ops.aten
 
