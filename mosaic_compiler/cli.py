@@ -18,9 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from mosaic_compiler.errors import ConfigError, MosaicError, OptionsError, PlanError
+from mosaic_compiler.planning.budget import format_bytes
 from mosaic_compiler.planning.plan import MemoryPlan
 from mosaic_compiler.report import tables
-from mosaic_compiler.report.tables import format_bytes
 
 app = typer.Typer(
     name="mosaic",

@@ -20,7 +20,7 @@ from rich.table import Table
 import benchmarks.common as common
 from mosaic_compiler.backend import mosaic, observing
 from mosaic_compiler.kernels.gather_logits import _fastest, gather_logits_reference, gather_logits_triton
-from mosaic_compiler.report.tables import format_bytes
+from mosaic_compiler.planning.budget import format_bytes
 from mosaic_compiler.runtime.arena import pool_for
 from mosaic_compiler.sampling import DenoisingStep, block_window
 

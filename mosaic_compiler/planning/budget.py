@@ -92,3 +92,12 @@ def _available_on_host() -> int | None:
     except OSError:
         return None
     return None
+
+
+def format_bytes(nbytes: float) -> str:
+    """1536 -> ``1.5 KiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(nbytes) < 1024 or unit == "GiB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    raise AssertionError("unreachable")

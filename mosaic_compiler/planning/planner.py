@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import sympy
 
 from mosaic_compiler.errors import BudgetError
+from mosaic_compiler.planning.budget import format_bytes
 from mosaic_compiler.planning.chunks import ChunkModel, Evaluation, Shortfall, longest
 from mosaic_compiler.planning.lives import LoopLives, Sizes, StepLives
 from mosaic_compiler.planning.placement import DEADLINE, Interval, height_of, live_totals, place_blocks
@@ -184,9 +185,10 @@ class Planner:
             else ""
         )
         return BudgetError(
-            f"a step with {at or 'these sizes'} needs at least {needed} bytes, its memory budget is {budget}: raise "
-            f"the budget or shorten the sequence{advice}. The bottleneck, {worst.nbytes} of {total} bytes live at the "
-            f"worst moment, is {worst.describe()}",
+            f"a step with {at or 'these sizes'} needs at least {needed} bytes ({format_bytes(needed)}), its memory "
+            f"budget is {budget} ({format_bytes(budget)}): raise the budget or shorten the sequence{advice}. The "
+            f"bottleneck, {format_bytes(worst.nbytes)} of {format_bytes(total)} live at the worst moment, is "
+            f"{worst.describe()}",
             needed,
             budget,
             fits,

@@ -18,6 +18,7 @@ from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.pipeline import PassRecord
 from mosaic_compiler.passes.reorder import NOMINAL, OrderDecision
 from mosaic_compiler.passes.row_demand import RowDecision
+from mosaic_compiler.planning.budget import format_bytes
 from mosaic_compiler.planning.plan import Fallback, MemoryPlan
 from mosaic_compiler.report import tables
 from mosaic_compiler.report.forecast import capture_step, fresh_caller, unwrap
@@ -111,7 +112,7 @@ def _row_table(decisions: tuple[RowDecision, ...]) -> Table:
 
 
 def _order_line(decision: OrderDecision) -> Text:
-    estimates = ", ".join(f"{name} {tables.format_bytes(nbytes)}" for name, nbytes in decision.estimates.items())
+    estimates = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in decision.estimates.items())
     return Text(f"order of {decision.graph}: {decision.chosen} (live at once, at {NOMINAL} per size: {estimates})")
 
 

@@ -16,9 +16,10 @@ from bokeh.plotting import figure
 from bokeh.resources import INLINE
 from jinja2 import Environment
 
+from mosaic_compiler.planning.budget import format_bytes
 from mosaic_compiler.planning.plan import MemoryPlan, PlannedLoop
 from mosaic_compiler.report.scene import COLOURS, HATCHES, LINES, Rectangle, chunks, levels, rectangles, top, unit_of
-from mosaic_compiler.report.tables import alike, format_bytes
+from mosaic_compiler.report.tables import alike
 
 _TEXT = "rgb(26, 26, 26)"  # as the browser writes it: a light page is not painted twice
 

@@ -9,9 +9,9 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from mosaic_compiler.planning.budget import format_bytes
 from mosaic_compiler.planning.plan import MemoryPlan
 from mosaic_compiler.report.scene import COLOURS, HATCHES, LINES, chunks, levels, rectangles, top, unit_of
-from mosaic_compiler.report.tables import format_bytes
 
 _WIDE = 0.045  # of the schedule: what a loop's label needs
 

@@ -9,18 +9,10 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mosaic_compiler.planning.budget import format_bytes
 from mosaic_compiler.planning.plan import Fallback, MemoryPlan, PlannedLoop
 
 _BARS = " ▁▂▃▄▅▆▇█"
-
-
-def format_bytes(nbytes: float) -> str:
-    """1536 -> ``1.5 KiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(nbytes) < 1024 or unit == "GiB":
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    raise AssertionError("unreachable")
 
 
 def summary(plan: MemoryPlan) -> Table:

@@ -12,6 +12,7 @@ import math
 import mmap
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -58,15 +59,15 @@ class Arena(Protocol):
         """Give all memory back; the address range stays reserved."""
 
 
-class ArenaBytes:
+class ArenaBytes(ABC):
     """What every arena does with the bytes it has: typed views over them, and poison."""
 
     _typed: dict[torch.dtype, torch.Tensor]
 
     @property
+    @abstractmethod
     def _bytes(self) -> torch.Tensor:
         """uint8 [capacity]."""
-        raise NotImplementedError
 
     @property
     def capacity(self) -> int:
