@@ -34,6 +34,11 @@ def value_of(node: fx.Node) -> Any:
     return node.meta.get("val")
 
 
+def argument_value(given: Any) -> Any:
+    """What an argument of a call stands for: a node's value, or a number itself."""
+    return value_of(given) if isinstance(given, fx.Node) else given
+
+
 def tensors_of(node: fx.Node) -> tuple[torch.Tensor | None, ...]:
     """The node's outputs, one entry each; ``None`` where an output is not a tensor."""
     value = value_of(node)
@@ -168,14 +173,6 @@ def is_random(node: fx.Node) -> bool:
     if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
     return not any(a.name == "dropout_p" for a in node.target._schema.arguments) or argument(node, "dropout_p") != 0
-
-
-def is_zeros(node: fx.Node) -> bool:
-    """A new tensor full of zeros."""
-    if node.target in (torch.ops.aten.full.default, torch.ops.aten.scalar_tensor.default):
-        value = node.args[0 if node.target is torch.ops.aten.scalar_tensor.default else 1]
-        return isinstance(value, (bool, int, float)) and value == 0
-    return False
 
 
 def argument(node: fx.Node, name: str) -> Any:
@@ -394,7 +391,7 @@ def most_of(node: fx.Node) -> sympy.Expr:
     memory, all of them."""
     if node.target is ops.touched_pages:
         _, total, row_bytes, page = node.args
-        rows = expr_of(value_of(total) if isinstance(total, fx.Node) else total)
+        rows = expr_of(argument_value(total))
         return sympy.ceiling(rows * row_bytes / page)
     mask = only_tensor(node.args[0])  # type: ignore[arg-type]
     return sympy.prod([expr_of(size) for size in mask.shape], start=sympy.Integer(1))

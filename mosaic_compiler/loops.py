@@ -86,10 +86,6 @@ class ChunkLoop(nn.Module):
         """The same loop with its results put elsewhere."""
         return ChunkLoop(self.body, self.operands, outputs, self.chunk)
 
-    def with_scattered(self, body: fx.GraphModule, operands: int, outputs: Sequence[LoopOutput]) -> ChunkLoop:
-        """The same loop around a body that takes a row index (sliced) and ``operands`` numbers more."""
-        return ChunkLoop(body, (*self.operands, 0, *[None] * operands), outputs, self.chunk)
-
     def sliced(self) -> tuple[int, ...]:
         """Positions of the operands that are sliced."""
         return tuple(index for index, dim in enumerate(self.operands) if dim is not None)

@@ -19,6 +19,7 @@ from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.passes import rows
+from mosaic_compiler.passes.constants import constant_of
 from mosaic_compiler.passes.demand import Demand, Demands, Segment, choices_of
 from mosaic_compiler.passes.moves import moved_dims
 from mosaic_compiler.passes.rows import DEAR, FLAT, Layout, Space
@@ -245,7 +246,7 @@ class Compactor(Emitter):
         wanted = self.demands.conditions[self._demand(self._scattered[scattered]).space]
         return (
             isinstance(other, fx.Node)
-            and ir.is_zeros(other)
+            and constant_of(other) == 0
             and len(wanted) == 1
             and [(lit.mask, lit.positive) for lit in next(iter(wanted))] == [(condition, position == 1)]
             and ir.same_layout(ir.only_tensor(node), ir.only_tensor(scattered))

@@ -77,7 +77,7 @@ class BodyFactory:
             return tensor, layout.index(len(space) - 1)
         dim = layout.index(FLAT)
         shape = list(tensor.shape)
-        shape[dim : dim + 1] = [ir.value_of(n) if isinstance(n, fx.Node) else n for n in map(self.number, space)]
+        shape[dim : dim + 1] = [ir.argument_value(self.number(size)) for size in space]
         with self.mode:
             return tensor.view(shape), dim + 1
 

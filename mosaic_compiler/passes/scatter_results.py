@@ -82,7 +82,8 @@ def _rewrite(module: fx.GraphModule, node: fx.Node, source: fx.Node, result: int
     first = len(source.args)
     spec = replace(loop.outputs[result], scatter=Scatter(first, first + 1, first + 2, page))
     outputs = [spec if i == result else output for i, output in enumerate(loop.outputs)]
-    scattering = loop.with_scattered(_with_inputs(loop, operands), len(operands) - 1, outputs)
+    body, positions = _with_inputs(loop, operands), (*loop.operands, 0, None, None)  # only the row numbers are sliced
+    scattering = ChunkLoop(body, positions, outputs, loop.chunk)
     taken = {str(other.target) for other in module.graph.nodes if other is not source}
     names = (str(source.target), *(f"{source.target}_scattering_{number}" for number in range(len(taken))))
     name = next(name for name in names if name not in taken)
@@ -109,6 +110,6 @@ def _with_inputs(loop: ChunkLoop, operands: tuple[Any, ...]) -> fx.GraphModule:
     for label, value in (("index", chunk), ("total", operands[1]), ("pages", operands[2])):
         with body.graph.inserting_after(last):
             last = body.graph.placeholder(f"scatter_{label}")
-        last.meta["val"] = ir.value_of(value) if isinstance(value, fx.Node) else value
+        last.meta["val"] = ir.argument_value(value)
     body.recompile()
     return body

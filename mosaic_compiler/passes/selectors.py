@@ -76,7 +76,7 @@ class Emitter:
         if isinstance(left, int) and isinstance(right, int):
             return combine(left, right)
         node = self.bare(combine, left, right)
-        node.meta["val"] = combine(*(ir.value_of(x) if isinstance(x, fx.Node) else x for x in (left, right)))
+        node.meta["val"] = combine(*map(ir.argument_value, (left, right)))
         return node
 
     def combined(self, expr: sympy.Expr, size: Callable[[sympy.Expr], Any]) -> fx.Node:

@@ -11,6 +11,7 @@ from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.kernels import ops
+from mosaic_compiler.passes.constants import constant_of
 from mosaic_compiler.passes.selectors import Emitter
 
 aten = torch.ops.aten
@@ -70,7 +71,7 @@ class SparseOutputsPass:
         if node.target is not aten.index_copy.default:
             return False
         zeros, dim, index, _ = node.args
-        if not isinstance(zeros, fx.Node) or zeros.target is not aten.full.default or not ir.is_zeros(zeros):
+        if not isinstance(zeros, fx.Node) or zeros.target is not aten.full.default or constant_of(zeros) != 0:
             return False
         width = _row_bytes(node)
         wide = bool(width.is_Integer) and int(width) >= _NARROWEST

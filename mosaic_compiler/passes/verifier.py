@@ -143,7 +143,7 @@ class Verifier:
         for invariant, problem in self._clusters[cluster]:
             yield invariant, f"{node.name}: {problem}"
         inputs = [ir.value_of(n) for n in cluster.body.graph.nodes if n.op == "placeholder"]
-        given = [ir.value_of(n) if isinstance(n, fx.Node) else n for n in node.args]
+        given = [ir.argument_value(n) for n in node.args]
         if ir.layout_of(tuple(given)) != ir.layout_of(tuple(inputs)):
             yield (
                 "clusters",
@@ -197,7 +197,7 @@ def _disagreements(node: fx.Node, loop: ChunkLoop) -> Iterator[str]:
         return tensor.dtype, tensor.device, tuple(sizes)
 
     for operand, entry, dim in zip(node.args, inputs, loop.operands, strict=True):
-        given, expected = (ir.value_of(operand) if isinstance(operand, fx.Node) else operand), ir.value_of(entry)
+        given, expected = ir.argument_value(operand), ir.value_of(entry)
         if isinstance(expected, torch.Tensor):
             if not isinstance(given, torch.Tensor) or whole(given, None) != whole(expected, dim):
                 yield f"operand {operand} is {ir.layout_of(given)}, its body takes {ir.layout_of(expected)}"
@@ -214,8 +214,7 @@ def _disagreements(node: fx.Node, loop: ChunkLoop) -> Iterator[str]:
             for problem in _misplaced(node, loop, index):
                 yield f"result {index}: {problem}"
             if isinstance(expected, tuple):
-                total = node.args[spec.scatter.total]
-                rows_in_all = ir.expr_of(ir.value_of(total) if isinstance(total, fx.Node) else total)
+                rows_in_all = ir.expr_of(ir.argument_value(node.args[spec.scatter.total]))
                 expected = (*expected[:2], (rows_in_all, *expected[2][1:]))
         if result is None or expected != whole(result, None):
             yield f"result {index} is {ir.layout_of(result)}, its chunks are {ir.layout_of(chunk)}"

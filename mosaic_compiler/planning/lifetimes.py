@@ -410,7 +410,7 @@ def _resident(node: fx.Node, index: int, tensor: torch.Tensor) -> sympy.Expr:
     if scatter is None:
         return ir.storage_extent(tensor)
     _, pages, page = scatter
-    own = ir.expr_of(ir.value_of(pages) if isinstance(pages, fx.Node) else pages)
+    own = ir.expr_of(ir.argument_value(pages))
     return page * sympy.Min(sympy.ceiling(ir.storage_extent(tensor) / page), own + shared_pages(tensor.device))
 
 

@@ -57,6 +57,11 @@ class Driver(Protocol):
         """Bytes of memory that are free now."""
 
 
+def index_of(device: torch.device) -> int:
+    """Its number; of ``cuda`` without one that of the current device."""
+    return device.index if device.index is not None else torch.cuda.current_device()
+
+
 def map_new(driver: Driver, address: int, size: int) -> Any:
     """A handle to new memory, mapped to addresses.  Raises :class:`OutOfDeviceMemory`, and keeps nothing then."""
     handle = driver.create(size)
@@ -85,7 +90,7 @@ class CudaDriver:
 
         self._api: Any = driver
         self._device = device
-        self._index = device.index if device.index is not None else torch.cuda.current_device()
+        self._index = index_of(device)
         with torch.cuda.device(self._index):
             torch.cuda.synchronize()  # creates the context
         self.total = int(torch.cuda.get_device_properties(self._index).total_memory)
@@ -171,7 +176,7 @@ def virtual_memory_problem(device: torch.device) -> str | None:
     except ImportError:
         return "cuda-bindings is not installed: pip install 'mosaic-compiler[cuda]'"
     attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
-    index = device.index if device.index is not None else torch.cuda.current_device()
+    index = index_of(device)
     driver.cuInit(0)
     error, supported = driver.cuDeviceGetAttribute(attribute, index)
     if error != driver.CUresult.CUDA_SUCCESS:

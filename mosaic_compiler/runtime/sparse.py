@@ -28,7 +28,7 @@ from mosaic_compiler.errors import ArenaError, BudgetError
 from mosaic_compiler.kernels.scatter_rows import BLOCK_PAGES, touched_runs
 from mosaic_compiler.planning.plan import align
 from mosaic_compiler.runtime.arena import arena_problem
-from mosaic_compiler.runtime.cuda_driver import CudaDriver, Driver, OutOfDeviceMemory, map_new, tried_twice
+from mosaic_compiler.runtime.cuda_driver import CudaDriver, Driver, OutOfDeviceMemory, index_of, map_new, tried_twice
 
 
 def page_bytes(device: torch.device) -> int | None:
@@ -36,7 +36,7 @@ def page_bytes(device: torch.device) -> int | None:
     if device.type == "cpu":
         return mmap.PAGESIZE
     if device.type == "cuda" and torch.cuda.is_available() and arena_problem(device) is None:
-        return _driver_for(device.index if device.index is not None else torch.cuda.current_device()).granularity
+        return _driver_for(index_of(device)).granularity
     return None
 
 
@@ -56,7 +56,7 @@ def sparse_zeros(
         flat = torch.frombuffer(_untouched(nbytes), dtype=dtype)
         return flat[: math.prod(shape)].view(list(shape))
     if driver is None:
-        driver = _driver_for(device.index if device.index is not None else torch.cuda.current_device())
+        driver = _driver_for(index_of(device))
     size, runs = align(nbytes, driver.granularity), touched_runs(index, nbytes // shape[0], driver.granularity)
     if (sum(end - first for first, end in runs) + BLOCK_PAGES + 1) * driver.granularity >= size:
         return torch.zeros(list(shape), dtype=dtype, device=device)

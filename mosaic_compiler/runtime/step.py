@@ -247,7 +247,7 @@ def _selected(module: fx.GraphModule) -> tuple[Selected, ...]:
             most = counted = ir.most_of(node)
             if node.target is ops.touched_pages:  # scattered rows share no page with each other
                 _, total, row_bytes, page = node.args
-                rows = ir.expr_of(ir.value_of(total) if isinstance(total, fx.Node) else total)
+                rows = ir.expr_of(ir.argument_value(total))
                 counted = rows * pages_per_row(row_bytes, page)
             found.append(Selected(node.meta[ir.BINDS], counted, most))
     return tuple(found)
