@@ -50,9 +50,9 @@ def mosaic(
         InvariantError, PlanError, CaptureError: if the compiler would otherwise be wrong.
     """
     parsed = MosaicOptions.parse(options, mode)
-    specialize_floats(module)
+    inputs = specialize_floats(module, example_inputs)
 
-    def compile_graph(graph: fx.GraphModule, inputs: Sequence[Any]) -> CompiledStep:
+    def compile_graph(graph: fx.GraphModule, aten_inputs: Sequence[Any]) -> CompiledStep:
         return compile_aten(graph, parsed, static_inputs=_static_inputs())
 
     backend = aot_autograd(
@@ -60,7 +60,7 @@ def mosaic(
         inference_compiler=compile_graph,
         keep_inference_input_mutations=True,
     )
-    compiled: Callable[..., Any] = backend(drop_true_masks(module), example_inputs)
+    compiled: Callable[..., Any] = backend(drop_true_masks(module), inputs)
     forget_floats()
     return compiled
 

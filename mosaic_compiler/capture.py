@@ -7,18 +7,19 @@ true, N x N large, and the reason for a fall back to an attention that materiali
 
 Floats that are not operands of arithmetic, such as attention's scale, are constants.  With ``dynamic=True`` Dynamo
 makes them inputs; AOTAutograd finds out, when it has traced everything, that they cannot be tensors, and both begin
-again.
+again: with a graph that is the same but for those inputs.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import TensorifyState
+from torch.fx.experimental.symbolic_shapes import guard_scalar
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 _ARITHMETIC = frozenset(
@@ -46,22 +47,45 @@ _SAME_ELEMENTS = frozenset(
 )
 
 
-def specialize_floats(module: fx.GraphModule) -> None:
-    """Let Dynamo begin again at once where a float cannot be a tensor, instead of after AOTAutograd's trace.
+def specialize_floats(module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    """Make constants of floats that cannot be tensors (in place), with a guard each.
 
-    Raises:
-        TensorifyScalarRestartAnalysis: Dynamo's own request to trace again with these numbers as constants.
+    What Dynamo does when it is told to begin again, done at once: see its
+    ``OutputGraph.remove_tensorify_specialized_graphargs``.
+    The graph is Dynamo's own, so what is no placeholder any more is not passed.
+
+    Args:
+        inputs: the example inputs, in placeholder order.
+
+    Returns:
+        Those that are left.
     """
     operands = set()
     for node in module.graph.nodes:
         value = node.meta.get("example_value")
         if isinstance(value, torch.SymFloat) and any(map(_is_arithmetic, node.users)) and not value.node.expr.is_number:
             operands.add(str(value.node._expr))
-    found = _floats() - operands
-    if found:
-        for name in found:
-            TensorifyState.specialize(name)
-        raise TensorifyScalarRestartAnalysis
+    constants = _floats() - operands
+    for name in constants:
+        TensorifyState.specialize(name)
+    kept = []
+    for node, given in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        number = getattr(node.meta.get("example_value"), "item_memo", None)
+        reads = list(node.users)
+        if (
+            not isinstance(number, torch.SymFloat)
+            or str(number.node._expr) not in constants
+            or any((read.op, read.target) != ("call_method", "item") for read in reads)
+        ):
+            kept.append(given)
+            continue
+        for read in reads:
+            read.replace_all_uses_with(guard_scalar(number))
+            module.graph.erase_node(read)
+        module.graph.erase_node(node)
+    if constants:
+        module.recompile()
+    return kept
 
 
 def _floats() -> set[str]:

@@ -215,7 +215,7 @@ def test_a_kernel_that_would_allocate_is_named(monkeypatch):
     def check(form, source):
         raise fused._TooMuchMemory("its kernel would allocate 1 byte")
 
-    monkeypatch.setattr(fused._Form, "check_allocations", check)
+    monkeypatch.setattr(fused.FusedKernel, "_check_allocations", check)
     monkeypatch.setattr(fused, "_kernels", {})
     fused.kernel_for.cache_clear()
 
@@ -278,3 +278,48 @@ def test_wide_kernels_index_with_64_bits(monkeypatch):
     kernels = [kernel for kernel in fused._kernels.values() if True in kernel._artifacts]
     assert kernels
     assert all(kernel.failure is None for kernel in kernels)
+
+
+@pytest.mark.parametrize("width", [(1 << 31) - 1, 1000])
+@pytest.mark.parametrize("chunk", [None, 16])
+def test_kernels_are_compiled_before_a_step_takes_its_memory(monkeypatch, width, chunk):
+    """Those with 64-bit indices as well, for the first length that needs them."""
+    from mosaic_compiler.runtime.arena import HostArena
+
+    happened = []
+    compiled, ensure = fused.FusedKernel._compiled, HostArena.ensure
+    monkeypatch.setattr(fused.FusedKernel, "_compiled", lambda *a: happened.append("compiled") or compiled(*a))
+    monkeypatch.setattr(HostArena, "ensure", lambda *a: happened.append("mapped") or ensure(*a))
+    monkeypatch.setattr(fused, "_WIDE", width)
+    monkeypatch.setattr(fused, "_kernels", {})
+    fused.kernel_for.cache_clear()
+    dynamic = [(0,), (0,), (), (0,), (0,), (0,)]
+    step = compile_aten(trace(block, *block_inputs(9), dynamic=dynamic), MosaicOptions(chunk_rows=chunk))
+    for n in (7, 12, 40, 40, 7):
+        happened.append(n)
+        inputs = block_inputs(n)
+        for got, expected in zip(step(list(inputs)), block(*inputs), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    steps = "".join("." if entry == "mapped" else "c" if entry == "compiled" else " " for entry in happened).split()
+    assert steps[0].startswith("c"), "a step of 7 rows needs kernels"
+    assert ("c" in "".join(steps[1:])) == (width == 1000), "wide ones come with longer steps"
+    assert all("c" not in step.partition(".")[2] for step in steps), steps
+    fused.kernel_for.cache_clear()
+
+
+@pytest.mark.parametrize(("f", "inputs"), [(block, block_inputs), (experts, expert_inputs)])
+@pytest.mark.parametrize("most", [1 << 14, 1 << 20, 1 << 26])
+def test_kernels_run_on_samples_of_a_limited_size(f, inputs, most):
+    rows = [tuple(range(min(t.dim(), 1))) if t.shape[0] in (9, 36) else () for t in inputs(9)]
+    module, _ = run_passes(trace(f, *inputs(9), dynamic=rows), disable=("chunk-loops",))
+    sizes = []
+    for _, cluster in clusters_in(module):
+        kernel = fused.kernel_for(cluster)
+        sample = kernel._form.sample(most)
+        assert sample is not None
+        tensors = [part for part in sample if isinstance(part, torch.Tensor)]
+        sizes.append(sum(t.untyped_storage().nbytes() for t in tensors))
+        kernel.compile()(list(sample))
+        assert all(torch.isfinite(t).all() for t in tensors)
+    assert max(sizes) <= most
+    assert max(sizes) >= min(most, 1 << 22) / 4, "as large as that allows, up to 4,096 rows"

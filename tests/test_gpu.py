@@ -115,6 +115,40 @@ def test_chunks_inside_a_budget_and_the_measured_peak():
     assert plan.peak - measured <= 0.02 * plan.peak + 2 * MiB
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_first_step_stays_within_its_plan(monkeypatch, wide):
+    """Kernels choose their launch parameters before; Inductor's copy destinations for that."""
+    from mosaic_compiler.kernels import fused
+    from mosaic_compiler.runtime.program import Program
+
+    monkeypatch.setattr(fused, "_kernels", {})
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)  # what was chosen before is not known
+    if wide:
+        monkeypatch.setattr(fused, "_WIDE", 1000)
+    fused.kernel_for.cache_clear()
+    run, peaks = Program.run, []
+
+    def measured(self, inputs):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = run(self, inputs)
+        torch.cuda.synchronize()
+        peaks.append((torch.cuda.max_memory_allocated() - before, max(self.plan.outside)))
+        return result
+
+    monkeypatch.setattr(Program, "run", measured)
+    step = model(torch.bfloat16)
+    with torch.no_grad():
+        step(*arguments(100))  # cuBLAS takes its workspace
+        fast = compiled(step, strict=True)
+        for tokens in (20_000, 300):
+            fast(*arguments(tokens))
+    assert len(peaks) == 2
+    assert all(peak <= planned for peak, planned in peaks), peaks
+    fused.kernel_for.cache_clear()
+
+
 def test_poison_finds_nothing():
     step = model()
     with torch.no_grad():

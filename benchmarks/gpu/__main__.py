@@ -6,14 +6,14 @@ from typing import Any
 
 from benchmarks.common import write
 from benchmarks.gpu import accuracy, breakdown, compile_time, max_tokens, par, peak, step_latency
-from benchmarks.gpu.models import Session, forget, parser
+from benchmarks.gpu.models import SYSTEMS, Session, forget, parser
 
 _PER_MODEL = ("step_latency", "breakdown", "compile_time", "peak", "par")
 
 
 def main() -> None:
     made = parser(__doc__)
-    made.add_argument("--cards", type=int, nargs="*", default=[24, 40])
+    max_tokens.cards(made)
     given = made.parse_args()
     found: dict[str, list[Any]] = {name: [] for name in (*_PER_MODEL, "max_tokens", "accuracy")}
     layers = {"layers": given.layers or "all"}
@@ -34,7 +34,7 @@ def main() -> None:
         session = Session(model, 2)
         session.warm_up()
         for card in given.cards:
-            keep("max_tokens", max_tokens.measure(session, card))
+            keep("max_tokens", max_tokens.measure(session, card, SYSTEMS, given.below / 100))
         del session
         forget()
         keep("accuracy", accuracy.measure(model))

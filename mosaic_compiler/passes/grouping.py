@@ -26,7 +26,8 @@ from torch import fx
 from torch._ops import OpOverload
 
 from mosaic_compiler import ir
-from mosaic_compiler.kernels.fused import MOST_ADDED, is_small_sum, supports
+from mosaic_compiler.kernels.cluster_form import MOST_ADDED, is_small_sum
+from mosaic_compiler.kernels.fused import supports
 
 aten = torch.ops.aten
 

@@ -155,9 +155,7 @@ def _emit_head_statistics(outs: Sequence[Any], args: Sequence[Any], kwargs: dict
 
 def _emit_cluster(cluster: Cluster, outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
     own = [out for out, into in zip(outs, cluster.into, strict=True) if into is None]
-    kernel = kernel_for(cluster)
-    kernel.compile()  # now, not while a step runs
-    return [Call(kernel, (*args, *own))]
+    return [Call(kernel_for(cluster), (*args, *own))]
 
 
 def _emit_scatter_rows(outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:

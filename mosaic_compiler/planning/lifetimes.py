@@ -29,13 +29,14 @@ from functools import cached_property
 import sympy
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from mosaic_compiler import ir
 from mosaic_compiler.ir import prologue_nodes
 from mosaic_compiler.kernels.scatter_rows import shared_pages
 from mosaic_compiler.loops import ChunkLoop, loop_of
 from mosaic_compiler.passes.regions import HEAVY
-from mosaic_compiler.passes.rows import MATMULS
+from mosaic_compiler.passes.rows import ATTENTIONS, MATMULS
 from mosaic_compiler.planning.forms import Form, Kind, form_of, has_unbacked, main_device_of
 from mosaic_compiler.planning.lives import LoopLives, StepLives, SymbolicBuffer
 from mosaic_compiler.planning.scratch import scratch_bytes
@@ -354,11 +355,17 @@ def _region(span: LoopSpan) -> LoopLives:
         start=span.start,
         end=span.end,
         work=_work_per_row(span),
-        ops=tuple(node.name for node in span.scope.nodes if node.target in HEAVY),
+        ops=tuple(_kind_of(node) for node in span.scope.nodes if node.target in HEAVY),
         operands=_operands(span),
         module=origin.module,
         source=origin.source,
     )
+
+
+def _kind_of(node: fx.Node) -> str:
+    """What a plan calls a heavy op."""
+    assert isinstance(node.target, OpOverload)
+    return "attention" if node.target in ATTENTIONS else node.target._schema.name.partition("::")[2]
 
 
 def _work_per_row(span: LoopSpan) -> int:

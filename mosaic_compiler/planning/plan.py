@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,7 +76,7 @@ class PlannedLoop:
         nbytes: most bytes that its body's own buffers hold at once.
         unchunked: the same with all rows in one chunk.
         reason: why this chunk size.
-        ops: its matmuls and attentions, in order.
+        ops: its matmuls (``mm``, ``gather_logits``) and attentions (``attention``), in order.
         operands: what it is called with, and whether rows of it or all of it are seen by an iteration.
         module, source: where its last result comes from.
     """
@@ -92,6 +93,12 @@ class PlannedLoop:
     operands: tuple[str, ...] = ()
     module: str = ""
     source: str = ""
+
+    @property
+    def computes(self) -> str:
+        """Its ops with how often they occur: ``4 mm, attention``."""
+        counts = Counter(self.ops)
+        return ", ".join(op if count == 1 else f"{count} {op}" for op, count in counts.items())
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 
 from mosaic_compiler import ir
 from mosaic_compiler.clusters import cluster_of
-from mosaic_compiler.kernels import fused, ops
+from mosaic_compiler.kernels import cluster_form, ops
 
 aten = torch.ops.aten
 
@@ -21,7 +21,7 @@ aten = torch.ops.aten
 def scratch_bytes(node: fx.Node) -> sympy.Expr:
     """Scratch of one node in bytes, as an expression in the graph's symbols."""
     if (cluster := cluster_of(node)) is not None:
-        return fused.scratch_bytes(cluster)
+        return cluster_form.scratch_bytes(cluster)
     if node.target is aten._scaled_dot_product_flash_attention_for_cpu.default:
         return _cpu_flash_attention(node)
     if node.target is ops.head_statistics:

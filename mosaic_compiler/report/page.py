@@ -160,7 +160,7 @@ def _bands(loops: Sequence[PlannedLoop]) -> ColumnDataSource:
         "rows": [f"{loop.rows:,} in {chunks(loop.rows, loop.chunk)} of {loop.chunk:,}" for loop in loops],
         "bytes": [f"{format_bytes(loop.nbytes)}, {format_bytes(loop.unchunked)} unchunked" for loop in loops],
         "why": [loop.reason for loop in loops],
-        "ops": [", ".join(loop.ops) for loop in loops],
+        "ops": [loop.computes for loop in loops],
         "reads": [", ".join(loop.operands) for loop in loops],
         "module": [loop.module for loop in loops],
         "source": [loop.source for loop in loops],
@@ -243,7 +243,7 @@ td { max-width: 300px; overflow-wrap: break-word } .number { text-align: right; 
 <tr><th>loop<th>computes<th class="number">rows<th class="number">chunks<th class="number">bytes
 <th class="number">unchunked<th>why<th>reads<th>module<th>source</tr>
 {% for l, count in loops %}
-<tr><td>{{ l.name }}{{ " and %d like it" % (count - 1) if count > 1 }}<td>{{ l.ops | join(", ") }}
+<tr><td>{{ l.name }}{{ " and %d like it" % (count - 1) if count > 1 }}<td>{{ l.computes }}
 <td class="number">{{ l.rows }}<td class="number">{{ chunks(l.rows, l.chunk) }} x {{ l.chunk }}
 <td class="number">{{ bytes(l.nbytes) }}<td class="number">{{ bytes(l.unchunked) }}<td>{{ l.reason }}
 <td>{{ l.operands | join(", ") }}<td>{{ l.module }}<td>{{ l.source }}</tr>

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from mosaic_compiler.planning.budget import format_bytes
-from mosaic_compiler.planning.plan import Fallback, MemoryPlan, PlannedLoop
+from mosaic_compiler.planning.plan import Buffer, Fallback, MemoryPlan, PlannedLoop
 
 _BARS = " ▁▂▃▄▅▆▇█"
 
@@ -38,33 +38,27 @@ def summary(plan: MemoryPlan) -> Table:
     return table
 
 
-def loops(plan: MemoryPlan) -> Table:
-    """The chunk loops; equal ones (layers) in one line."""
+def loops(plan: MemoryPlan) -> Group:
+    """The chunk loops; equal ones (layers) in one line.  Below: why they have their size, their origin and operands."""
     table = Table(
         title="chunk loops (bytes: what the body holds at most, and what it would with all rows at once)",
         title_justify="left",
         box=None,
         padding=(0, 1),
     )
-    for column in ("loop", "computes"):
-        table.add_column(column, overflow="fold")
+    table.add_column("loop", overflow="fold")
     for column in ("rows", "chunk", "bytes", "unchunked"):
         table.add_column(column, justify="right", no_wrap=True)
-    for column in ("reads", "why this chunk", "from"):
-        table.add_column(column, overflow="fold")
+    table.add_column("computes", overflow="fold")
+    lines = []
     for first, count in alike(plan.loops):
-        table.add_row(
-            first.name if count == 1 else f"{first.name} and {count - 1} like it",
-            ", ".join(first.ops),
-            str(first.rows),
-            str(first.chunk),
-            format_bytes(first.nbytes),
-            format_bytes(first.unchunked),
-            ", ".join(first.operands),
-            first.reason,
-            " ".join(part for part in (first.module, first.source) if part),
-        )
-    return table
+        name = first.name + (f" and {count - 1} like it" if count > 1 else "")
+        nbytes, unchunked = format_bytes(first.nbytes), format_bytes(first.unchunked)
+        table.add_row(name, str(first.rows), str(first.chunk), nbytes, unchunked, first.computes)
+        origin = " ".join(part for part in (first.module, first.source) if part)
+        details = (first.reason, origin and f"from {origin}", first.operands and f"reads {', '.join(first.operands)}")
+        lines.append(Text(f" {first.name}: {'; '.join(detail for detail in details if detail)}", style="dim"))
+    return Group(table, *lines)
 
 
 def alike(loops: Sequence[PlannedLoop]) -> list[tuple[PlannedLoop, int]]:
@@ -102,16 +96,19 @@ def plan_lines(plan: MemoryPlan) -> Iterator[RenderableType]:
 
 
 def largest_buffers(plan: MemoryPlan, count: int = 12) -> Table:
-    """The largest buffers of a plan, with where they come from."""
+    """The largest buffers of a plan, with where they come from; equal ones (of layers) in one line."""
     table = Table(title=f"largest of {len(plan.buffers)} buffers", title_justify="left", box=None, padding=(0, 1))
     for column in ("buffer", "kind", "shape", "dtype"):
         table.add_column(column, overflow="fold")
     table.add_column("bytes", justify="right", no_wrap=True)
     table.add_column("life", justify="right", no_wrap=True)
     table.add_column("from", overflow="fold")
-    for buffer in sorted(plan.buffers, key=lambda b: (-b.size, b.start, b.name))[:count]:
+    groups: dict[tuple[object, ...], list[Buffer]] = {}
+    for buffer in sorted(plan.buffers, key=lambda b: (-b.size, b.start, b.name)):
+        groups.setdefault((buffer.size, buffer.kind, buffer.shape, buffer.dtype, buffer.source), []).append(buffer)
+    for buffer, *others in itertools.islice(groups.values(), count):
         table.add_row(
-            buffer.name,
+            buffer.name + (f" and {len(others)} like it" if others else ""),
             buffer.kind,
             "x".join(map(str, buffer.shape)),
             buffer.dtype,

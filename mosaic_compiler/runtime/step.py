@@ -22,7 +22,8 @@ from mosaic_compiler import ir
 from mosaic_compiler.clusters import clusters_in
 from mosaic_compiler.errors import CaptureError, FallbackError, StaleGraphError
 from mosaic_compiler.kernels import ops
-from mosaic_compiler.kernels.fused import kernel_for
+from mosaic_compiler.kernels.cluster_form import spans_of
+from mosaic_compiler.kernels.fused import FusedKernel, kernel_for
 from mosaic_compiler.kernels.scatter_rows import pages_per_row
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.pipeline import PassRecord
@@ -51,6 +52,22 @@ class _Variant:
     module: fx.GraphModule
     lives: Lives
     prologue: Prologue
+
+    @functools.cached_property
+    def _spans(self) -> dict[sympy.Expr, set[FusedKernel]]:
+        """The elements that operands of kernels span."""
+        found: dict[sympy.Expr, set[FusedKernel]] = {}
+        for _, cluster in clusters_in(self.module):
+            for span in spans_of(cluster) or {sympy.Integer(0)}:
+                found.setdefault(span, set()).add(kernel_for(cluster))
+        return found
+
+    def compile_kernels(self, sizes: Sizes) -> None:
+        """Compile all kernels that a step of these sizes needs, unless that was done."""
+        for span, kernels in self._spans.items():
+            most = sizes(span) if span.free_symbols <= sizes.symbols.keys() else 0  # else its size is found in the step
+            for kernel in kernels:
+                kernel.compile_for(most)
 
 
 class CompiledStep:
@@ -145,9 +162,11 @@ class CompiledStep:
             variant, planned = self.plan_for(self.sizes(numbers, room))
             values = [*inputs, *(early[node.name] for node in variant.prologue.results)]
             del early
-            arena.ensure(planned.plan.height)
             key = (arena.number, numbers, room, pointers)
             entry = self._programs.get(key)
+            if entry is None:  # before the arena grows: compilers need memory as well
+                variant.compile_kernels(self._with_chunks(self.sizes(numbers, room), planned))
+            arena.ensure(planned.plan.height)
             if entry is None:
                 entry = self._programs[key] = self._bind(arena, sizes, variant, planned, values)
             else:
@@ -160,9 +179,6 @@ class CompiledStep:
     def _bind(self, arena: Arena, sizes: Sizes, variant: _Variant, planned: Planned, values: Sequence[Any]) -> _Entry:
         """A program for these sizes, in a plan with room for a few more rows; forgets stale programs."""
         self._check_weights(sizes, values)
-        if self._budget is not None and not self._programs:
-            for _, cluster in self._clusters:  # now: no compiler should run in a step that is short of memory
-                kernel_for(cluster).compile()
         for key, (_, weights) in list(self._programs.items()):
             if any((tensor := ref()) is None or tensor.data_ptr() != pointer for ref, pointer in weights):
                 del self._programs[key]  # its weights were freed or moved: do not keep the old ones in memory
