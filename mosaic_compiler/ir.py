@@ -19,6 +19,7 @@ import sympy
 import torch
 from torch import fx
 from torch._ops import OpOverload
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from mosaic_compiler.clusters import cluster_of
 from mosaic_compiler.kernels import ops
@@ -238,13 +239,18 @@ def mutated_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
     if not isinstance(node.target, OpOverload):
         return ()
     written: list[fx.Node] = []
-    for index, argument in enumerate(node.target._schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        value = node.kwargs.get(argument.name, node.args[index] if index < len(node.args) else None)
+    for index, name in _written_positions(node.target):
+        value = node.kwargs.get(name, node.args[index] if index < len(node.args) else None)
         values = value if isinstance(value, (tuple, list)) else (value,)
         written.extend(v for v in values if isinstance(v, fx.Node))
     return tuple(written)
+
+
+@functools.cache
+def _written_positions(op: OpOverload) -> tuple[tuple[int, str], ...]:
+    """Positions and names of the arguments that an op writes."""
+    arguments = enumerate(op._schema.arguments)
+    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 def has_effect(node: fx.Node) -> bool:
@@ -273,23 +279,30 @@ def alias_base(node: fx.Node) -> fx.Node | None:
     """
     if not isinstance(node.target, OpOverload):
         return None
-    if node.target in _UNANNOTATED_VIEWS:
-        return node.args[0] if isinstance(node.args[0], fx.Node) else None
-    schema = node.target._schema
+    for index, name in _aliased_positions(node.target):
+        value = node.kwargs.get(name, node.args[index] if index < len(node.args) else None)
+        if isinstance(value, fx.Node):
+            return value
+    return None
+
+
+@functools.cache
+def _aliased_positions(op: OpOverload) -> tuple[tuple[int, str], ...]:
+    """Positions and names of the arguments whose storage an op's results share."""
+    schema = op._schema
+    if op in _UNANNOTATED_VIEWS:
+        return ((0, schema.arguments[0].name),)
     names: set[str] = set()
     for result in schema.returns:
         if result.alias_info is not None:
             names |= result.alias_info.before_set
     if not names and any(result.alias_info is not None for result in schema.returns):
         names = {"*"}  # a list of views (unbind, split): the operand's alias set ends up in the wildcard
-    if not names:
-        return None
-    for index, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and names & (argument.alias_info.before_set | argument.alias_info.after_set):
-            value = node.kwargs.get(argument.name, node.args[index] if index < len(node.args) else None)
-            if isinstance(value, fx.Node):
-                return value
-    return None
+    return tuple(
+        (index, argument.name)
+        for index, argument in enumerate(schema.arguments)
+        if (alias := argument.alias_info) is not None and names & (alias.before_set | alias.after_set)
+    )
 
 
 def is_view(node: fx.Node) -> bool:
@@ -434,6 +447,11 @@ def provenance(node: fx.Node) -> Provenance:
     return Provenance(module=_PREFIX.sub("", paths[-1]) if paths else "", source=source)
 
 
+def graph_module(root: Any, graph: fx.Graph) -> fx.GraphModule:
+    """A GraphModule whose Python code is generated when somebody runs it or looks at it: most graphs are only read."""
+    return _LazyGraphModule(root, graph)
+
+
 def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     """A copy with its own graph (names and metadata kept) over the same attributes."""
     graph = fx.Graph()
@@ -444,7 +462,7 @@ def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     output.meta = dict(old_output.meta)
     for old, new in mapping.items():
         new.meta = dict(old.meta)
-    copy = fx.GraphModule(module, graph)
+    copy = graph_module(module, graph)
     copy.meta = dict(module.meta)
     return copy
 

@@ -123,7 +123,7 @@ class _Rewriter(Emitter):
         output = self.graph.output(fx.node.map_arg(old.args[0], self._value))
         output.meta = dict(old.meta)
         ir.remove_dead_code(self.graph)
-        result = fx.GraphModule(_Attributes(self.old, {n: loop for loop, n in self._names.items()}), self.graph)
+        result = ir.graph_module(_Attributes(self.old, {n: loop for loop, n in self._names.items()}), self.graph)
         result.meta = dict(self.old.meta)
         return result
 

@@ -128,7 +128,7 @@ class _Contents:
             copies[node].meta = dict(node.meta)
         output = graph.output(tuple(copies[node] for node in self.results))
         output.meta["val"] = tuple(ir.value_of(node) for node in self.results)
-        return Cluster(fx.GraphModule(root, graph), [None] * len(self.results))
+        return Cluster(ir.graph_module(root, graph), [None] * len(self.results))
 
 
 class _Index:

@@ -257,5 +257,5 @@ class _Body(Emitter):
             outputs.append(LoopOutput(dim, tuple(ir.memory_order(split))))
         output = self.graph.output(tuple(results))
         output.meta["val"] = tuple(ir.value_of(node) for node in results)
-        body = fx.GraphModule(self.factory.module, self.graph)
+        body = ir.graph_module(self.factory.module, self.graph)
         return ChunkLoop(body, (*self.dims, *[None] * len(self.numbers)), outputs, self.symbol)

@@ -289,10 +289,9 @@ def _data_symbols(graph: fx.Graph) -> dict[sympy.Symbol, sympy.Symbol]:
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
     found: set[sympy.Symbol] = {node.meta[ir.BINDS] for node in graph.nodes if ir.BINDS in node.meta}
-    for node in graph.nodes:
-        for number in ir.numbers_in(ir.value_of(node)):
-            if ir.is_symbolic_number(number):
-                found |= free_unbacked_symbols(number)
+    numbers = (number for node in graph.nodes for number in ir.numbers_in(ir.value_of(node)))
+    for expr in {ir.expr_of(number) for number in numbers if ir.is_symbolic_number(number)}:
+        found |= free_unbacked_symbols(expr)
     return dict.fromkeys(found, sympy.Symbol("data"))
 
 
