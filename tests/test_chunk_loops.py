@@ -366,3 +366,55 @@ def test_candidate_chunks(count):
     assert list(found) == sorted(set(found), reverse=True)
     assert all(size % 128 == 0 or size == count or size < 128 for size in found)
     assert not count or found[-1] == 1
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 100])
+def test_causal_attention_is_not_chunked(chunk):
+    """A causal query's keys depend on where it stands among all of them; what is around the attention is chunked."""
+    from torch.nn.functional import scaled_dot_product_attention
+
+    def f(x, w, out):
+        q, k, v = ((x @ part).view(-1, 2, 8).transpose(0, 1).unsqueeze(0) for part in w)
+        y = scaled_dot_product_attention(q, k, v, is_causal=True)
+        return torch.relu(y.squeeze(0).transpose(0, 1).reshape(x.shape) @ out) @ out.t()
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(23, 16, generator=generator, dtype=torch.float64)
+    w = torch.randn(3, 16, 16, generator=generator, dtype=torch.float64)
+    out = torch.randn(16, 48, generator=generator, dtype=torch.float64)
+    step = compile_aten(trace(f, x, w, out, dynamic=[(0,)]), MosaicOptions(chunk_rows=chunk, disable=("fuse",)))
+    assert_equal(step([x, w, out]), (f(x, w, out),))
+    ops = [op for loop in step.plan.loops for op in loop.ops]
+    assert ops.count("mm") == 5, "the products run in loops"
+    assert "attention" not in ops
+
+
+def test_a_part_of_a_table_that_a_guard_makes_as_long_as_the_rows():
+    """``min(64, N)`` rows are N of them, by a guard that no expression says."""
+
+    def f(x, table, w):
+        return torch.relu((torch.relu(x @ w) * table[: min(64, x.shape[0])]) @ w)
+
+    x, table, w = torch.randn(12, 16), torch.randn(64, 16), torch.randn(16, 16)
+    compiled = torch.compile(f, backend="mosaic", dynamic=True, options={"chunk_rows": 5, "disable": ("fuse",)})
+    for n in (12, 9, 64):
+        rows = x[:1].repeat(n, 1)
+        torch.testing.assert_close(compiled(rows, table, w), f(rows, table, w))
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_two_streams_are_overwritten_by_one_loop(chunk):
+    """The verifier tells what is read of one stream later from what is read of the other."""
+
+    def f(x, y, w):
+        x, y = x.cumsum(0), y.cumsum(0)
+        for _ in range(2):
+            x, y = x + torch.relu(y @ w), y + torch.relu(x @ w)
+            x = x + torch.softmax((x @ w) @ (y @ w).t(), -1) @ (y @ w)
+        return x, y
+
+    inputs = [torch.randn(19, 8, dtype=torch.float64), torch.randn(19, 8, dtype=torch.float64)]
+    inputs.append(torch.randn(8, 8, dtype=torch.float64) / 8)
+    options = MosaicOptions(chunk_rows=chunk, disable=("fuse",), poison=True)
+    step = compile_aten(trace(f, *inputs, dynamic=[(0,), (0,)]), options)
+    assert_equal(step(inputs), f(*inputs))

@@ -36,6 +36,7 @@ def tolerance_of(module: torch.fx.GraphModule) -> float:
 @example(toys.Program((("pick", 0, 0), ("matmul", 2, 0)), ((3, "first_row"),)), [(5, 8)], "auto", False)
 @example(toys.Program((("matmul", 0, 0), ("amax", 2, 0)), ((3, "first_row"),)), [(5, 8)], "auto", False)
 @example(toys.Program((("amax", 0, 0), ("write_rows", 2, 0)), ((3, "whole"),)), [(5, 8)], "auto", True)
+@example(toys.Program((("causal", 0, 1), ("matmul", 2, 0)), ((3, "last_row"),)), [(5, 8)], "auto", False)
 @given(
     toys.programs, st.lists(shapes, min_size=1, max_size=3), st.sampled_from(["auto", "size", "naive"]), st.booleans()
 )
@@ -55,6 +56,8 @@ def test_equals_eager_at_every_shape(program, sizes, placement, poison):
 
 
 @settings(max_examples=25)
+@example(toys.Program((("sdpa", 0, 0), ("matmul", 2, 0), ("matmul", 2, 0), ("add", 3, 4)), ((5, "first_row"),)), (2, 4))
+@example(toys.Program((("matmul", 0, 0), ("causal", 2, 2), ("matmul", 3, 0)), ((4, "whole"),)), (5, 8))
 @given(toys.programs, shapes)
 def test_every_pass_output_runs_and_equals(program, shape):
     from mosaic_compiler.passes import run_passes

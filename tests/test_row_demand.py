@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -507,3 +508,20 @@ def test_planned_peak_falls_fivefold_on_tiny_llada(tiny_llada, genesis, monkeypa
     rows = int((ids == MASK).sum())
     assert not [b for b in tiled.plan.buffers if b.nbytes >= rows * 8192 * 4 and b.shape[-1:] == (8192,)]
     assert tiled.plan.peak <= plans["with"]
+
+
+@pytest.mark.parametrize("cut", ["mask", "slice"])
+def test_causal_attention_runs_on_all_rows(cut):
+    """A causal query's keys depend on where it stands among all of them."""
+
+    def f(x, w, mask):
+        heads = x.view(1, -1, 2, 8).transpose(1, 2)
+        y = F.scaled_dot_product_attention(heads, heads, heads, is_causal=True).transpose(1, 2).reshape(-1, 16)
+        logits = y @ w
+        return torch.where(mask, logits.argmax(-1), -1) if cut == "mask" else logits[-3:].argmax(-1)
+
+    x, w = torch.randn(11, 16), torch.randn(16, 40)
+    mask = torch.arange(11) % 3 == 1
+    step = compile_aten(trace(f, x, w, mask, dynamic=[(0,), (), (0,)]), MosaicOptions(disable=("fuse",)))
+    assert torch.equal(step([x, w, mask])[0], f(x, w, mask))
+    assert any(decision.rows != decision.total for decision in step.module.meta["row_decisions"])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
+import sympy
 import torch
 from torch import fx
 
@@ -264,3 +265,15 @@ def test_a_cluster_that_disagrees_with_its_body_is_refused(edit, invariant):
 def test_an_untouched_graph_is_accepted():
     module = trace(toy, torch.randn(4, 6), torch.randn(6, 6))
     run_passes(module, passes=[BrokenPass(lambda module: None)])
+
+
+def test_layouts_are_compared_for_all_values_of_symbols():
+    from torch.utils._sympy.functions import FloorDiv, Min
+
+    n, m = sympy.symbols("n m", integer=True, positive=True)
+    assert ir.equal_layouts(("float32", (FloorDiv(n**2, n), m)), ("float32", (n, m)))
+    assert not ir.equal_layouts((n,), (m,))
+    assert not ir.equal_layouts((Min(n, 256),), (n,))
+    assert not ir.equal_layouts((FloorDiv(n, 2) * 2,), (n,))
+    assert not ir.equal_layouts((n, m), (n,))
+    assert not ir.equal_layouts((n, None), (n, m))

@@ -42,9 +42,18 @@ BINARY: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "sub": torch.sub,
     "where": lambda x, y: torch.where(x > y, x, y * 0.5),
     "attend": lambda x, y: torch.softmax(x @ y.t() * 0.1, -1) @ y,
+    "sdpa": lambda x, y: _attention(x, y, is_causal=False),
+    "causal": lambda x, y: _attention(x, y, is_causal=True),
     "pairs": lambda x, y: torch.stack((x, y)).amax(0),
     "pick": lambda x, y: x.gather(1, y.argmax(-1, keepdim=True)).expand_as(x),
 }
+
+
+def _attention(x: torch.Tensor, y: torch.Tensor, *, is_causal: bool) -> torch.Tensor:
+    """Two heads, of queries x and keys and values y."""
+    query, key = (t.view(t.shape[0], 2, -1).transpose(0, 1).unsqueeze(0) for t in (x, y))
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, key, is_causal=is_causal)
+    return out.squeeze(0).transpose(0, 1).reshape(x.shape)
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,7 @@ class Program:
 VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "whole": lambda x: x,
     "first_row": lambda x: x[:1],
+    "last_row": lambda x: x[-1:],
     "transposed": lambda x: x.t(),
     "flat": lambda x: x.reshape(-1),
     "sum": lambda x: x.sum(),

@@ -16,7 +16,7 @@ from mosaic_compiler.passes.loop_bodies import BodyFactory
 from mosaic_compiler.passes.regions import Operand, Region, Regions, contents_of, find_regions
 from mosaic_compiler.passes.rows import FLAT
 from mosaic_compiler.passes.selectors import Emitter
-from mosaic_compiler.passes.sizes import size_sources
+from mosaic_compiler.passes.sizes import UnreadableSizeError, size_sources
 
 aten = torch.ops.aten
 
@@ -54,10 +54,13 @@ class ChunkLoopsPass:
         result = ir.copy_graph(module)
         unruled = tuple(node for node in labels.unruled if _reads_matrix(node, labels))
         if regions.loops:
+            rewriter = _Rewriter(module, labels, regions)
             try:
-                result = _Rewriter(module, labels, regions).rewrite()
+                result = rewriter.rewrite()
             except _KnotError as knot:
                 unruled += (knot.node,)
+            except UnreadableSizeError:
+                unruled += (rewriter.origin or regions.loops[0].outputs[0],)
         result.meta["unruled"] = tuple((node.name, str(node.target), ir.provenance(node)) for node in unruled)
         result.graph.lint()
         result.recompile()

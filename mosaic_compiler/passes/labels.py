@@ -152,7 +152,10 @@ class _Labeller:
         """Label one output of a node, and with it those of its other outputs that have the same rows."""
         if node in self.labels.of or not self._may_label(node):
             return False
-        if node.target is not operator.getitem and rows.operand_layouts(node, index, layout, space) is None:
+        if node.target is operator.getitem:
+            if not self._may_take(node, layout, space):
+                return False
+        elif rows.operand_layouts(node, index, layout, space) is None:
             return False
         layouts: list[Layout | None] = [None] * len(ir.tensors_of(node))
         layouts[index] = layout
@@ -170,6 +173,15 @@ class _Labeller:
                     )
         self.labels.of[node], self.labels.space[node] = tuple(layouts), space
         return True
+
+    def _may_take(self, getitem: fx.Node, layout: Layout, space: Space) -> bool:
+        """A result of an op with several has rows if the op has."""
+        source, index = getitem.args
+        assert isinstance(source, fx.Node)
+        assert isinstance(index, int)
+        if source in self.labels.of:
+            return self.labels.space[source] == space and self.labels.of[source][index] == layout
+        return self._may_label(source) and rows.operand_layouts(source, index, layout, space) is not None
 
     def _backward(self, node: fx.Node) -> Iterator[fx.Node]:
         space = self.labels.space[node]

@@ -59,14 +59,27 @@ def operand_layouts(node: fx.Node, output: int, layout: Layout, space: Space) ->
     """What ``node`` needs of its operands for some rows of its ``output``-th result.
 
     Returns one :class:`Operand` per tensor operand (in order, repeats included), or ``None`` if the op
-    has no rule or mixes rows.
+    has no rule or mixes rows, or if an operand's rows are not known to be as many (sizes equal by a guard only).
     """
     if node.op != "call_function" or not isinstance(node.target, OpOverload) or ir.is_random(node):
         return None
     if ir.mutated_arguments(node):
         return None
     rule = _pointwise if ir.is_pointwise(node) else _RULES.get(node.target)
-    return rule(node, output, layout, space) if rule is not None else None
+    answer = rule(node, output, layout, space) if rule is not None else None
+    return answer if answer is not None and all(_has_extents(operand, space) for operand in answer) else None
+
+
+def _has_extents(operand: Operand, space: Space) -> bool:
+    return operand.layout is None or all(
+        label is None or _is_extent(ir.expr_of(size), label, space)
+        for label, size in zip(operand.layout, shape_of(operand.node), strict=True)
+    )
+
+
+def _is_extent(size: sympy.Expr, label: int, space: Space) -> bool:
+    extent = sympy.prod(space) if label == FLAT else space[label]
+    return bool(size == extent or sympy.expand(size - extent) == 0)
 
 
 def is_labelled(layout: Layout) -> bool:
@@ -205,9 +218,12 @@ def _layer_norm(node: fx.Node, output: int, layout: Layout, space: Space) -> Ans
 
 def _attention(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     """Query rows are independent; keys and values are needed whole.  Queries of different batch entries
-    meet different keys, so rows must not span the batch (or heads)."""
+    meet different keys, so rows must not span the batch (or heads).  What a causal query sees depends on where it
+    stands among all of them."""
     query, key, value = node.args[:3]
     labels = (*layout, None) if output == 1 else layout
+    if ir.argument(node, "is_causal") is not False:
+        return None
     if output > 1 or len(labels) != 4 or labels[1] is not None or labels[3] is not None:
         return None
     if labels[0] is not None and not isinstance(space, ChunkSpace):

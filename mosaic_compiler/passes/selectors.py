@@ -27,7 +27,7 @@ from mosaic_compiler.passes.demand import (
 )
 from mosaic_compiler.passes.moves import movement_base, movement_steps, row_index
 from mosaic_compiler.passes.rows import Space
-from mosaic_compiler.passes.sizes import size_sources
+from mosaic_compiler.passes.sizes import UnreadableSizeError, parts_of, size_sources
 
 aten = torch.ops.aten
 
@@ -72,7 +72,7 @@ class Emitter:
         return number
 
     def arithmetic(self, combine: Any, left: Any, right: Any) -> Any:
-        """The sum or product of two sizes, each an int or a node."""
+        """What ``combine`` makes of two sizes, each an int or a node."""
         if isinstance(left, int) and isinstance(right, int):
             return combine(left, right)
         node = self.bare(combine, left, right)
@@ -80,10 +80,16 @@ class Emitter:
         return node
 
     def combined(self, expr: sympy.Expr, size: Callable[[sympy.Expr], Any]) -> fx.Node:
-        """A sum or product of sizes, each of which ``size`` gives as an int or a node."""
-        assert expr.is_Mul or expr.is_Add, f"cannot read the size {expr} off the inputs"
-        combine = operator.mul if expr.is_Mul else operator.add
-        result, *rest = map(size, expr.args)
+        """A size computed from others, each of which ``size`` gives as an int or a node.
+
+        Raises:
+            UnreadableSizeError: if nobody knows how.
+        """
+        parts = parts_of(expr)
+        if parts is None:
+            raise UnreadableSizeError(f"cannot read the size {expr} off the inputs")
+        combine, exprs = parts
+        result, *rest = map(size, exprs)
         for factor in rest:
             result = self.arithmetic(combine, result, factor)
         assert isinstance(result, fx.Node)

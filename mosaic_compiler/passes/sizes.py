@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
 
 from mosaic_compiler import ir
 from mosaic_compiler.passes import rows
@@ -19,11 +21,31 @@ SHAPED = frozenset({aten.view.default, aten.expand.default, aten.full.default})
 """Ops with an explicit shape argument; compaction writes it anew."""
 
 
+_FUNCTIONS: dict[type, Callable[[Any, Any], Any]] = {
+    FloorDiv: operator.floordiv, Mod: operator.mod, PythonMod: operator.mod, Min: torch.sym_min, Max: torch.sym_max,
+}  # fmt: skip
+
+
+class UnreadableSizeError(Exception):
+    """A size that does not follow from those of the inputs by arithmetic of whole numbers."""
+
+
+def parts_of(size: sympy.Expr) -> tuple[Callable[[Any, Any], Any], tuple[sympy.Expr, ...]] | None:
+    """How a size is computed from others, pair by pair from the left; ``None`` if that cannot be said."""
+    if size.is_Mul or size.is_Add:
+        return operator.mul if size.is_Mul else operator.add, size.args
+    if size.is_Pow and size.exp.is_Integer and size.exp > 1:
+        return operator.mul, (size.base,) * int(size.exp)
+    function = _FUNCTIONS.get(type(size))
+    return None if function is None else (function, size.args)
+
+
 def is_readable(size: sympy.Expr, sources: Mapping[sympy.Expr, Any]) -> bool:
-    """A number, a size of the inputs, or a sum or product of such."""
+    """A number, a size of the inputs, or computed from such."""
     if size.is_Integer or size in sources:
         return True
-    return bool(size.is_Mul or size.is_Add) and all(is_readable(part, sources) for part in size.args)
+    parts = parts_of(size)
+    return parts is not None and all(is_readable(part, sources) for part in parts[1])
 
 
 def can_resize(node: fx.Node, layout: Layout, sources: Mapping[sympy.Expr, Any]) -> bool:

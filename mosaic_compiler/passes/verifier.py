@@ -99,12 +99,13 @@ class Verifier:
                     source, index = node.args
                     expected = ir.value_of(source)[index]
                     got, expected = ir.layout_of(ir.value_of(node)), ir.layout_of(expected)
-                    if got != expected:
+                    if not ir.equal_layouts(got, expected):
                         yield f"{node.name} is {got}, a fake run gives {expected}"
                 continue
             got = self._fake_run(mode, node)
-            if got is not None and got != ir.layout_of(ir.value_of(node)):
-                yield f"{node.name} is {ir.layout_of(ir.value_of(node))}, a fake run gives {got}"
+            known = ir.layout_of(ir.value_of(node))
+            if got is not None and not ir.equal_layouts(got, known):
+                yield f"{node.name} is {known}, a fake run gives {got}"
 
     def _loop(self, node: fx.Node) -> Iterator[tuple[str, str]]:
         """A call of a loop, and (once for all calls) its body."""
@@ -379,13 +380,13 @@ def _illegal_writes(graph: fx.Graph) -> Iterator[str]:
             for root in storage.roots(operand):
                 if root is not None:
                     readers.setdefault(root, []).append(node)
-    after: dict[fx.Node, set[fx.Node]] = {}
+    after: dict[tuple[fx.Node, ir.Root], set[fx.Node]] = {}  # a node may write several storages
     for node in graph.nodes:
         for argument in ir.mutated_arguments(node):
             root = storage.root(argument)
             if root is None or not ir.is_computed(root):
                 continue
-            successors = after.setdefault(node, _derived_from(node, root, storage))
+            successors = after.setdefault((node, root), _derived_from(node, root, storage))
             for reader in readers.get(root, []):
                 late = order[reader] > order[node] or reader.op == "output"
                 through = any(
