@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import fx
+from torch._decomp import get_decompositions
 from torch._dynamo.backends.common import aot_autograd
 
 from mosaic_compiler.capture import drop_true_masks, forget_floats, specialize_floats
@@ -58,6 +60,7 @@ def mosaic(
     backend = aot_autograd(
         fw_compiler=_refuse_gradients,
         inference_compiler=compile_graph,
+        decompositions=_decompositions(),
         keep_inference_input_mutations=True,
     )
     compiled: Callable[..., Any] = backend(drop_true_masks(module), inputs)
@@ -97,6 +100,13 @@ def compile_aten(module: fx.GraphModule, options: MosaicOptions, static_inputs: 
     for notify in getattr(_observers, "stack", ()):
         notify(step)
     return step
+
+
+@functools.cache
+def _decompositions() -> Mapping[Any, Callable[..., Any]]:
+    """Ops without an ``out=`` form of their own that are compositions of ops that have one."""
+    aten = torch.ops.aten
+    return get_decompositions([aten.rsub, aten._safe_softmax])
 
 
 def _no_guards(module: fx.GraphModule) -> AbstractContextManager[None]:
