@@ -1,0 +1,111 @@
+"""Graphs as a whole: the prologue, where nodes come from, copies."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
+
+from mosaic_compiler.ir.operators import has_effect
+from mosaic_compiler.ir.values import argument_value, expr_of, only_tensor, tensors_of
+from mosaic_compiler.kernels import ops
+from mosaic_compiler.loops import loop_of
+
+BINDS = "binds_rows"
+"""Metadata key: the symbol for this node's number, or for its result's first size, known once the node has run."""
+
+
+def most_of(node: fx.Node) -> sympy.Expr:
+    """The most that a number bound by the prologue can be: the elements of the mask that selects rows; for pages of
+    memory, all of them."""
+    if node.target is ops.touched_pages:
+        _, total, row_bytes, page = node.args
+        rows = expr_of(argument_value(total))
+        return sympy.ceiling(rows * row_bytes / page)
+    mask = only_tensor(node.args[0])  # type: ignore[arg-type]
+    return sympy.prod([expr_of(size) for size in mask.shape], start=sympy.Integer(1))
+
+
+def prologue_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """What the nodes that bind a number of rows are computed from, and they themselves, in order."""
+    wanted: set[fx.Node] = set()
+    todo = [node for node in graph.nodes if BINDS in node.meta]
+    while todo:
+        node = todo.pop()
+        if node.op == "call_function" and node not in wanted:
+            wanted.add(node)
+            todo += node.all_input_nodes
+    return [node for node in graph.nodes if node in wanted]
+
+
+def rows_of_loop(node: fx.Node) -> sympy.Expr:
+    """How many rows a call of a loop goes over."""
+    loop = loop_of(node)
+    assert loop is not None
+    position = loop.sliced()[0]
+    operand, dim = node.args[position], loop.operands[position]
+    assert isinstance(operand, fx.Node)
+    assert dim is not None
+    return expr_of(only_tensor(operand).shape[dim])
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a node comes from: the module path (``model.layers.3.mlp``) and ``file:line``."""
+
+    module: str = ""
+    source: str = ""
+
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_PREFIX = re.compile(r"^L\['[^']*'\]\.?")
+
+
+def provenance(node: fx.Node) -> Provenance:
+    """Read the module path and the innermost source line that Dynamo recorded."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [str(entry[0]) for entry in stack.values() if isinstance(entry, (tuple, list))]
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    source = ""
+    if frames:
+        path, line = frames[-1]
+        source = f"{'/'.join(path.split('/')[-2:])}:{line}"
+    return Provenance(module=_PREFIX.sub("", paths[-1]) if paths else "", source=source)
+
+
+def graph_module(root: Any, graph: fx.Graph) -> fx.GraphModule:
+    """A GraphModule whose Python code is generated when somebody runs it or looks at it: most graphs are only read."""
+    return _LazyGraphModule(root, graph)
+
+
+def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy with its own graph (names and metadata kept) over the same attributes."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(module.graph, mapping)
+    old_output = module.graph.output_node()
+    output = graph.output(result)
+    output.meta = dict(old_output.meta)
+    for old, new in mapping.items():
+        new.meta = dict(old.meta)
+    copy = graph_module(module, graph)
+    copy.meta = dict(module.meta)
+    return copy
+
+
+def remove_dead_code(graph: fx.Graph) -> None:
+    """Erase nodes that nobody reads and that have no effect (random draws have one)."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and not has_effect(node):
+            graph.erase_node(node)
+
+
+def fake_mode_of(module: fx.GraphModule) -> Any:
+    """The FakeTensorMode under which the graph's metadata was made, or ``None``."""
+    values = [v for node in module.graph.nodes for v in tensors_of(node) if v is not None]
+    return torch._guards.detect_fake_mode(values)
