@@ -5,15 +5,20 @@ Only a product that ``row-demand`` puts on fewer rows may round differently: BLA
 
 from __future__ import annotations
 
+import functools
+
 import pytest
+import sympy
 import torch
 import toys
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod
 
 from mosaic_compiler.backend import compile_aten, observing
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes import trace
+from mosaic_compiler.passes.sizes import is_readable, parts_of
 from mosaic_compiler.planning.lifetimes import find_lives
 from mosaic_compiler.planning.lives import Sizes
 
@@ -156,3 +161,30 @@ def test_random_numbers_are_those_of_eager(poison):
     torch.manual_seed(0)
     with torch.no_grad():
         assert_same(list(compiled(x)), expected)
+
+
+n, m = sympy.symbols("n m", integer=True, positive=True)
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        n, sympy.Integer(3), n * m + 1, n**3, FloorDiv(n, 2), FloorDiv(n * m, 3), Mod(n, 5), 2 * Min(n, m),
+        Max(n, m - 1), 2 * FloorDiv(n - 1, 2) + 2,
+    ],
+    ids=str,
+)  # fmt: skip
+@given(st.integers(2, 300), st.integers(2, 300))
+def test_sizes_are_computed_from_the_inputs(size, first, second):
+    """Computed pair by pair, a size has the value that sympy gives it."""
+    inputs = {n: first, m: second}
+
+    def value(expr):
+        if expr in inputs or expr.is_Integer:
+            return int(inputs.get(expr, expr))
+        combine, parts = parts_of(expr)
+        return functools.reduce(combine, map(value, parts))
+
+    assert is_readable(size, inputs)
+    assert value(size) == size.xreplace({n: sympy.Integer(first), m: sympy.Integer(second)})
+    assert not is_readable(size + sympy.Symbol("u0"), inputs)
