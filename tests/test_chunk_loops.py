@@ -418,3 +418,22 @@ def test_two_streams_are_overwritten_by_one_loop(chunk):
     options = MosaicOptions(chunk_rows=chunk, disable=("fuse",), poison=True)
     step = compile_aten(trace(f, *inputs, dynamic=[(0,), (0,)]), options)
     assert_equal(step(inputs), f(*inputs))
+
+
+def test_a_size_that_cannot_be_computed_leaves_the_graph_without_loops_and_is_named(monkeypatch):
+    from mosaic_compiler.passes import chunk_loops
+    from mosaic_compiler.passes.sizes import UnreadableSizeError
+
+    def unreadable(self, expr):
+        raise UnreadableSizeError(str(expr))
+
+    toy = Toy()
+    module, weights = traced(toy, 2)
+    options = MosaicOptions(chunk_rows=4, disable=("fuse",))
+    assert compile_aten(module, options).lives.chunks
+    monkeypatch.setattr(chunk_loops._Rewriter, "_emit_number", unreadable)
+    step = compile_aten(module, options)
+    assert not step.lives.chunks
+    assert len(step.module.meta["unruled"]) == 1
+    given_ids = ids(2, 11, 0)
+    assert_equal(step([given_ids, *weights]), toy(given_ids, *weights))

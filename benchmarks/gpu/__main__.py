@@ -13,7 +13,7 @@ _PER_MODEL = ("step_latency", "breakdown", "compile_time", "peak", "par")
 
 def main() -> None:
     made = parser(__doc__)
-    max_tokens.cards(made)
+    max_tokens.add_arguments(made)
     given = made.parse_args()
     found: dict[str, list[Any]] = {name: [] for name in (*_PER_MODEL, "max_tokens", "accuracy")}
     layers = {"layers": given.layers or "all"}

@@ -132,7 +132,7 @@ def longest_planned(session: Session, limit: int, below: float) -> tuple[int, fl
     return 0, 0.0
 
 
-def cards(made: argparse.ArgumentParser) -> None:
+def add_arguments(made: argparse.ArgumentParser) -> None:
     """The arguments of this benchmark."""
     made.add_argument("--cards", type=int, nargs="*", default=[24, 40], help="GiB")
     made.add_argument("--below", type=float, default=1.0, help="per cent that mosaic stays below its limit")
@@ -141,7 +141,7 @@ def cards(made: argparse.ArgumentParser) -> None:
 def main() -> None:
     made = parser(__doc__)
     torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # for all three: no slivers
-    cards(made)
+    add_arguments(made)
     made.add_argument("--systems", nargs="*", default=SYSTEMS, choices=SYSTEMS)
     given = made.parse_args()
     rows: list[dict[str, Any]] = []

@@ -88,13 +88,7 @@ class ClusterForm:
         values = [read(arguments) for read in self.readers]
         key = tuple(values)
         if key not in self._expected:
-            known = dict(zip(self.symbols, map(sympy.Integer, values), strict=True))
-            self._expected[key] = [
-                None
-                if layout is None
-                else (layout[0], *([int(n.xreplace(known)) for n in part] for part in layout[1:]))
-                for layout in self._layouts
-            ]
+            self._expected[key] = self._layouts_at(values)
         for argument, expected in zip(arguments, self._expected[key], strict=True):
             if expected is None:
                 continue
@@ -107,6 +101,14 @@ class ClusterForm:
                     f"{list(argument.shape)} with strides {list(argument.stride())}"
                 )
         return values
+
+    def _layouts_at(self, values: Sequence[int]) -> list[Any]:
+        """Dtype, sizes and strides of each operand and destination, for values of the symbols."""
+        known = dict(zip(self.symbols, map(sympy.Integer, values), strict=True))
+        return [
+            None if layout is None else (layout[0], *([int(n.xreplace(known)) for n in part] for part in layout[1:]))
+            for layout in self._layouts
+        ]
 
     def _readers(self) -> dict[sympy.Symbol, _Read]:
         """Where in the arguments the value of each symbol stands."""
@@ -189,26 +191,18 @@ class ClusterForm:
 
         Zeros are row numbers that exist, too.
         """
+        offsets = [int(not _is_aligned(tensor, strides)) for tensor, strides in self._tensors()]
         for rows in (2**power for power in range(12, 1, -1)):
-            known = {symbol: sympy.Integer(rows + 8 * i) for i, symbol in enumerate(self.symbols)}
-
-            def numbers(exprs: Sequence[Any], known: Mapping[sympy.Symbol, Any] = known) -> list[int]:
-                return [int(sympy.sympify(ir.expr_of(expr)).xreplace(known)) for expr in exprs]
-
-            layouts = [(t.dtype, numbers(t.shape), numbers(s), int(not _is_aligned(t, s))) for t, s in self._tensors()]
-            if any(number < 1 for _, shape, _, _ in layouts for number in shape):
+            values = [rows + 8 * i for i in range(len(self.symbols))]
+            layouts = [layout for layout in self._layouts_at(values) if layout is not None]
+            if any(number < 1 for _, shape, _ in layouts for number in shape):
                 return None
-            spans = [
-                1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-                for _, shape, stride, _ in layouts
-            ]
-            if sum(span * dtype.itemsize for span, (dtype, *_) in zip(spans, layouts, strict=True)) > most:
+            if sum(span(shape, strides) * dtype.itemsize for dtype, shape, strides in layouts) > most:
                 continue
-            tensors = [
-                torch.zeros(offset + span, dtype=dtype, device=self.device).as_strided(shape, stride, offset)
-                for span, (dtype, shape, stride, offset) in zip(spans, layouts, strict=True)
+            return values + [
+                torch.zeros(at + span(shape, strides), dtype=dtype, device=self.device).as_strided(shape, strides, at)
+                for at, (dtype, shape, strides) in zip(offsets, layouts, strict=True)
             ]
-            return [*numbers(list(known)), *tensors]
         return None
 
     def _hint(self, position: int) -> int:
@@ -257,17 +251,18 @@ def is_small_sum(node: fx.Node) -> bool:
     return dim != source.dim() - 1 and bool(size.is_Integer) and 1 < int(size) <= MOST_ADDED
 
 
-def spans_of(cluster: Cluster) -> set[sympy.Expr]:
+def span(shape: Sequence[Any], strides: Sequence[Any]) -> Any:
+    """Elements from the first to the last one in memory, of a tensor that has some."""
+    return 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
+
+
+def spans_of(cluster: Cluster) -> frozenset[sympy.Expr]:
     """What decides about the width of a kernel's indices: elements of its tensors, and how far they lie apart."""
     results: Any = cluster.body.graph.output_node().args[0]
     placeholders = [node for node in cluster.body.graph.nodes if node.op == "placeholder"]
     tensors = [value for node in (*placeholders, *results) if isinstance(value := ir.value_of(node), torch.Tensor)]
-    spans = set()
-    for tensor in tensors:
-        shape, strides = ([ir.expr_of(n) for n in part] for part in (tensor.shape, tensor.stride()))
-        spans.add(sympy.prod(shape))
-        spans.add(sympy.expand(1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))))
-    return {span for span in spans if not sympy.sympify(span).is_number}
+    layouts = [[list(map(ir.expr_of, part)) for part in (tensor.shape, tensor.stride())] for tensor in tensors]
+    return frozenset(sympy.expand(n) for shape, strides in layouts for n in (sympy.prod(shape), span(shape, strides)))
 
 
 def _is_aligned(tensor: torch.Tensor, strides: Sequence[Any]) -> bool:

@@ -22,7 +22,7 @@ from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mosaic_compiler.clusters import Cluster
-from mosaic_compiler.kernels.cluster_form import MOST_ADDED, ClusterForm, scratch_bytes
+from mosaic_compiler.kernels.cluster_form import MOST_ADDED, ClusterForm, scratch_bytes, span
 
 _WIDE_HINT = 1 << 26
 _WIDE = (1 << 31) - 1
@@ -179,8 +179,7 @@ def _span(tensor: torch.Tensor) -> int:
     """Elements from the first to the last one in memory, or elements in all if that is more (a broadcast operand)."""
     if tensor.is_contiguous():
         return tensor.numel()
-    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return max(tensor.numel(), 1 + last)
+    return max(tensor.numel(), int(span(tensor.shape, tensor.stride())))
 
 
 _kernels: dict[Any, FusedKernel] = {}

@@ -380,13 +380,12 @@ def _illegal_writes(graph: fx.Graph) -> Iterator[str]:
             for root in storage.roots(operand):
                 if root is not None:
                     readers.setdefault(root, []).append(node)
-    after: dict[tuple[fx.Node, ir.Root], set[fx.Node]] = {}  # a node may write several storages
     for node in graph.nodes:
         for argument in ir.mutated_arguments(node):
             root = storage.root(argument)
             if root is None or not ir.is_computed(root):
                 continue
-            successors = after.setdefault((node, root), _derived_from(node, root, storage))
+            successors = _derived_from(node, root, storage)
             for reader in readers.get(root, []):
                 late = order[reader] > order[node] or reader.op == "output"
                 through = any(

@@ -54,20 +54,16 @@ class _Variant:
     prologue: Prologue
 
     @functools.cached_property
-    def _spans(self) -> dict[sympy.Expr, set[FusedKernel]]:
-        """The elements that operands of kernels span."""
-        found: dict[sympy.Expr, set[FusedKernel]] = {}
-        for _, cluster in clusters_in(self.module):
-            for span in spans_of(cluster) or {sympy.Integer(0)}:
-                found.setdefault(span, set()).add(kernel_for(cluster))
-        return found
+    def _kernels(self) -> tuple[tuple[FusedKernel, frozenset[sympy.Expr]], ...]:
+        """The kernels, with the elements that their tensors span; equal uses (of layers) once."""
+        uses = ((kernel_for(cluster), spans_of(cluster)) for _, cluster in clusters_in(self.module))
+        return tuple(dict.fromkeys(uses))
 
     def compile_kernels(self, sizes: Sizes) -> None:
         """Compile all kernels that a step of these sizes needs, unless that was done."""
-        for span, kernels in self._spans.items():
-            most = sizes(span) if span.free_symbols <= sizes.symbols.keys() else 0  # else its size is found in the step
-            for kernel in kernels:
-                kernel.compile_for(most)
+        known = sizes.symbols.keys()  # other sizes are found in the step
+        for kernel, spans in self._kernels:
+            kernel.compile_for(max((sizes(span) for span in spans if span.free_symbols <= known), default=0))
 
 
 class CompiledStep:
