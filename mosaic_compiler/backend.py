@@ -20,6 +20,7 @@ from mosaic_compiler.capture import drop_true_masks, forget_floats, specialize_f
 from mosaic_compiler.dump import GraphDump
 from mosaic_compiler.errors import GradientError
 from mosaic_compiler.ir import fake_mode_of
+from mosaic_compiler.kernels.fused import start_workers
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.needed_rows import STATIC, settle_sizes
 from mosaic_compiler.passes.pipeline import PassRecord, passes_for, run_passes, without_loops
@@ -52,6 +53,9 @@ def mosaic(
         InvariantError, PlanError, CaptureError: if the compiler would otherwise be wrong.
     """
     parsed = MosaicOptions.parse(options, mode)
+    if "fuse" not in parsed.disable:
+        for device in {value.device for value in example_inputs if isinstance(value, torch.Tensor)}:
+            start_workers(device)
     inputs = specialize_floats(module, example_inputs)
 
     def compile_graph(graph: fx.GraphModule, aten_inputs: Sequence[Any]) -> CompiledStep:

@@ -193,7 +193,7 @@ def test_a_kernel_that_does_not_compile_is_named_and_its_ops_run(monkeypatch):
     def broken(self, wide):
         raise RuntimeError("no compiler found")
 
-    monkeypatch.setattr(fused.FusedKernel, "_compiled", broken)
+    monkeypatch.setattr(fused.FusedKernel, "_generated", broken)
     monkeypatch.setattr(fused, "_kernels", {})
     fused.kernel_for.cache_clear()
 
@@ -287,8 +287,8 @@ def test_kernels_are_compiled_before_a_step_takes_its_memory(monkeypatch, width,
     from mosaic_compiler.runtime.arena import HostArena
 
     happened = []
-    compiled, ensure = fused.FusedKernel._compiled, HostArena.ensure
-    monkeypatch.setattr(fused.FusedKernel, "_compiled", lambda *a: happened.append("compiled") or compiled(*a))
+    compiled, ensure = fused.FusedKernel._generated, HostArena.ensure
+    monkeypatch.setattr(fused.FusedKernel, "_generated", lambda *a: happened.append("compiled") or compiled(*a))
     monkeypatch.setattr(HostArena, "ensure", lambda *a: happened.append("mapped") or ensure(*a))
     monkeypatch.setattr(fused, "_WIDE", width)
     monkeypatch.setattr(fused, "_kernels", {})

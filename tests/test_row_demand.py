@@ -525,3 +525,19 @@ def test_causal_attention_runs_on_all_rows(cut):
     step = compile_aten(trace(f, x, w, mask, dynamic=[(0,), (), (0,)]), MosaicOptions(disable=("fuse",)))
     assert torch.equal(step([x, w, mask])[0], f(x, w, mask))
     assert any(decision.rows != decision.total for decision in step.module.meta["row_decisions"])
+
+
+@pytest.mark.parametrize("reader", ["where", "slice"])
+def test_rows_whose_width_no_input_has_are_computed_whole(reader):
+    """A scattered or picked row needs to be told its width; 0.7 of a size is arithmetic of floats."""
+
+    def f(x, w, mask):
+        y = F.silu(x @ w[:, : int(w.shape[1] * 0.7)])
+        return torch.where(mask[:, None], y, 0.0) if reader == "where" else y[-5:].clone()
+
+    step = torch.compile(f, backend="mosaic", dynamic=True, options={"disable": ("fuse",)})
+    for n, width in ((50, 20), (9, 31)):
+        x, w, mask = torch.randn(n, 20), torch.randn(20, width), torch.arange(n) % 3 == 1
+        torch.testing.assert_close(step(x, w, mask), f(x, w, mask))
+    (decision,) = mosaic_compiler.explain(step, x, w, mask).rows
+    assert decision.rows == decision.total

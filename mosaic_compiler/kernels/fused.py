@@ -4,6 +4,9 @@ The only module that touches Inductor's private API (``compile_fx_inner``, the d
 
 One kernel serves every size: it is compiled for symbolic sizes, once per structure, whatever the symbols are called in
 the graph.  Sizes that follow from its operands are read off them at each call.
+
+Inductor generates code here and leaves it to worker processes (of its own pool) to compile it: while they do, code is
+generated for the next kernel.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import contextlib
 import functools
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +43,6 @@ _SETTINGS: Mapping[str, Any] = {
     "realize_acc_reads_threshold": 64,
     "realize_opcount_threshold": 200,
     "size_asserts": False,
-    "compile_threads": 1,
     "triton.cudagraphs": False,
 }
 
@@ -85,7 +87,7 @@ class FusedKernel:
         self._cluster = form.cluster
         self._form = form
         self._artifacts: dict[bool, Callable[[list[Any]], Any]] = {}
-        self._lock = threading.Lock()
+        self._begun: dict[bool, tuple[Any, list[Callable[[], None]]]] = {}
         self.failure: Failure | None = None
 
     def __call__(self, *arguments: Any) -> None:
@@ -99,25 +101,40 @@ class FusedKernel:
             return functools.partial(self._run_op_by_op, arguments)
         return functools.partial(_call, artifact, [*self._form.sizes(arguments), *tensors])
 
-    def compile_for(self, most: int) -> None:
-        """Compile what calls need whose operands span at most so many elements, and choose its launch parameters."""
-        self.compile(most > _WIDE)
+    def begin(self, wide: bool = False) -> None:
+        """Generate code and let it be compiled, unless that was done already.  ``wide``: with 64-bit indices."""
+        wide = wide or self._form.has_wide_rows
+        with _compiling:
+            if wide not in self._artifacts and wide not in self._begun and self.failure is None:
+                with self._may_fail(), _not_waiting() as waits:
+                    self._begun[wide] = self._generated(wide), waits
 
     def compile(self, wide: bool = False) -> Callable[[list[Any]], Any] | None:
         """Compile, unless that was done already; ``None`` if it cannot be.  ``wide``: with 64-bit indices."""
         wide = wide or self._form.has_wide_rows
-        with self._lock:
-            if wide not in self._artifacts and self.failure is None:
-                try:
-                    self._artifacts[wide] = self._compiled(wide)
-                except _TooMuchMemory as error:
-                    self.failure = Failure("fused-scratch", str(error))
-                except Exception as error:  # whatever Inductor or its compilers raise: the cluster still runs
-                    text = str(error).strip().splitlines() or [""]
-                    self.failure = Failure("unfused-cluster", f"{type(error).__name__}: {text[0][:200]}")
+        with _compiling:
+            self.begin(wide)
+            if wide in self._begun:
+                compiled, waits = self._begun.pop(wide)
+                with self._may_fail():
+                    for wait in waits:
+                        wait()
+                    self._tune(compiled.current_callable)
+                    self._artifacts[wide] = compiled.current_callable
             return self._artifacts.get(wide)
 
-    def _compiled(self, wide: bool) -> Callable[[list[Any]], Any]:
+    @contextlib.contextmanager
+    def _may_fail(self) -> Iterator[None]:
+        try:
+            yield
+        except _TooMuchMemory as error:
+            self.failure = Failure("fused-scratch", str(error))
+        except Exception as error:  # whatever Inductor or its compilers raise: the cluster still runs
+            text = str(error).strip().splitlines() or [""]
+            self.failure = Failure("unfused-cluster", f"{type(error).__name__}: {text[0][:200]}")
+
+    def _generated(self, wide: bool) -> Any:
+        """What Inductor makes of the cluster: its source, and the callable once it is compiled."""
         from torch._guards import TracingContext, tracing
         from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx_inner
@@ -132,9 +149,7 @@ class FusedKernel:
             with V.set_fake_mode(mode), tracing(TracingContext(mode)):
                 compiled: Any = compile_fx_inner(graph, examples)
         self._check_allocations(compiled.source_code)
-        call: Callable[[list[Any]], Any] = compiled.current_callable
-        self._tune(call)
-        return call
+        return compiled
 
     def _tune(self, call: Callable[[list[Any]], Any]) -> None:
         """Let a GPU's kernel choose its launch parameters: in a step, it would copy every destination for that."""
@@ -180,6 +195,59 @@ def _span(tensor: torch.Tensor) -> int:
     if tensor.is_contiguous():
         return tensor.numel()
     return max(tensor.numel(), int(span(tensor.shape, tensor.stride())))
+
+
+def compile_all(kernels: Iterable[tuple[FusedKernel, int]]) -> None:
+    """Compile what calls need whose operands span at most so many elements, and choose its launch parameters."""
+    wanted = [(kernel, most > _WIDE) for kernel, most in kernels]
+    with _compiling:
+        for kernel, wide in wanted:
+            kernel.begin(wide)
+        for kernel, wide in wanted:
+            kernel.compile(wide)
+
+
+def start_workers(device: torch.device) -> None:
+    """Start the processes that compile kernels for a GPU, which takes them seconds; a CPU's need none."""
+    if device.type == "cuda":
+        from torch._inductor.async_compile import maybe_warm_pool
+
+        maybe_warm_pool()
+
+
+_compiling = threading.RLock()
+_held = threading.local()
+
+
+@contextlib.contextmanager
+def _not_waiting() -> Iterator[list[Callable[[], None]]]:
+    """Code that this thread generates is not waited for; what is yielded are the calls that do."""
+    _allow_not_waiting()
+    waits: list[Callable[[], None]] = []
+    _held.waits = waits
+    try:
+        yield waits
+    finally:
+        del _held.waits
+
+
+@functools.cache
+def _allow_not_waiting() -> None:
+    """A generated module waits for its kernels when it is loaded: not where :func:`_not_waiting` holds."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    wait = AsyncCompile.wait
+
+    @functools.wraps(wait)
+    def wait_unless_held(compiler: AsyncCompile, scope: dict[str, Any]) -> None:
+        waits: list[Callable[[], None]] | None = getattr(_held, "waits", None)
+        later = functools.partial(wait, compiler, scope)
+        if waits is None:
+            later()
+        else:
+            waits.append(later)
+
+    AsyncCompile.wait = wait_unless_held  # type: ignore[method-assign, assignment]
 
 
 _kernels: dict[Any, FusedKernel] = {}

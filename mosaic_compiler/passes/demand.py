@@ -265,7 +265,7 @@ class _Analysis:
             return False
         layout, space = rows.leading_layout(out, varying[-1] + 1)
         small = all(label is not None or ir.expr_of(s) == 1 for label, s in zip(layout, out.shape, strict=True))
-        if not self._readable(space) or (demand is not None and not small):
+        if not self._readable(out, space) or (demand is not None and not small):
             return False
         if demand is not None and (demand.layout != layout or demand.space != space or demand.moves):
             return False
@@ -299,7 +299,7 @@ class _Analysis:
         tensor = ir.tensor_of(source)
         assert tensor is not None
         layout, space = rows.leading_layout(tensor, mask.dim())
-        if layout[mask.dim() - 1] is None or not self._readable(space):
+        if layout[mask.dim() - 1] is None or not self._readable(tensor, space):
             return False
         kept = tuple(dim for dim in range(mask.dim()) if layout[dim] is not None)
         condition = frozenset({Literal(indices[0], True, kept)})
@@ -321,7 +321,7 @@ class _Analysis:
             return False  # the caller gets the strides of eager; picked rows would be dense
         dims = max(dims, min(2, tensor.dim() - 1))
         layout, space = rows.leading_layout(tensor, dims)
-        if layout[dims - 1] is None or not _has_features(layout, tensor) or not self._readable(space):
+        if layout[dims - 1] is None or not _has_features(layout, tensor) or not self._readable(tensor, space):
             return False
         for operand in node.all_input_nodes:
             if operand is not source:
@@ -345,7 +345,7 @@ class _Analysis:
         if (demand.layout, demand.space) != rows.leading_layout(out, dims - lost):
             return False
         layout, space = rows.leading_layout(tensor, dims)
-        if layout[dims - 1] is None or not self._readable(space):
+        if layout[dims - 1] is None or not self._readable(tensor, space):
             return False
         moved = [Segment(space, node, segment, dims) for segment in demand.segments()]
         self.demands.compact.append(node)
@@ -385,9 +385,9 @@ class _Analysis:
             return frozenset(found)
         return frozenset()
 
-    def _readable(self, space: Space) -> bool:
-        """There are rows, and the inputs say how many."""
-        return bool(space) and all(is_readable(size, self.sizes) for size in space)
+    def _readable(self, tensor: torch.Tensor, space: Space) -> bool:
+        """The value has rows, and the inputs say how many, and how wide: some rows of it can be made, and put back."""
+        return bool(space) and all(is_readable(ir.expr_of(size), self.sizes) for size in (*tensor.shape, *space))
 
     def _keep_worthwhile(self) -> None:
         """Keep what is connected to a matmul that runs on fewer rows; elsewhere there is nothing to gain."""

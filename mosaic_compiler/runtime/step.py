@@ -23,7 +23,7 @@ from mosaic_compiler.clusters import clusters_in
 from mosaic_compiler.errors import CaptureError, FallbackError, StaleGraphError
 from mosaic_compiler.kernels import ops
 from mosaic_compiler.kernels.cluster_form import spans_of
-from mosaic_compiler.kernels.fused import FusedKernel, kernel_for
+from mosaic_compiler.kernels.fused import FusedKernel, compile_all, kernel_for
 from mosaic_compiler.kernels.scatter_rows import pages_per_row
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.pipeline import PassRecord
@@ -62,8 +62,10 @@ class _Variant:
     def compile_kernels(self, sizes: Sizes) -> None:
         """Compile all kernels that a step of these sizes needs, unless that was done."""
         known = sizes.symbols.keys()  # other sizes are found in the step
-        for kernel, spans in self._kernels:
-            kernel.compile_for(max((sizes(span) for span in spans if span.free_symbols <= known), default=0))
+        compile_all(
+            (kernel, max((sizes(span) for span in spans if span.free_symbols <= known), default=0))
+            for kernel, spans in self._kernels
+        )
 
 
 class CompiledStep:
