@@ -24,7 +24,7 @@ class Sizes:
         self._known: dict[sympy.Expr, int] = {}
 
     def __call__(self, size: object) -> int:
-        if isinstance(size, int):
+        if type(size) is int:
             return size
         expr = size if isinstance(size, sympy.Basic) else _expr_of(size)
         known = self._known.get(expr)

@@ -120,7 +120,7 @@ class Binder:
             self._loop(node)
         else:
             args, kwargs = self._resolve(node)
-            late = has_slot((args, kwargs))
+            late = has_slot(args) or has_slot(kwargs)
             if form.kind is Kind.VIEW and not late:
                 self.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
             elif form.kind is Kind.MUTATION and (base := ir.alias_base(node)) is not None:
@@ -140,7 +140,7 @@ class Binder:
 
     def _resolve(self, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
         args = fx.node.map_arg(node.args, self.values.__getitem__)
-        kwargs = fx.node.map_arg(dict(node.kwargs), self.values.__getitem__)
+        kwargs = fx.node.map_arg(node.kwargs, self.values.__getitem__) if node.kwargs else {}
         return list(args), dict(kwargs)
 
     def _destination(self, node: fx.Node) -> None:
@@ -222,7 +222,7 @@ class Binder:
         facts = self.scope.facts_of(node)
         if not facts.can_be_empty or not facts.symbols <= self.sizes.symbols.keys():
             return False
-        return all(any(self.sizes(s) == 0 for s in tensor.shape) for tensor in facts.outputs if tensor is not None)
+        return all(0 in map(self.sizes, tensor.shape) for tensor in facts.outputs if tensor is not None)
 
     def _empty_results(self, node: fx.Node) -> Any:
         made = tuple(

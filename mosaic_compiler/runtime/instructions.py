@@ -86,7 +86,7 @@ def has_slot(value: Any) -> bool:
 def bound_call(call: Call, slots: list[Any]) -> Instruction:
     """A prebound call; arguments that are slots are read when it runs and never kept."""
     kwargs = dict(call.kwargs)
-    if not has_slot((call.args, kwargs)):
+    if not has_slot(call.args) and not has_slot(kwargs):
         if isinstance(call.function, FusedKernel):
             return call.function.bind(*call.args)
         return functools.partial(call.function, *call.args, **kwargs)

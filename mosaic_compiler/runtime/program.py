@@ -55,8 +55,9 @@ class Program:
 
     def finish(self) -> None:
         """Bind what is not bound yet."""
-        for node in self._binder.calls:
-            self._binder.bind_pending(node)
+        with torch.no_grad():
+            for node in self._binder.calls:
+                self._binder.bind_pending(node)
         self.outputs = self._load()
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
@@ -171,10 +172,14 @@ class _StepBinder(Binder):
         self.pending |= self._varying
 
     def bind_pending(self, node: fx.Node) -> list[Instruction]:
-        """The node's calls, bound if that is pending."""
+        """The node's calls, bound if that is pending.  Views must not be inference tensors: later calls may be made
+        outside of ``torch.inference_mode()``, and write to them."""
         if node in self.pending:
             self.instructions = self.calls[node] = []
-            with torch.inference_mode(False), torch.no_grad():
+            if torch.is_inference_mode_enabled():
+                with torch.inference_mode(False), torch.no_grad():
+                    self.bind_node(node)
+            else:
                 self.bind_node(node)
         return self.calls[node]
 
