@@ -307,6 +307,39 @@ def test_kernels_are_compiled_before_a_step_takes_its_memory(monkeypatch, width,
     fused.kernel_for.cache_clear()
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_code_is_generated_while_kernels_are_compiled(monkeypatch, broken):
+    """All of a step's kernels are on their way before the first is waited for; what fails there is named, too."""
+    from torch._inductor import config
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.utils import fresh_cache
+
+    happened = []
+    generated, wait = fused.FusedKernel._generated, AsyncCompile._wait_futures
+
+    def waited(self, scope):
+        happened.append("waited")
+        if broken:
+            raise RuntimeError("a compiler crashed")
+        wait(self, scope)
+
+    monkeypatch.setattr(fused.FusedKernel, "_generated", lambda *a: happened.append("generated") or generated(*a))
+    monkeypatch.setattr(AsyncCompile, "_wait_futures", waited)
+    monkeypatch.setattr(fused, "_kernels", {})
+    fused.kernel_for.cache_clear()
+    with fresh_cache(), config.patch(compile_threads=2):
+        step = compile_aten(trace(block, *block_inputs(9), dynamic=[(0,), (0,), (), (0,), (0,), (0,)]), MosaicOptions())
+        inputs = block_inputs(12)
+        for got, expected in zip(step(list(inputs)), block(*inputs), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    half = len(happened) // 2
+    assert half > 1
+    assert happened == ["generated"] * half + ["waited"] * half
+    reasons = {(fallback.name, fallback.reason) for fallback in step.fallbacks}
+    assert reasons == ({("unfused-cluster", "RuntimeError: a compiler crashed")} if broken else set())
+    fused.kernel_for.cache_clear()
+
+
 @pytest.mark.parametrize(("f", "inputs"), [(block, block_inputs), (experts, expert_inputs)])
 @pytest.mark.parametrize("most", [1 << 14, 1 << 20, 1 << 26])
 def test_kernels_run_on_samples_of_a_limited_size(f, inputs, most):
