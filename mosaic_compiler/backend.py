@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -67,7 +68,8 @@ def mosaic(
         decompositions=_decompositions(),
         keep_inference_input_mutations=True,
     )
-    compiled: Callable[..., Any] = backend(drop_true_masks(module), inputs)
+    with _without_collections():
+        compiled: Callable[..., Any] = backend(drop_true_masks(module), inputs)
     forget_floats()
     return compiled
 
@@ -104,6 +106,19 @@ def compile_aten(module: fx.GraphModule, options: MosaicOptions, static_inputs: 
     for notify in getattr(_observers, "stack", ()):
         notify(step)
     return step
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Graphs are many objects that stay: the garbage collector would look at all of them again and again (a tenth of
+    the time of a compilation), and find nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @functools.cache

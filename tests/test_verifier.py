@@ -154,6 +154,24 @@ def test_a_broken_pass_is_caught_by_name(edit, invariant):
     assert invariant in str(error.value)
 
 
+@pytest.mark.parametrize(("edit", "invariant"), BREAKS, ids=[edit.__name__ for edit, _ in BREAKS])
+def test_a_pass_that_changes_its_argument_is_caught_too(edit, invariant):
+    @dataclass(frozen=True)
+    class InPlace:
+        edit: Callable[[fx.GraphModule], None]
+        name: ClassVar[str] = "in place"
+
+        def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
+            self.edit(module)
+            return module
+
+    module = trace(toy, torch.randn(4, 8), torch.randn(8, 8))
+    nothing = InPlace(lambda module: None)
+    run_passes(module, passes=[nothing, nothing])
+    with pytest.raises(InvariantError, match=invariant):
+        run_passes(module, passes=[nothing, InPlace(edit)])
+
+
 def test_non_pointwise_write_into_an_operand_is_refused():
     module = trace(lambda x: torch.relu((x * 2) @ (x * 3)), torch.randn(2, 4, 4))
     with pytest.raises(InvariantError, match="in-place"):

@@ -16,8 +16,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 class Pass(Protocol):
     """One rewrite: a frozen dataclass that maps a GraphModule to a new, equal GraphModule.
 
-    The argument is never changed.  ``name`` is the kebab-case of the file and class name:
-    ``in-place`` is ``InPlacePass`` in ``passes/in_place.py``.
+    The argument is never changed; a pass that finds nothing to do may return it.  ``name`` is the kebab-case of the
+    file and class name: ``in-place`` is ``InPlacePass`` in ``passes/in_place.py``.
     """
 
     name: ClassVar[str]

@@ -52,12 +52,13 @@ class NeededRowsPass:
     name: ClassVar[str] = "needed-rows"
 
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
+        if self.rows == "all":
+            return module
         module = ir.copy_graph(module)
-        if self.rows != "all":
-            found = _find(module)
-            problem = found if isinstance(found, str) else _Rewriter(module, *found).rewrite(self)
-            if problem and any(node.target in MATMULS for node in module.graph.nodes):
-                module.meta["needed_rows_problem"] = f"{problem}: every row is computed"
+        found = _find(module)
+        problem = found if isinstance(found, str) else _Rewriter(module, *found).rewrite(self)
+        if problem and any(node.target in MATMULS for node in module.graph.nodes):
+            module.meta["needed_rows_problem"] = f"{problem}: every row is computed"
         module.graph.lint()
         module.recompile()
         return module

@@ -36,6 +36,8 @@ class ScatterResultsPass:
     name: ClassVar[str] = "scatter-results"
 
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
+        if not any(node.target is ops.scatter_rows for node in module.graph.nodes):
+            return module
         module = ir.copy_graph(module)
         done = set()
         for node in list(module.graph.nodes):

@@ -52,16 +52,17 @@ class SparseOutputsPass:
     name: ClassVar[str] = "sparse-outputs"
 
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
+        if self.page is None or not any(node.target is aten.index_copy.default for node in module.graph.nodes):
+            return module
         module = ir.copy_graph(module)
-        if self.page is not None:
-            storage = ir.StorageMap(module.graph)
-            escaping = ir.escaping_roots(module.graph, storage)
-            early = set(ir.prologue_nodes(module.graph))
-            rewriter = _Rewriter(module, self.page)
-            for node in list(module.graph.nodes):
-                if (node, 0) in escaping and self._is_match(node, early):
-                    rewriter.rewrite(node)
-            ir.remove_dead_code(module.graph)
+        storage = ir.StorageMap(module.graph)
+        escaping = ir.escaping_roots(module.graph, storage)
+        early = set(ir.prologue_nodes(module.graph))
+        rewriter = _Rewriter(module, self.page)
+        for node in list(module.graph.nodes):
+            if (node, 0) in escaping and self._is_match(node, early):
+                rewriter.rewrite(node)
+        ir.remove_dead_code(module.graph)
         module.graph.lint()
         module.recompile()
         return module

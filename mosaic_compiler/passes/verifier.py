@@ -54,12 +54,18 @@ class Verifier:
 
     def __init__(self, module: fx.GraphModule) -> None:
         self._reference = facts_of(module)
+        self._checked: tuple[Any, ...] = ()
+        self._seen: dict[int, _Seen] = {}
         self._known: dict[Any, Any] = {}
         self._clusters: dict[Cluster, tuple[tuple[str, str], ...]] = {}
         self._bodies: dict[ChunkLoop, tuple[tuple[str, str], ...]] = {}
 
     def check(self, module: fx.GraphModule, pass_name: str) -> None:
-        """Raise :class:`InvariantError` naming the pass and the invariant it broke."""
+        """Raise :class:`InvariantError` naming the pass and the invariant it broke.  (A pass that has nothing to do may
+        return its argument, which was checked already.)"""
+        checked = _fingerprint(module)
+        if checked == self._checked:
+            return
 
         def fail(invariant: str, detail: str) -> None:
             raise InvariantError(pass_name, invariant, detail)
@@ -83,6 +89,7 @@ class Verifier:
                 "quadratic",
                 f"{_largest(module.graph)} grows with degree {facts.degree}, before {self._reference.degree}",
             )
+        self._checked = checked
 
     # ----------------------------------------------------------------------------------- metadata
     def _metadata(self, module: fx.GraphModule) -> Iterator[str]:
@@ -103,7 +110,7 @@ class Verifier:
                         yield f"{node.name} is {got}, a fake run gives {expected}"
                 continue
             got = self._fake_run(mode, node)
-            known = ir.layout_of(ir.value_of(node))
+            known = self._see(ir.value_of(node)).layout
             if got is not None and not ir.equal_layouts(got, known):
                 yield f"{node.name} is {known}, a fake run gives {got}"
 
@@ -155,9 +162,7 @@ class Verifier:
             yield "clusters", f"{node.name} does not have the layout of its results"
 
     def _fake_run(self, mode: Any, node: fx.Node) -> Any:
-        from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-
-        if any(free_unbacked_symbols(n) for n in ir.numbers_in(ir.value_of(node)) if ir.is_symbolic_number(n)):
+        if self._see(ir.value_of(node)).unbacked:
             return None  # a re-run would invent new symbols for the same data-dependent sizes
         if ir.BINDS in node.meta:
             return None
@@ -165,11 +170,43 @@ class Verifier:
         target = without_out(node.target)  # a fake destination would be written too: resized, or its sizes fixed
         names = {a.name for a in target._schema.arguments}
         args, kwargs = fx.node.map_arg((node.args, {k: v for k, v in node.kwargs.items() if k in names}), ir.value_of)
-        key = (target, _signature_of(args), _signature_of(kwargs))
+        key = (target, self._signature_of(args), self._signature_of(kwargs))
         if key not in self._known:
             with mode:
                 self._known[key] = ir.layout_of(target(*args, **kwargs))
         return self._known[key]
+
+    def _signature_of(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return tuple((name, self._signature_of(value[name])) for name in sorted(value))
+        if isinstance(value, (tuple, list)):
+            return tuple(self._signature_of(item) for item in value)
+        if isinstance(value, torch.Tensor) or ir.is_symbolic_number(value):
+            return self._see(value).layout
+        return (type(value).__name__, repr(value))
+
+    def _see(self, value: Any) -> _Seen:
+        """What there is to know of a node's value; a node that a pass leaves alone keeps its value."""
+        seen = self._seen.get(id(value))
+        if seen is None:
+            seen = self._seen[id(value)] = _Seen.of(value)
+        return seen
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A value (kept, so that its ``id`` stays its own), its layout, and whether that has sizes only the data knows."""
+
+    value: Any
+    layout: Any
+    unbacked: bool
+
+    @classmethod
+    def of(cls, value: Any) -> _Seen:
+        from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+        numbers = filter(ir.is_symbolic_number, ir.numbers_in(value))
+        return cls(value, ir.layout_of(value), any(map(free_unbacked_symbols, numbers)))
 
 
 def _is_effect_in_body(node: fx.Node) -> bool:
@@ -234,14 +271,10 @@ def _misplaced(node: fx.Node, loop: ChunkLoop, output: int) -> Iterator[str]:
         yield "scattered rows have dim 0, and memory of their own"
 
 
-def _signature_of(value: Any) -> Any:
-    if isinstance(value, dict):
-        return tuple((name, _signature_of(value[name])) for name in sorted(value))
-    if isinstance(value, (tuple, list)):
-        return tuple(_signature_of(item) for item in value)
-    if isinstance(value, torch.Tensor) or ir.is_symbolic_number(value):
-        return ir.layout_of(value)
-    return (type(value).__name__, repr(value))
+def _fingerprint(module: fx.GraphModule) -> tuple[Any, ...]:
+    """Equal for one module in one state."""
+    nodes = module.graph.nodes
+    return module, [(node, node.target, node.args, dict(node.kwargs), id(node.meta.get("val"))) for node in nodes]
 
 
 # --------------------------------------------------------------------------------------- topology

@@ -47,14 +47,15 @@ class VocabularyTilesPass:
     name: ClassVar[str] = "vocabulary-tiles"
 
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
+        if self.tile is None:
+            return module
         module = ir.copy_graph(module)
-        if self.tile is not None:
-            for node in list(module.graph.nodes):
-                if node.target in (aten.mm.default, aten.addmm.default):
-                    head = _match(node)
-                    if head is not None:
-                        _Rewriter(module, head, self.tile).rewrite()
-            ir.remove_dead_code(module.graph)
+        for node in list(module.graph.nodes):
+            if node.target in (aten.mm.default, aten.addmm.default):
+                head = _match(node)
+                if head is not None:
+                    _Rewriter(module, head, self.tile).rewrite()
+        ir.remove_dead_code(module.graph)
         module.graph.lint()
         module.recompile()
         return module
