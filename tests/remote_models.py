@@ -106,7 +106,9 @@ class DreamLike(_Model):
     def diffusion_generate(self, *args, **kwargs):
         raise NotImplementedError
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, num_logits_to_keep=0):
+    def forward(self, input_ids, attention_mask=None, position_ids=None, return_dict=None, num_logits_to_keep=0):
+        if return_dict is None:
+            log.warning("`use_return_dict` is deprecated")  # what looking it up in a config of transformers 5 does
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         print("forward of", input_ids.shape[1], "tokens")

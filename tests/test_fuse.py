@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from mosaic_compiler.backend import compile_aten, observing
 from mosaic_compiler.clusters import clusters_in
 from mosaic_compiler.errors import ArenaError, FallbackError
 from mosaic_compiler.kernels import fused
+from mosaic_compiler.kernels.cluster_form import Coordinates
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes import run_passes, trace
 from mosaic_compiler.sampling import DenoisingStep, block_window
@@ -175,6 +177,51 @@ def test_one_kernel_serves_every_layer_length_and_graph():
         for n in (4, 50):
             step([torch.randn(n, D), torch.randn(D)])
     assert len(fused._kernels) - before == 1
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_sizes_in_terms_of_those_that_can_be_read(data):
+    """Whatever is read gives back every size that is a polynomial in it; nothing is computed from what is not known."""
+    symbols = sympy.symbols("s0 s1 s2 s3", integer=True, positive=True)
+    term = st.builds(
+        lambda factor, chosen: factor * sympy.prod(chosen),
+        st.integers(1, 128), st.lists(st.sampled_from(symbols), min_size=1, max_size=2),
+    )  # fmt: skip
+    size = st.lists(term, min_size=1, max_size=2).map(lambda terms: sympy.Add(*terms))
+    read = data.draw(st.lists(size, min_size=1, max_size=4), "read")
+    values = dict(zip(symbols, data.draw(st.lists(st.integers(1, 99), min_size=4, max_size=4)), strict=True))
+    factors = data.draw(st.lists(st.integers(0, 128), min_size=len(read), max_size=len(read)), "factors")
+    products = [a * b for a in read for b in read]
+    wanted = [sum((f * r for f, r in zip(factors, read, strict=True)), sympy.Integer(7)), *products, *symbols]
+    found = Coordinates({expr: (lambda arguments, expr=expr: expr.xreplace(values)) for expr in read}, wanted)
+    numbers = {symbol: sympy.Integer(reader(())) for symbol, reader in found.readers.items()}
+    assert len(numbers) <= len(read)
+    assert all(found.of(size).free_symbols <= numbers.keys() for size in read), "what is read is known"
+    for size in wanted:
+        own = found.of(size)
+        if own.free_symbols <= numbers.keys():
+            assert own.xreplace(numbers) == size.xreplace(values)
+        else:
+            assert found.missing
+
+
+@pytest.mark.parametrize("rows", [(4, 5), (20, 11)])
+def test_rows_that_are_a_sum_or_a_product_of_sizes_are_fused(rows):
+    """Prompt and answer joined inside of the step: no operand of a kernel says how long each of them is."""
+
+    def f(prompt, answer, w):
+        joined = torch.cat([prompt, answer], 1).flatten(0, 1)
+        return norm(joined @ w, w[0]) * 2
+
+    def given_(p, n):
+        return torch.randn(2, p, D), torch.randn(2, n, D), torch.randn(D, D)
+
+    step = compile_aten(trace(f, *given_(7, 9), dynamic=[(0, 1), (0, 1)]), MosaicOptions())
+    given = given_(*rows)
+    torch.testing.assert_close(step(list(given))[0], f(*given), rtol=1e-5, atol=1e-5)
+    assert step.fallbacks == ()
+    assert any(buffer.op.startswith("fused") for buffer in step.plan.buffers)
 
 
 def test_a_kernel_refuses_operands_of_another_layout():

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import types
 
 import pytest
+import remote_models
 import torch
+from remote_models import VOCABULARY, DreamLike, LLaDALike
 
 import mosaic_compiler
 from mosaic_compiler.backend import mosaic, observing
@@ -326,3 +329,23 @@ def test_backend_is_found_by_name_in_a_fresh_process():
 def test_one_partial_backend_call_reaches_the_options():
     compiled = torch.compile(lambda x: x + 1, backend=lambda gm, inputs: mosaic(gm, inputs, options={"strict": True}))
     assert torch.equal(compiled(torch.zeros(3)), torch.ones(3))
+
+
+@pytest.mark.parametrize("kind", [LLaDALike, DreamLike])
+def test_steps_of_remote_code_are_one_graph(kind, monkeypatch):
+    """Nothing between the token ids and the sampler breaks the graph, so the head runs on the masked rows."""
+    monkeypatch.setattr(remote_models, "print", lambda *words: None, raising=False)
+    if kind is LLaDALike:  # logs in any case
+        monkeypatch.setattr(remote_models, "log", types.SimpleNamespace(info=lambda *w: None, warning=lambda *w: None))
+    model = kind()
+    compiled = torch.compile(
+        DenoisingStep(model, 5), backend="mosaic", dynamic=True, fullgraph=True, options={"disable": ("fuse",)}
+    )
+    steps = []
+    with torch.no_grad(), observing(steps.append):
+        for n in (12, 33):
+            ids = torch.randint(8, VOCABULARY, (1, n))
+            ids[:, n // 2 :] = 5
+            given = ids, block_window(n, 0, n), torch.tensor([3])
+            assert torch.equal(compiled(*given), DenoisingStep(model, 5)(*given))
+    assert {decision.rows for step in steps for decision in step.module.meta["row_decisions"]} == {"M"}

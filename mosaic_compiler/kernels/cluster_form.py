@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import sympy
@@ -36,7 +36,13 @@ _Read: TypeAlias = "Callable[[Sequence[Any]], int]"
 
 
 class ClusterForm:
-    """A cluster's operands and destinations in terms of symbols of its own: s0, s1, ... in order of appearance."""
+    """A cluster's operands and destinations in terms of symbols of its own: own0, own1, ... in order of appearance.
+
+    Attributes:
+        symbols: its symbols, each for a size that is read off the arguments.
+        readers: how, for each of them.
+        problem: why the sizes of a cluster cannot be read off its arguments; empty if they can.
+    """
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
@@ -46,20 +52,16 @@ class ClusterForm:
         self.operands = len(placeholders)
         self.values = [ir.value_of(node) for node in placeholders]
         self.outs = [ir.only_tensor(node) for node, into in zip(results, cluster.into, strict=True) if into is None]
-        self.symbols: dict[sympy.Symbol, sympy.Symbol] = {}
-        for value in self.values:
-            self._rename(value)
-        for tensor in self.outs:
-            self._rename(tensor)
-        for node in graph.nodes:
-            self._rename(ir.tensors_of(node))
         self.device = ir.only_tensor(results[0]).device
-        found = self._readers()
-        missing = self.symbols.keys() - found.keys()
-        self.problem = f"no operand says what {', '.join(map(str, missing))} is" if missing else ""
-        self.readers: list[_Read] = [found[symbol] for symbol in self.symbols if symbol in found]
+        values = (*self.values, *self.outs, *(ir.tensors_of(node) for node in graph.nodes))
+        sizes = dict.fromkeys(ir.expr_of(number) for value in values for number in _all_numbers(value))
+        self._coordinates = Coordinates(self._readable(), sizes)
+        self.symbols = list(self._coordinates.readers)
+        self.readers: list[_Read] = list(self._coordinates.readers.values())
+        missing = self._coordinates.missing
+        self.problem = f"no operand says what {', '.join(sorted(map(str, missing)))} is" if missing else ""
         self._layouts = [
-            (v.dtype, [ir.expr_of(s) for s in v.shape], [ir.expr_of(s) for s in strides])
+            (v.dtype, [self.own(s) for s in v.shape], [self.own(s) for s in strides])
             if isinstance(v, torch.Tensor)
             else None
             for v, strides in (
@@ -73,11 +75,9 @@ class ClusterForm:
             math.prod(size for size in tensor.shape if isinstance(size, int)) >= _WIDE_ROW for tensor in tensors
         )
 
-    def _rename(self, value: Any) -> None:
-        numbers = [n for item in (value if isinstance(value, tuple) else (value,)) for n in _numbers(item)]
-        for number in numbers:
-            for symbol in sorted(ir.expr_of(number).free_symbols if ir.is_symbolic_number(number) else (), key=str):
-                self.symbols.setdefault(symbol, sympy.Symbol(f"s{len(self.symbols)}", integer=True, positive=True))
+    def own(self, size: Any) -> sympy.Expr:
+        """A size of the cluster's graph in the form's symbols."""
+        return self._coordinates.of(ir.expr_of(size))
 
     def sizes(self, arguments: Sequence[Any]) -> list[int]:
         """The values of the symbols.
@@ -110,27 +110,18 @@ class ClusterForm:
             for layout in self._layouts
         ]
 
-    def _readers(self) -> dict[sympy.Symbol, _Read]:
-        """Where in the arguments the value of each symbol stands."""
-        found: dict[sympy.Symbol, _Read] = {}
+    def _readable(self) -> dict[sympy.Expr, _Read]:
+        """The sizes that stand in the arguments, and where each is read first."""
+        found: dict[sympy.Expr, _Read] = {}
         for index, value in enumerate((*self.values, *self.outs)):
             if isinstance(value, torch.Tensor):
                 for dim, (size, stride) in enumerate(zip(value.shape, value.stride(), strict=True)):
-                    self._offer(found, ir.expr_of(size), functools.partial(_read_size, index, dim))
+                    found.setdefault(ir.expr_of(size), functools.partial(_read_size, index, dim))
                     if ir.expr_of(size) != 1:
-                        self._offer(found, ir.expr_of(stride), functools.partial(_read_stride, index, dim))
-            else:
-                self._offer(found, ir.expr_of(value), functools.partial(_read_number, index))
+                        found.setdefault(ir.expr_of(stride), functools.partial(_read_stride, index, dim))
+            elif ir.is_symbolic_number(value):
+                found.setdefault(ir.expr_of(value), functools.partial(_read_number, index))
         return found
-
-    def _offer(self, found: dict[sympy.Symbol, _Read], expr: sympy.Expr, read: _Read) -> None:
-        """``expr`` is read; a multiple of one symbol says what the symbol is."""
-        if len(expr.free_symbols) != 1:
-            return
-        (symbol,) = expr.free_symbols
-        factor = expr / symbol
-        if symbol not in found and factor.is_Integer:
-            found[symbol] = read if factor == 1 else functools.partial(_divided, read, int(factor))
 
     def key(self) -> Any:
         """Equal for clusters that the same kernel can run."""
@@ -146,7 +137,7 @@ class ClusterForm:
     def _renamed(self, value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(self._renamed(item) for item in value)
-        return value.xreplace(self.symbols) if isinstance(value, sympy.Basic) else value
+        return self.own(value) if isinstance(value, sympy.Expr) else value
 
     def _tensors(self) -> list[tuple[torch.Tensor, list[Any]]]:
         """Operands and destinations that are tensors, with their strides."""
@@ -162,15 +153,15 @@ class ClusterForm:
         hints: dict[sympy.Symbol, int] = {}
         names: dict[sympy.Symbol, sympy.Symbol] = {}
         numbers: list[Any] = []
-        for old, new in self.symbols.items():
-            source = ConstantSource(f"mosaic_{new}")
+        for own in self.symbols:
+            source = ConstantSource(f"mosaic_{own}")
             size = self._hint(len(hints)) if hint is None else hint
             symbol = environment.create_symbol(size, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
-            names[old], hints[symbol] = symbol, size
+            names[own], hints[symbol] = symbol, size
             numbers.append(environment.create_symintnode(symbol, hint=size, source=source))
 
         def number(value: Any) -> Any:
-            expr = sympy.sympify(ir.expr_of(value)).xreplace(names)
+            expr = self.own(value).xreplace(names)
             if expr.is_Integer:
                 return int(expr)
             return environment.create_symintnode(expr, hint=int(expr.xreplace(hints)))
@@ -183,7 +174,7 @@ class ClusterForm:
         self._number = number
         with mode:
             tensors = [tensor(value, strides) for value, strides in self._tensors()]
-        self.hints = {old: hints[names[old]] for old in self.symbols}
+        self.hints = {own: hints[names[own]] for own in self.symbols}
         return mode, [*numbers, *tensors]
 
     def sample(self, most: int) -> list[Any] | None:
@@ -239,6 +230,69 @@ class ClusterForm:
         return run
 
 
+class Coordinates:
+    """Sizes in terms of those that can be read, each of which gets a symbol of its own.
+
+    A symbol of the graph is read where a size is a multiple of it.  Of ``p + n`` rows, of which nobody says what p
+    and n are, the sum is a coordinate: ``128 * b * p + 128 * b * n`` is 128 times b times that.
+
+    Args:
+        readable: sizes that can be read, and how.
+        sizes: those that are wanted.
+
+    Attributes:
+        readers: how the value of each symbol is read.
+        missing: symbols of the graph in sizes that could not be expressed.
+    """
+
+    def __init__(self, readable: Mapping[sympy.Expr, _Read], sizes: Iterable[sympy.Expr]) -> None:
+        self.readers: dict[sympy.Symbol, _Read] = {}
+        self._symbols: dict[sympy.Symbol, sympy.Symbol] = {}
+        self._compound: list[tuple[sympy.Expr, sympy.Symbol]] = []
+        self._known: dict[sympy.Expr, sympy.Expr] = {}
+        for expr, read in readable.items():
+            factor, symbol = expr.as_coeff_Mul()
+            if symbol.is_Symbol and symbol not in self._symbols and factor.is_Integer:
+                self._symbols[symbol] = self._new(
+                    read if factor == 1 else functools.partial(_divided, read, int(factor))
+                )
+        for expr in sorted(readable, key=lambda expr: (len(expr.free_symbols), expr.count_ops())):
+            reduced = self._in_compounds(expr)
+            if self._unknown(reduced):
+                self._compound.append((reduced, self._new(readable[expr])))
+        self.missing = {symbol for size in sizes for symbol in self._unknown(self._in_compounds(size))}
+
+    def of(self, size: sympy.Expr) -> sympy.Expr:
+        """A size in the new symbols."""
+        if size not in self._known:
+            found = self._in_compounds(size).xreplace(self._symbols)
+            self._known[size] = sympy.expand(found) if self._compound else found
+        return self._known[size]
+
+    def _new(self, read: _Read) -> sympy.Symbol:
+        symbol = sympy.Symbol(f"own{len(self.readers)}", integer=True, positive=True)
+        self.readers[symbol] = read
+        return symbol
+
+    def _unknown(self, expr: sympy.Expr) -> set[sympy.Symbol]:
+        return {symbol for symbol in expr.free_symbols if symbol not in self._symbols and symbol not in self.readers}
+
+    def _in_compounds(self, expr: sympy.Expr) -> sympy.Expr:
+        """With symbols for the compound sizes in it, as far as it is a polynomial in them."""
+        for compound, symbol in self._compound:
+            unknown = sorted(self._unknown(compound), key=str)
+            if not self._unknown(expr):
+                break
+            try:
+                quotient, rest = sympy.div(sympy.expand(expr), sympy.expand(compound), *unknown)
+            except sympy.PolynomialError:  # a floor division, a minimum
+                expr = expr.subs(compound, symbol)
+                continue
+            if quotient != 0 and all(number.is_Integer for number in quotient.atoms(sympy.Number)):
+                expr = self._in_compounds(quotient) * symbol + rest
+        return expr
+
+
 def is_small_sum(node: fx.Node) -> bool:
     """A sum over a dim of few elements, other than the last one: kernels add them one by one, as a pointwise op."""
     if node.target is not _aten.sum.dim_IntList:
@@ -273,8 +327,10 @@ def _is_aligned(tensor: torch.Tensor, strides: Sequence[Any]) -> bool:
     return all(sympy.sympify(number).is_integer is True for number in numbers)
 
 
-def _numbers(value: Any) -> list[Any]:
+def _all_numbers(value: Any) -> list[Any]:
     """What a cluster depends on: sizes, and the strides of more than one element."""
+    if isinstance(value, tuple):
+        return [number for item in value for number in _all_numbers(item)]
     if not isinstance(value, torch.Tensor):
         return [] if value is None else [value]
     strides = [step for size, step in zip(value.shape, value.stride(), strict=True) if ir.expr_of(size) != 1]

@@ -164,7 +164,7 @@ class FusedKernel:
         :func:`scratch_bytes` is what the plan has for it.
         """
         most = sympy.Integer(max(self._form.hints.values(), default=1))
-        allowed = int(scratch_bytes(self._cluster).xreplace(dict.fromkeys(self._form.symbols, most)))
+        allowed = int(self._form.own(scratch_bytes(self._cluster)).xreplace(dict.fromkeys(self._form.symbols, most)))
         total = 0
         for shape, dtype in _ALLOCATION.findall(source):
             elements = 1

@@ -26,10 +26,12 @@ class ModelCall:
         convention: ``plain`` (``model(ids)``, masks as ``attention_mask``), ``bias`` (masks as ``attention_bias``, as
             in LLaDA's remote code) or ``dream`` (``model(ids, "full" | mask, positions)``).
         padded: the call has a mask of padding.
+        says: further keyword arguments, see :func:`said_to`.
     """
 
     convention: str
     padded: bool
+    says: tuple[tuple[str, Any], ...] = ()
 
     def __call__(self, model: nn.Module, ids: Tensor, real: Tensor | None) -> Tensor:
         """Logits [B, N, V].
@@ -38,18 +40,19 @@ class ModelCall:
             ids: int64 [B, N].
             real: bool [B, N], False for padding; only read if ``padded``.
         """
+        says = dict(self.says)
         if not self.padded or real is None:
-            output: Any = model(ids, "full") if self.convention == "dream" else model(ids)
+            output: Any = model(ids, "full", **says) if self.convention == "dream" else model(ids, **says)
         else:
             seen = real[:, None, None, :]  # keys that may be seen, the same for all queries: no N x N mask
             if self.convention == "dream":
                 positions = (real.cumsum(-1) - 1).masked_fill(~real, 1)
-                output = model(ids, seen, positions)
+                output = model(ids, seen, positions, **says)
             elif self.convention == "bias":
                 bias = torch.zeros(seen.shape, device=ids.device).masked_fill(~seen, torch.finfo(torch.float32).min)
-                output = model(ids, attention_bias=bias)
+                output = model(ids, attention_bias=bias, **says)
             else:
-                output = model(ids, attention_mask=seen)
+                output = model(ids, attention_mask=seen, **says)
         return logits_of(output)
 
 
@@ -66,9 +69,16 @@ def call_for(model: nn.Module, padded: bool) -> ModelCall:
     """The convention of a model."""
     forward: Callable[..., Any] = model.forward
     names = inspect.signature(forward).parameters
+    says = tuple(said_to(model).items())
     if is_dream_like(model):
-        return ModelCall("dream", padded)
-    return ModelCall("bias" if "attention_bias" in names else "plain", padded)
+        return ModelCall("dream", padded, says)
+    return ModelCall("bias" if "attention_bias" in names else "plain", padded, says)
+
+
+def said_to(model: nn.Module) -> dict[str, Any]:
+    """Keyword arguments that say what a model would otherwise look up in its config: asked for ``use_return_dict``,
+    transformers 5 logs a warning, and that breaks Dynamo's graph in front of the head."""
+    return {"return_dict": True} if "return_dict" in inspect.signature(model.forward).parameters else {}
 
 
 def is_dream_like(model: nn.Module) -> bool:

@@ -211,7 +211,8 @@ def without_breaks() -> Iterator[None]:
     import torch._dynamo.config as config
 
     functions = {warnings.warn, logging.info, logging.warning, logging.debug}
-    methods = {logging.Logger.info, logging.Logger.warning, logging.Logger.debug}
+    names = ("info", "warning", "debug", "info_once", "warning_once", "warning_advice")  # the last three: transformers'
+    methods = {getattr(logging.Logger, name) for name in names if hasattr(logging.Logger, name)}
     known = {
         "reorderable_logging_functions": {print},
         "ignore_logging_functions": functions | methods,

@@ -6,10 +6,10 @@ Written so that the graph shows which rows are read: everything behind the logit
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
+
+from mosaic_compiler.sampling.calls import logits_of, said_to
 
 
 class DenoisingStep(nn.Module):
@@ -31,6 +31,7 @@ class DenoisingStep(nn.Module):
         super().__init__()
         self.model = model
         self.mask_token_id = mask_token_id
+        self.says = said_to(model)
 
     def forward(self, input_ids: Tensor, window: Tensor, count: Tensor) -> Tensor:
         """Denoise once.
@@ -44,8 +45,7 @@ class DenoisingStep(nn.Module):
             int64 [B, N], the new ids.
         """
         masked = (input_ids == self.mask_token_id) & window  # [B, N]
-        output: Any = self.model(input_ids)
-        logits: Tensor = output if isinstance(output, Tensor) else output.logits  # [B, N, V]
+        logits = logits_of(self.model(input_ids, **self.says))  # [B, N, V]
         token = logits.argmax(dim=-1)  # [B, N]
         probability = torch.softmax(logits, dim=-1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
         confidence = torch.where(masked, probability, float("-inf"))
