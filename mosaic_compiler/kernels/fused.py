@@ -112,6 +112,8 @@ class FusedKernel:
     def compile(self, wide: bool = False) -> Callable[[list[Any]], Any] | None:
         """Compile, unless that was done already; ``None`` if it cannot be.  ``wide``: with 64-bit indices."""
         wide = wide or self._form.has_wide_rows
+        if wide in self._artifacts:
+            return self._artifacts[wide]
         with _compiling:
             self.begin(wide)
             if wide in self._begun:
