@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -255,6 +256,8 @@ def _split_into_slices(rewriter: _Rewriter, node: fx.Node) -> bool:
         index = user.args[1]
         assert isinstance(index, int)
         start, end = rewriter.multiple(user, size, index), rewriter.multiple(user, size, index + 1)
+        if index == len(ir.tensors_of(node)) - 1:
+            end = sys.maxsize  # the last part is what is left
         rewriter.replace(user, rewriter.emit(user, aten.slice.Tensor, source, dim, start, end))
     rewriter.graph.erase_node(node)
     return True

@@ -201,8 +201,13 @@ def _addmm(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
 
 
 def _bmm(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+    """Rows of a product are rows of its left operand; where each of the products is a row of its own, of both."""
     left, right = node.args[0], node.args[1]
-    if layout[2] is not None or (layout[0] is not None and not isinstance(space, ChunkSpace)):
+    if layout[2] is not None:
+        return None
+    if layout[1] is None and layout[0] in (FLAT, len(space) - 1):
+        return [Operand(left, layout), Operand(right, layout)]  # type: ignore[arg-type]
+    if layout[0] is not None and not isinstance(space, ChunkSpace):
         return None
     return [Operand(left, layout), Operand(right, None)]  # type: ignore[arg-type]
 
