@@ -541,3 +541,17 @@ def test_rows_whose_width_no_input_has_are_computed_whole(reader):
         torch.testing.assert_close(step(x, w, mask), f(x, w, mask))
     (decision,) = mosaic_compiler.explain(step, x, w, mask).rows
     assert decision.rows == decision.total
+
+
+@pytest.mark.parametrize("shape", [(17,), (2, 9)])
+def test_picked_rows_of_transposed_features_have_the_strides_of_eager(shape):
+    def f(x, w, mask):
+        return torch.relu(x @ w).unflatten(-1, (2, 4)).transpose(-1, -2)[mask]
+
+    mask = torch.arange(shape[-1]).expand(shape) % 3 == 1
+    x, w = torch.randn(*shape, 8), torch.randn(8, 8)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        step = torch.compile(f, backend="mosaic", dynamic=True, options={"disable": ("fuse",)})
+        got, expected = step(x, w, mask), f(x, w, mask)
+    torch.testing.assert_close(got, expected)
+    assert got.stride() == expected.stride()

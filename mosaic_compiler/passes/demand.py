@@ -301,6 +301,8 @@ class _Analysis:
         layout, space = rows.leading_layout(tensor, mask.dim())
         if layout[mask.dim() - 1] is None or not self._readable(tensor, space):
             return False
+        if not ir.is_contiguous(ir.only_tensor(node)):
+            return False  # rows of transposed features, which eager keeps transposed; picked rows would be dense
         kept = tuple(dim for dim in range(mask.dim()) if layout[dim] is not None)
         condition = frozenset({Literal(indices[0], True, kept)})
         self._need_all(indices[0], node)
