@@ -14,7 +14,7 @@ from mosaic_compiler.backend import compile_aten, observing
 from mosaic_compiler.clusters import clusters_in
 from mosaic_compiler.errors import ArenaError, FallbackError
 from mosaic_compiler.kernels import fused
-from mosaic_compiler.kernels.cluster_form import Coordinates
+from mosaic_compiler.kernels.coordinates import Coordinates
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes import run_passes, trace
 from mosaic_compiler.sampling import DenoisingStep, block_window

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import sympy
 import torch
@@ -21,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from mosaic_compiler import ir
 from mosaic_compiler.clusters import Cluster
 from mosaic_compiler.errors import ArenaError
+from mosaic_compiler.kernels.coordinates import Coordinates, Read
 
 _HINT = {"cuda": 4096, "cpu": 512}
 """Sizes that kernels are tuned for: rows of a chunk."""
@@ -31,8 +32,6 @@ lengths, at the same speed (a softmax over 8,192 x 152,064 took 12.2 ms on an H1
 
 MOST_ADDED = 8
 """Elements that a kernel adds one by one, wherever they lie."""
-
-_Read: TypeAlias = "Callable[[Sequence[Any]], int]"
 
 
 class ClusterForm:
@@ -57,7 +56,7 @@ class ClusterForm:
         sizes = dict.fromkeys(ir.expr_of(number) for value in values for number in _all_numbers(value))
         self._coordinates = Coordinates(self._readable(), sizes)
         self.symbols = list(self._coordinates.readers)
-        self.readers: list[_Read] = list(self._coordinates.readers.values())
+        self.readers: list[Read] = list(self._coordinates.readers.values())
         missing = self._coordinates.missing
         self.problem = f"no operand says what {', '.join(sorted(map(str, missing)))} is" if missing else ""
         self._layouts = [
@@ -110,9 +109,9 @@ class ClusterForm:
             for layout in self._layouts
         ]
 
-    def _readable(self) -> dict[sympy.Expr, _Read]:
+    def _readable(self) -> dict[sympy.Expr, Read]:
         """The sizes that stand in the arguments, and where each is read first."""
-        found: dict[sympy.Expr, _Read] = {}
+        found: dict[sympy.Expr, Read] = {}
         for index, value in enumerate((*self.values, *self.outs)):
             if isinstance(value, torch.Tensor):
                 for dim, (size, stride) in enumerate(zip(value.shape, value.stride(), strict=True)):
@@ -230,69 +229,6 @@ class ClusterForm:
         return run
 
 
-class Coordinates:
-    """Sizes in terms of those that can be read, each of which gets a symbol of its own.
-
-    A symbol of the graph is read where a size is a multiple of it.  Of ``p + n`` rows, of which nobody says what p
-    and n are, the sum is a coordinate: ``128 * b * p + 128 * b * n`` is 128 times b times that.
-
-    Args:
-        readable: sizes that can be read, and how.
-        sizes: those that are wanted.
-
-    Attributes:
-        readers: how the value of each symbol is read.
-        missing: symbols of the graph in sizes that could not be expressed.
-    """
-
-    def __init__(self, readable: Mapping[sympy.Expr, _Read], sizes: Iterable[sympy.Expr]) -> None:
-        self.readers: dict[sympy.Symbol, _Read] = {}
-        self._symbols: dict[sympy.Symbol, sympy.Symbol] = {}
-        self._compound: list[tuple[sympy.Expr, sympy.Symbol]] = []
-        self._known: dict[sympy.Expr, sympy.Expr] = {}
-        for expr, read in readable.items():
-            factor, symbol = expr.as_coeff_Mul()
-            if symbol.is_Symbol and symbol not in self._symbols and factor.is_Integer:
-                self._symbols[symbol] = self._new(
-                    read if factor == 1 else functools.partial(_divided, read, int(factor))
-                )
-        for expr in sorted(readable, key=lambda expr: (len(expr.free_symbols), expr.count_ops())):
-            reduced = self._in_compounds(expr)
-            if self._unknown(reduced):
-                self._compound.append((reduced, self._new(readable[expr])))
-        self.missing = {symbol for size in sizes for symbol in self._unknown(self._in_compounds(size))}
-
-    def of(self, size: sympy.Expr) -> sympy.Expr:
-        """A size in the new symbols."""
-        if size not in self._known:
-            found = self._in_compounds(size).xreplace(self._symbols)
-            self._known[size] = sympy.expand(found) if self._compound else found
-        return self._known[size]
-
-    def _new(self, read: _Read) -> sympy.Symbol:
-        symbol = sympy.Symbol(f"own{len(self.readers)}", integer=True, positive=True)
-        self.readers[symbol] = read
-        return symbol
-
-    def _unknown(self, expr: sympy.Expr) -> set[sympy.Symbol]:
-        return {symbol for symbol in expr.free_symbols if symbol not in self._symbols and symbol not in self.readers}
-
-    def _in_compounds(self, expr: sympy.Expr) -> sympy.Expr:
-        """With symbols for the compound sizes in it, as far as it is a polynomial in them."""
-        for compound, symbol in self._compound:
-            unknown = sorted(self._unknown(compound), key=str)
-            if not self._unknown(expr):
-                break
-            try:
-                quotient, rest = sympy.div(sympy.expand(expr), sympy.expand(compound), *unknown)
-            except sympy.PolynomialError:  # a floor division, a minimum
-                expr = expr.subs(compound, symbol)
-                continue
-            if quotient != 0 and all(number.is_Integer for number in quotient.atoms(sympy.Number)):
-                expr = self._in_compounds(quotient) * symbol + rest
-        return expr
-
-
 def is_small_sum(node: fx.Node) -> bool:
     """A sum over a dim of few elements, other than the last one: kernels add them one by one, as a pointwise op."""
     if node.target is not _aten.sum.dim_IntList:
@@ -392,7 +328,3 @@ def _read_stride(index: int, dim: int, arguments: Sequence[Any]) -> int:
 
 def _read_number(index: int, arguments: Sequence[Any]) -> int:
     return int(arguments[index])
-
-
-def _divided(read: _Read, factor: int, arguments: Sequence[Any]) -> int:
-    return read(arguments) // factor
