@@ -62,9 +62,9 @@ class Coordinates:
     def _in_compounds(self, expr: sympy.Expr) -> sympy.Expr:
         """With symbols for the compound sizes in it, as far as it is a polynomial in them."""
         for compound, symbol in self._compound:
-            unknown = sorted(self._unknown(compound), key=str)
             if not self._unknown(expr):
                 break
+            unknown = sorted(self._unknown(compound), key=str)
             try:
                 quotient, rest = sympy.div(sympy.expand(expr), sympy.expand(compound), *unknown)
             except sympy.PolynomialError:  # a floor division, a minimum

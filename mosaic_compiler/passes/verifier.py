@@ -10,17 +10,18 @@ loops      operands and results of a loop agree with its body: the same tensors 
 clusters   operands and results of a cluster have the layout of its body's
 quadratic  no value grows faster with the inputs' sizes than some value did before (no new N x N)
 ========== ==================================================================================
+
+``passes/facts.py`` reads off a graph what signature, effects and quadratic compare; ``passes/legal_writes.py`` judges
+in-place.
 """
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 from torch._ops import OpOverload
@@ -29,19 +30,11 @@ from mosaic_compiler import ir
 from mosaic_compiler.clusters import Cluster, cluster_of
 from mosaic_compiler.errors import InvariantError
 from mosaic_compiler.loops import ChunkLoop, loop_of
-from mosaic_compiler.passes.reuse_rows import late_readers
+from mosaic_compiler.passes.facts import facts_of, fastest_growing
+from mosaic_compiler.passes.legal_writes import illegal_writes
 from mosaic_compiler.planning.forms import without_out
 
 INVARIANTS = ("topology", "metadata", "signature", "effects", "in-place", "loops", "clusters", "quadratic")
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a pass must preserve about a graph."""
-
-    outputs: tuple[Any, ...]
-    effects: tuple[Any, ...]
-    degree: int
 
 
 class Verifier:
@@ -79,7 +72,7 @@ class Verifier:
             fail("signature", f"outputs were {self._reference.outputs}, now {facts.outputs}")
         if facts.effects != self._reference.effects:
             fail("effects", f"effects were {self._reference.effects}, now {facts.effects}")
-        for problem in _illegal_writes(module.graph):
+        for problem in illegal_writes(module.graph):
             fail("in-place", problem)
         for node in module.graph.nodes:
             for invariant, problem in self._loop(node):
@@ -87,7 +80,7 @@ class Verifier:
         if facts.degree > self._reference.degree:
             fail(
                 "quadratic",
-                f"{_largest(module.graph)} grows with degree {facts.degree}, before {self._reference.degree}",
+                f"{fastest_growing(module.graph)} grows with degree {facts.degree}, before {self._reference.degree}",
             )
         self._checked = checked
 
@@ -125,7 +118,7 @@ class Verifier:
             body = loop.body
             problems = [("topology", problem) for problem in _topology(body.graph)]
             problems = problems or [("metadata", problem) for problem in self._metadata(body)]
-            problems += [("in-place", problem) for problem in _illegal_writes(body.graph)]
+            problems += [("in-place", problem) for problem in illegal_writes(body.graph)]
             problems += [
                 found for inner in body.graph.nodes if inner.op == "call_module" for found in self._cluster(inner)
             ]
@@ -295,203 +288,3 @@ def _topology(graph: fx.Graph) -> Iterator[str]:
         graph.lint()
     except (RuntimeError, ValueError) as error:
         yield str(error)
-
-
-# --------------------------------------------------------------------------- signature and effects
-def facts_of(module: fx.GraphModule) -> Facts:
-    """Read off the graph what every pass must preserve."""
-    graph = module.graph
-    storage = ir.StorageMap(graph)
-    output = graph.output_node()
-    data = _data_symbols(graph)
-    flat, _ = torch.utils._pytree.tree_flatten(output.args[0])
-    outputs = tuple(_output_fact(item, storage, data) for item in flat)
-    constant = _bounded_symbols(graph)
-    degree = max((_degree(node, constant) for node in graph.nodes), default=0)
-    return Facts(outputs=outputs, effects=tuple(_effects(graph, storage)), degree=degree)
-
-
-def _bounded_symbols(graph: fx.Graph) -> dict[sympy.Symbol, sympy.Expr]:
-    """Numbers of rows that a mask of constant size selects, with that size: they do not grow with the inputs."""
-    bounds = {node.meta[ir.BINDS]: ir.most_of(node) for node in graph.nodes if ir.BINDS in node.meta}
-    return {symbol: most for symbol, most in bounds.items() if not most.free_symbols}
-
-
-def _data_symbols(graph: fx.Graph) -> dict[sympy.Symbol, sympy.Symbol]:
-    """Symbols whose value only the data knows.  A pass may bind another one to the same number, so all of
-    them count as one."""
-    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-
-    found: set[sympy.Symbol] = {node.meta[ir.BINDS] for node in graph.nodes if ir.BINDS in node.meta}
-    numbers = (number for node in graph.nodes for number in ir.numbers_in(ir.value_of(node)))
-    for expr in {ir.expr_of(number) for number in numbers if ir.is_symbolic_number(number)}:
-        found |= free_unbacked_symbols(expr)
-    return dict.fromkeys(found, sympy.Symbol("data"))
-
-
-def _output_fact(item: Any, storage: ir.StorageMap, data: dict[sympy.Symbol, sympy.Symbol]) -> Any:
-    if not isinstance(item, fx.Node):
-        return repr(item)
-    root = storage.root(item)
-    alias = root[0].target if root is not None and root[0].op in ("placeholder", "get_attr") else None
-    layout = ir.layout_of(ir.value_of(item))
-    if not isinstance(layout, tuple) or len(layout) != 5:
-        return layout, alias
-    sizes, strides = (tuple(n.xreplace(data) if n is not None else None for n in part) for part in layout[2:4])
-    return layout[0], layout[1], sizes, strides, alias
-
-
-def _effects(graph: fx.Graph, storage: ir.StorageMap) -> Iterator[Any]:
-    """Random draws by op and layout, and writes to inputs.  Numbers that data decides have one name: ``row-demand``
-    gives them symbols of its own."""
-    bound = {node.meta[ir.BINDS] for node in graph.nodes if ir.BINDS in node.meta}
-    unbacked = sympy.Symbol("data")
-    for node in graph.nodes:
-        if node.op not in ("call_function", "call_module"):
-            continue
-        if ir.is_random(node):
-            tensors = [tensor for tensor in ir.tensors_of(node) if tensor is not None]
-            numbers = [ir.expr_of(n) for tensor in tensors for n in (*tensor.shape, *tensor.stride())]
-            named = {s: unbacked for n in numbers for s in n.free_symbols if s in bound or str(s).startswith("u")}
-            yield (str(node.target), *(tensor.dtype for tensor in tensors), *(n.xreplace(named) for n in numbers))
-        for argument in ir.mutated_arguments(node):
-            for root in storage.roots(argument):
-                if root is not None and not ir.is_computed(root):
-                    yield ("write", root[0].target)
-
-
-def _degree(node: fx.Node, constant: dict[sympy.Symbol, sympy.Expr]) -> int:
-    """Largest total degree, in the graph's symbols, of an output's number of elements."""
-    loop = loop_of(node)
-    worst = 0
-    if loop is not None:
-        rows = {loop.chunk: ir.rows_of_loop(node).xreplace(constant), **constant}
-        worst = max(_degree_in(inner, rows) for inner in loop.body.graph.nodes)
-    return max(worst, _degree_in(node, constant))
-
-
-def _degree_in(node: fx.Node, known: dict[sympy.Symbol, sympy.Expr]) -> int:
-    return max(
-        (
-            _degree_of_product(
-                tuple(ir.expr_of(size).xreplace(known) for size in tensor.shape if type(size) is not int)
-            )
-            for tensor in ir.tensors_of(node)
-            if tensor is not None
-        ),
-        default=0,
-    )
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def _degree_of_product(sizes: tuple[sympy.Expr, ...]) -> int:
-    return _degree_of(sympy.expand(sympy.prod(sizes)))
-
-
-def _degree_of(expr: sympy.Expr) -> int:
-    if not expr.free_symbols:
-        return 0
-    if expr.is_polynomial(*expr.free_symbols):
-        return int(sympy.Poly(expr, *expr.free_symbols).total_degree())
-    return max((_degree_of(arg) for arg in expr.args), default=1)
-
-
-def _largest(graph: fx.Graph) -> str:
-    constant = _bounded_symbols(graph)
-    return str(max(graph.nodes, key=lambda node: _degree(node, constant)).name)
-
-
-# --------------------------------------------------------------------------------------- in-place
-def _illegal_writes(graph: fx.Graph) -> Iterator[str]:
-    """Writes into storage of the step that somebody could notice.  Judged from the graph alone."""
-    storage = ir.StorageMap(graph)
-    escaping_values = graph.output_node().all_input_nodes
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    readers: dict[ir.Root, list[fx.Node]] = {}
-    for node in graph.nodes:
-        for operand in node.all_input_nodes:
-            for root in storage.roots(operand):
-                if root is not None:
-                    readers.setdefault(root, []).append(node)
-    for node in graph.nodes:
-        for argument in ir.mutated_arguments(node):
-            root = storage.root(argument)
-            if root is None or not ir.is_computed(root):
-                continue
-            successors = _derived_from(node, root, storage)
-            for reader in readers.get(root, []):
-                late = order[reader] > order[node] or reader.op == "output"
-                through = any(
-                    operand not in successors and storage.root(operand) == root for operand in reader.all_input_nodes
-                )
-                if late and through:
-                    yield f"{node.name} overwrites {root[0].name}, which {reader.name} reads later"
-            if any(value not in successors and storage.root(value) == root for value in escaping_values):
-                yield f"{node.name} overwrites {root[0].name}, which is returned"
-            yield from _overlapping_operands(node, argument, storage)
-            yield from _overlapping_rows(node, argument, storage)
-
-
-def _derived_from(node: fx.Node, root: ir.Root, storage: ir.StorageMap) -> set[fx.Node]:
-    """The node and everything that is a view of, or a later write to, its result."""
-    found = {node}
-    todo = [node]
-    while todo:
-        for user in todo.pop().users:
-            item = user.target is operator.getitem and storage.roots(user) == (root,)
-            if user not in found and (item or ir.alias_base(user) in found or found & set(ir.mutated_arguments(user))):
-                found.add(user)
-                todo.append(user)
-    return found
-
-
-def _overlapping_rows(node: fx.Node, written: fx.Node, storage: ir.StorageMap) -> Iterator[str]:
-    """A loop that overwrites an operand's rows: the same rows, and not before they have been read."""
-    loop = loop_of(node)
-    if loop is None:
-        return
-    root = storage.root(written)
-    sharing = [arg for arg in node.args if isinstance(arg, fx.Node) and root in storage.roots(arg)]
-    if len(sharing) > 1:
-        yield f"{node.name} overwrites {written.name} and has another operand in the same storage"
-    for index, spec in enumerate(loop.outputs):
-        if spec.into is None or node.args[spec.into] is not written:
-            continue
-        target, result = ir.tensor_of(written), ir.tensors_of(node)[index]
-        if target is None or result is None or not ir.same_layout(target, result):
-            yield f"{node.name} overwrites {written.name}, whose layout is not that of the result"
-        if loop.operands[spec.into] != spec.dim:
-            yield f"{node.name} overwrites rows of {written.name} other than those that it reads"
-        for reader in late_readers(loop, index, spec.into):
-            yield f"{node.name}: {reader.name} reads rows of {written.name} that are overwritten already"
-
-
-def _overlapping_cluster(node: fx.Node, cluster: Cluster, written: fx.Node, storage: ir.StorageMap) -> Iterator[str]:
-    """A cluster that overwrites an operand: element by element, and no other operand in the same storage."""
-    results = [tensor for tensor, into in zip(ir.tensors_of(node), cluster.into, strict=True) if into is not None]
-    target = ir.only_tensor(written)
-    if not cluster.is_elementwise() or any(t is None or not ir.same_layout(t, target) for t in results):
-        yield f"{node.name} overwrites {written.name}, and is not element by element the same"
-    if sum(storage.root(operand) == storage.root(written) for operand in node.all_input_nodes) > 1:
-        yield f"{node.name} overwrites {written.name} and has another operand in the same storage"
-
-
-def _overlapping_operands(node: fx.Node, written: fx.Node, storage: ir.StorageMap) -> Iterator[str]:
-    cluster = cluster_of(node)
-    if cluster is not None:
-        yield from _overlapping_cluster(node, cluster, written, storage)
-    if not (isinstance(node.target, OpOverload) and any(a.is_out for a in node.target._schema.arguments)):
-        return  # ops that mutate by themselves (copy_, index_put_) define their own overlap rules
-    pointwise = ir.is_pointwise(node)
-    target, out = ir.tensor_of(written), ir.tensor_of(node)
-    if target is None or out is None or not ir.same_layout(target, out):
-        yield f"{node.name} writes {written.name}, whose layout is not that of the result"
-    for operand in node.all_input_nodes:
-        if storage.root(operand) != storage.root(written):
-            continue
-        if operand is not written:
-            yield f"{node.name} reads {operand.name} while it overwrites {written.name} in the same storage"
-        elif not pointwise:
-            reads = sum(1 for argument in node.args if argument is operand)
-            if reads:
-                yield f"{node.name} is not pointwise and reads {written.name} while it overwrites it"

@@ -6,7 +6,7 @@ Found by looking at the signature of ``forward`` and at what the model can do, n
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,26 +67,23 @@ def logits_of(output: Any) -> Tensor:
 
 def call_for(model: nn.Module, padded: bool) -> ModelCall:
     """The convention of a model."""
-    forward: Callable[..., Any] = model.forward
-    names = inspect.signature(forward).parameters
-    says = tuple(said_to(model).items())
-    if is_dream_like(model):
-        return ModelCall("dream", padded, says)
-    return ModelCall("bias" if "attention_bias" in names else "plain", padded, says)
+    plain = "bias" if "attention_bias" in _parameters(model) else "plain"
+    return ModelCall("dream" if is_dream_like(model) else plain, padded, tuple(said_to(model).items()))
 
 
 def said_to(model: nn.Module) -> dict[str, Any]:
     """Keyword arguments that say what a model would otherwise look up in its config: asked for ``use_return_dict``,
     transformers 5 logs a warning, and that breaks Dynamo's graph in front of the head."""
-    return {"return_dict": True} if "return_dict" in inspect.signature(model.forward).parameters else {}
+    return {"return_dict": True} if "return_dict" in _parameters(model) else {}
 
 
 def is_dream_like(model: nn.Module) -> bool:
     """It can do what Dream's remote code does: a ``diffusion_generate`` of its own, and a mask in ``forward``."""
-    return (
-        callable(getattr(model, "diffusion_generate", None))
-        and "attention_mask" in inspect.signature(model.forward).parameters
-    )
+    return callable(getattr(model, "diffusion_generate", None)) and "attention_mask" in _parameters(model)
+
+
+def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(model.forward).parameters
 
 
 def check_bidirectional(model: nn.Module) -> None:

@@ -31,7 +31,7 @@ class DenoisingStep(nn.Module):
         super().__init__()
         self.model = model
         self.mask_token_id = mask_token_id
-        self.says = said_to(model)
+        self._says = said_to(model)
 
     def forward(self, input_ids: Tensor, window: Tensor, count: Tensor) -> Tensor:
         """Denoise once.
@@ -45,7 +45,7 @@ class DenoisingStep(nn.Module):
             int64 [B, N], the new ids.
         """
         masked = (input_ids == self.mask_token_id) & window  # [B, N]
-        logits = logits_of(self.model(input_ids, **self.says))  # [B, N, V]
+        logits = logits_of(self.model(input_ids, **self._says))  # [B, N, V]
         token = logits.argmax(dim=-1)  # [B, N]
         probability = torch.softmax(logits, dim=-1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
         confidence = torch.where(masked, probability, float("-inf"))
