@@ -42,10 +42,7 @@ format: setup ## Rewrite the sources in the project's format
 	$(BIN)/ruff format .
 
 bench-gpu: setup ## Measure steps, peaks, limits, generating and kernels on this machine's GPU
-	$(BIN)/python -m benchmarks.gpu.rows
-	$(BIN)/python -m benchmarks.gpu
-	$(BIN)/python -m benchmarks.gpu.generate
-	$(BIN)/python -m benchmarks.gpu.drop_in --models LLaDA-8B
+	$(BIN)/python -m benchmarks.gpu $(BENCH)
 
 bench: setup ## Measure the step on this machine's CPU and write benchmarks/results/
 	$(BIN)/python -m benchmarks.step_cpu

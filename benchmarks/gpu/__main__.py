@@ -1,43 +1,63 @@
-"""All GPU benchmarks of the step, model by model, so that each model is built and compiled once."""
+"""All GPU benchmarks, model by model, so that each model is built and compiled once.
+
+Each is a module of this package and a command of its own, too: ``python -m benchmarks.gpu.peak --models Dream-7B``.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import groupby
 
-from benchmarks.common import write
-from benchmarks.gpu import accuracy, breakdown, compile_time, max_tokens, par, peak, step_latency
-from benchmarks.gpu.models import SYSTEMS, Session, forget, parser
+from benchmarks.gpu import (
+    accuracy,
+    breakdown,
+    compile_time,
+    drop_in,
+    gather_logits,
+    generate,
+    max_tokens,
+    par,
+    peak,
+    row_demand,
+    step_latency,
+)
+from benchmarks.gpu.benchmark import Benchmark, Row
+from benchmarks.gpu.models import Session, clean, forget, parser, use_expandable_segments
 
-_PER_MODEL = ("step_latency", "breakdown", "compile_time", "peak", "par")
+# Neighbours that run as many layers share a model and what is compiled for it.
+BENCHMARKS: tuple[Benchmark, ...] = (
+    step_latency.BENCHMARK,
+    breakdown.BENCHMARK,
+    compile_time.BENCHMARK,
+    peak.BENCHMARK,
+    par.BENCHMARK,
+    row_demand.BENCHMARK,
+    generate.BENCHMARK,
+    drop_in.BENCHMARK,
+    max_tokens.BENCHMARK,
+    accuracy.BENCHMARK,
+    gather_logits.BENCHMARK,
+)
 
 
 def main() -> None:
     made = parser(__doc__)
-    max_tokens.add_arguments(made)
+    for benchmark in BENCHMARKS:
+        benchmark.add_arguments(made)
     given = made.parse_args()
-    found: dict[str, list[Any]] = {name: [] for name in (*_PER_MODEL, "max_tokens", "accuracy")}
-    layers = {"layers": given.layers or "all"}
-
-    def keep(name: str, rows: list[Any]) -> None:
-        found[name] += rows
-        write(name, {**(layers if name in _PER_MODEL else {}), "rows": found[name]}, given.out)
-
-    for model in given.models:
-        session = Session(model, given.layers)
-        keep("step_latency", step_latency.measure(session, given.lengths, given.repeats))
-        keep("breakdown", breakdown.measure(session, [min(given.lengths), max(given.lengths)]))
-        keep("compile_time", compile_time.measure(session))
-        keep("peak", peak.measure(session, max(given.lengths)))
-        keep("par", par.measure(session, max(given.lengths)))
-        del session
-        forget()
-        session = Session(model, 2)
-        session.warm_up()
-        for card in given.cards:
-            keep("max_tokens", max_tokens.measure(session, card, SYSTEMS, given.below / 100))
-        del session
-        forget()
-        keep("accuracy", accuracy.measure(model))
+    use_expandable_segments()
+    found: dict[str, list[Row]] = {benchmark.name: [] for benchmark in BENCHMARKS}
+    for index, name in enumerate(given.models):
+        wanted = [b for b in BENCHMARKS if b.models is None or index < b.models]
+        for layers, group in groupby(wanted, key=lambda benchmark: benchmark.layers):
+            session = Session(name, given.layers or layers)
+            for benchmark in group:
+                found[benchmark.name] += benchmark.measure(session, given)
+                benchmark.write(found[benchmark.name], given)
+                clean()
+            del session
+            forget()
+    for benchmark in BENCHMARKS:
+        benchmark.show(found[benchmark.name])
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import show, write
-from benchmarks.gpu.models import MODELS, Session, arguments, clean, forget, parser, synchronize
+from benchmarks.gpu.benchmark import Benchmark
+from benchmarks.gpu.models import MODELS, Session, arguments, clean, synchronize
 
 MATMUL_RATE, ATTENTION_RATE = 780e12, 650e12
 
@@ -82,26 +82,19 @@ def profiled(function: Any, given: tuple[Any, ...]) -> tuple[dict[str, float], l
     return kinds, top[:24], span
 
 
-def main() -> None:
-    given = parser(__doc__).parse_args()
-    rows: list[Any] = []
-    for name in given.models:
-        session = Session(name, given.layers)
-        rows += measure(session, [n for n in given.lengths if n != 16384])
-        del session
-        forget()
-        write("breakdown", {"layers": given.layers or "all", "rows": rows}, given.out)
-    kinds = ("matmul", "attention", "fused", "sort", "other")
-    show(
-        "milliseconds of a step",
-        ["model", "tokens", "system", "step", "floor", *kinds, "gaps"],
-        [
-            [r["model"], r["tokens"], r["system"], r["span_ms"], sum(r["floor_ms"].values()),
-             *(r["ms"].get(kind) for kind in kinds), r["gaps_ms"]]
-            for r in rows
-        ],
-    )  # fmt: skip
+_COLUMNS = ("matmul", "attention", "fused", "sort", "other")
+
+BENCHMARK = Benchmark(
+    "breakdown",
+    lambda session, given: measure(session, sorted({min(given.lengths), max(given.lengths)})),
+    "milliseconds of a step",
+    ["model", "tokens", "system", "step", "floor", *_COLUMNS, "gaps"],
+    lambda r: [
+        r["model"], r["tokens"], r["system"], r["span_ms"], sum(r["floor_ms"].values()),
+        *(r["ms"].get(kind) for kind in _COLUMNS), r["gaps_ms"],
+    ],
+)  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.alone(__doc__)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import show, write
-from benchmarks.gpu.models import SYSTEMS, Session, arguments, forget, parser, synchronize
+from benchmarks.gpu.benchmark import Benchmark
+from benchmarks.gpu.models import SYSTEMS, Session, arguments, synchronize
 
 
 def measure(session: Session, lengths: tuple[int, ...] = (5120, 6016)) -> list[dict[str, Any]]:
@@ -37,19 +37,14 @@ def clocked(function: Any, given: tuple[Any, ...]) -> float:
     return time.perf_counter() - started
 
 
-def main() -> None:
-    given = parser(__doc__).parse_args()
-    rows: list[dict[str, Any]] = []
-    for name in given.models:
-        rows += measure(Session(name, given.layers))
-        forget()
-        write("compile_time", {"layers": given.layers or "all", "rows": rows}, given.out)
-    show(
-        "seconds",
-        ["model", "system", "cold", "extra for other lengths"],
-        [[r["model"], r["system"], r["cold_s"], ", ".join(f"{s:.3f}" for s in r["extra_s"].values())] for r in rows],
-    )
+BENCHMARK = Benchmark(
+    "compile_time",
+    lambda session, given: measure(session),
+    "seconds",
+    ["model", "system", "cold", "extra for other lengths"],
+    lambda r: [r["model"], r["system"], r["cold_s"], ", ".join(f"{s:.3f}" for s in r["extra_s"].values())],
+)
 
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.alone(__doc__)

@@ -7,14 +7,15 @@ and the result, which exists at the end only).
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from typing import Any
 
 import torch
 
-from benchmarks.common import show, write
-from benchmarks.gpu.models import GIB, MASK, MODELS, build, clean, device, forget, parser, synchronize
+from benchmarks.gpu.benchmark import Benchmark, Row
+from benchmarks.gpu.models import GIB, MASK, MODELS, Session, clean, device, synchronize
 from mosaic_compiler.backend import observing
 from mosaic_compiler.runtime.arena import pool_for
 from mosaic_compiler.runtime.step import CompiledStep
@@ -81,28 +82,32 @@ def measure(name: str, model: torch.nn.Module, cases: list[tuple[int, int]], rep
     return rows
 
 
-def main() -> None:
-    given = parser(__doc__).parse_args()
-    rows: list[dict[str, Any]] = []
-    for name in given.models:
-        model = build(name, given.layers).model
-        model.config.use_cache = False
-        rows += measure(name, model, [(15_360, 1024), (8192, 8192), (60_000, 1024)], given.repeats)
-        write("drop_in", {"layers": given.layers or "all", "rows": rows}, given.out)
-        del model
-        forget()
-    show(
-        "a model's logits, masked rows needed",
-        ["model", "prompt", "masked", "system", "peak GiB", "of it logits GiB", "seconds"],
-        [
-            [
-                r["model"], r["prompt"], r["new"], r["system"],
-                r.get("peak") and r["peak"] / GIB, r.get("result") and r["result"] / GIB, r.get("step_s"),
-            ]
-            for r in rows
-        ],
+def add_arguments(made: argparse.ArgumentParser) -> None:
+    """The arguments of this benchmark."""
+    made.add_argument(
+        "--cases", type=int, nargs="*", default=[15_360, 1024, 8192, 8192, 60_000, 1024],
+        help="pairs: tokens of a prompt, masked tokens behind it",
     )  # fmt: skip
 
 
+def _measure(session: Session, given: argparse.Namespace) -> list[Row]:
+    cases = list(zip(given.cases[::2], given.cases[1::2], strict=True))
+    return measure(session.name, session.step.model, cases, given.repeats)
+
+
+BENCHMARK = Benchmark(
+    "drop_in",
+    _measure,
+    "a model's logits, masked rows needed",
+    ["model", "prompt", "masked", "system", "peak GiB", "of it logits GiB", "seconds"],
+    lambda r: [
+        r["model"], r["prompt"], r["new"], r["system"],
+        r.get("peak") and r["peak"] / GIB, r.get("result") and r["result"] / GIB, r.get("step_s"),
+    ],
+    models=1,
+    add_arguments=add_arguments,
+)  # fmt: skip
+
+
 if __name__ == "__main__":
-    main()
+    BENCHMARK.alone(__doc__)

@@ -6,26 +6,28 @@ runs out of memory, it is measured at a prompt that it takes as well, and mosaic
 
 from __future__ import annotations
 
+import argparse
 import time
 from typing import Any
 
 import torch
 
 import mosaic_compiler
-from benchmarks.common import show, write
+from benchmarks.gpu.benchmark import Benchmark, Row
 from benchmarks.gpu.max_tokens import RESERVE
-from benchmarks.gpu.models import GIB, MASK, MODELS, build, clean, device, parser
+from benchmarks.gpu.models import GIB, MASK, MODELS, Session, clean, device
 from mosaic_compiler.runtime.arena import pool_for
 
-NEW, BLOCK, STEPS = 1024, 32, 32
+NEW, BLOCK = 1024, 32
 
 
-def run(model: torch.nn.Module, prompt: int, system: str, card: int = 24, new: int = NEW) -> dict[str, Any]:
-    """One row; ``tokens_per_s`` is ``None`` if there is not enough memory."""
+def run(session: Session, prompt: int, system: str, new: int, card: int = 24) -> Row:
+    """One row, with an ``error`` if there is not enough memory."""
     limit = card * GIB - RESERVE
-    ids = torch.randint(MASK + 1, 100_000, (1, prompt), device=device())
+    model = session.step.model
+    ids = torch.randint(MASK + 1, MODELS[session.name].vocabulary, (1, prompt), device=device())
     pool, compiled = pool_for(device()), system == "mosaic"
-    row: dict[str, Any] = {"system": system, "prompt": prompt, "new": new, "tokens_per_s": None, "peak": None}
+    row: Row = {"model": session.name, "system": system, "prompt": prompt, "new": new}
     torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
     try:
         clean()
@@ -56,31 +58,38 @@ def run(model: torch.nn.Module, prompt: int, system: str, card: int = 24, new: i
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
         clean()
-    print(row, flush=True)
     return row
 
 
-def main() -> None:
-    made = parser(__doc__)
+def add_arguments(made: argparse.ArgumentParser) -> None:
+    """The arguments of this benchmark."""
     made.add_argument("--prompts", type=int, nargs="*", default=[60_000, 14_336])
     made.add_argument("--new", type=int, default=NEW)
-    given = made.parse_args()
-    rows: list[dict[str, Any]] = []
-    for name in [n for n in given.models if n in MODELS][:1]:
-        model = build(name, given.layers).model
-        for prompt in given.prompts:
-            for system in ("mosaic", "eager"):
-                rows.append({"model": name, **run(model, prompt, system, new=given.new)})
-                write("generate", {"layers": given.layers or "all", "rows": rows}, given.out)
-    show(
-        f"{given.new} new tokens within 24 GiB",
-        ["model", "prompt", "system", "tokens/s", "seconds", "peak GiB"],
-        [
-            [r["model"], r["prompt"], r["system"], r["tokens_per_s"], r.get("seconds"), r["peak"] and r["peak"] / GIB]
-            for r in rows
-        ],
-    )
+
+
+def measure(session: Session, given: argparse.Namespace) -> list[Row]:
+    """One row per prompt and system."""
+    rows = []
+    for prompt in given.prompts:
+        for system in ("mosaic", "eager"):
+            rows.append(run(session, prompt, system, given.new))
+            print(rows[-1], flush=True)
+    return rows
+
+
+BENCHMARK = Benchmark(
+    "generate",
+    measure,
+    "new tokens within 24 GiB",
+    ["model", "prompt", "new", "system", "tokens/s", "seconds", "peak GiB"],
+    lambda r: [
+        r["model"], r["prompt"], r["new"], r["system"], r.get("tokens_per_s"), r.get("seconds"),
+        r.get("peak") and r["peak"] / GIB,
+    ],
+    models=1,
+    add_arguments=add_arguments,
+)  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.alone(__doc__)

@@ -15,8 +15,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import show, write
-from benchmarks.gpu.models import GIB, SYSTEMS, Session, arguments, build, clean, device, forget, parser, synchronize
+from benchmarks.gpu.benchmark import Benchmark, Row
+from benchmarks.gpu.models import (
+    GIB,
+    SYSTEMS,
+    Session,
+    arguments,
+    build,
+    clean,
+    device,
+    synchronize,
+    use_expandable_segments,
+)
 from benchmarks.gpu.models import weights as weights_of
 from mosaic_compiler.errors import BudgetError
 from mosaic_compiler.runtime.arena import pool_for
@@ -136,30 +146,25 @@ def add_arguments(made: argparse.ArgumentParser) -> None:
     """The arguments of this benchmark."""
     made.add_argument("--cards", type=int, nargs="*", default=[24, 40], help="GiB")
     made.add_argument("--below", type=float, default=1.0, help="per cent that mosaic stays below its limit")
-
-
-def main() -> None:
-    made = parser(__doc__)
-    torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # for all three: no slivers
-    add_arguments(made)
     made.add_argument("--systems", nargs="*", default=SYSTEMS, choices=SYSTEMS)
-    given = made.parse_args()
-    rows: list[dict[str, Any]] = []
-    for name in given.models:
-        session = Session(name, given.layers or 2)
-        for system in given.systems:
-            session.function(system)
-        for card in given.cards:
-            rows += measure(session, card, given.systems, given.below / 100)
-            write("max_tokens", {"rows": rows}, given.out)
-        del session
-        forget()
-    show(
-        "longest sequence",
-        ["model", "card GiB", "system", "tokens", "seconds per step (layers run)"],
-        [[r["model"], r["card_gib"], r["system"], r["tokens"], f"{r['step_s']:.2f} ({r['layers']})"] for r in rows],
-    )
+
+
+def _measure(session: Session, given: argparse.Namespace) -> list[Row]:
+    session.warm_up(systems=given.systems)
+    return [row for card in given.cards for row in measure(session, card, given.systems, given.below / 100)]
+
+
+BENCHMARK = Benchmark(
+    "max_tokens",
+    _measure,
+    "longest sequence",
+    ["model", "card GiB", "system", "tokens", "seconds per step (layers run)"],
+    lambda r: [r["model"], r["card_gib"], r["system"], r["tokens"], f"{r['step_s']:.2f} ({r['layers']})"],
+    layers=2,
+    add_arguments=add_arguments,
+)
 
 
 if __name__ == "__main__":
-    main()
+    use_expandable_segments()
+    BENCHMARK.alone(__doc__)

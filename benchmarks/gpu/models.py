@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,6 +95,12 @@ def arguments(name: str, tokens: int, masked: float = 0.5) -> tuple[torch.Tensor
     return ids.to(device()), block_window(tokens, 0, tokens, device()), torch.tensor([tokens // 8], device=device())
 
 
+def use_expandable_segments() -> None:
+    """Let PyTorch's allocator grow what it has: no slivers, for any of the systems."""
+    if torch.cuda.is_available():
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -144,9 +150,9 @@ class Session:
         self._made: dict[str, tuple[Callable[..., Any], list[CompiledStep]]] = {}
         self._functions: dict[str, Callable[..., Any]] = {"eager": self.step}
 
-    def warm_up(self, tokens: int = 4096) -> None:
+    def warm_up(self, tokens: int = 4096, systems: Sequence[str] = SYSTEMS) -> None:
         """Compile everything, for sequences of these tokens."""
-        for system in SYSTEMS:
+        for system in systems:
             self.function(system, tokens)
 
     def function(self, system: str, tokens: int = 4096) -> Callable[..., Any]:

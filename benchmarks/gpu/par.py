@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import show, write
-from benchmarks.gpu.models import GIB, Session, arguments, clean, forget, parser, synchronize
+from benchmarks.gpu.benchmark import Benchmark
+from benchmarks.gpu.models import GIB, Session, arguments, clean, synchronize
 
 
 def live_bytes(function: Callable[..., Any], given: tuple[Any, ...]) -> list[int]:
@@ -70,19 +70,14 @@ def _row(model: str, tokens: int, system: str, timeline: list[int]) -> dict[str,
     return row
 
 
-def main() -> None:
-    given = parser(__doc__).parse_args()
-    rows: list[dict[str, Any]] = []
-    for name in given.models:
-        rows += measure(Session(name, given.layers), max(given.lengths))
-        forget()
-        write("par", {"layers": given.layers or "all", "rows": rows}, given.out)
-    show(
-        "live bytes of activations",
-        ["model", "tokens", "system", "peak GiB", "average GiB", "peak / average"],
-        [[r["model"], r["tokens"], r["system"], r["peak"] / GIB, r["average"] / GIB, r["par"]] for r in rows],
-    )
+BENCHMARK = Benchmark(
+    "par",
+    lambda session, given: measure(session, max(given.lengths)),
+    "live bytes of activations",
+    ["model", "tokens", "system", "peak GiB", "average GiB", "peak / average"],
+    lambda r: [r["model"], r["tokens"], r["system"], r["peak"] / GIB, r["average"] / GIB, r["par"]],
+)
 
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.alone(__doc__)

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import show, write
-from benchmarks.gpu.models import GIB, Session, arguments, clean, device, forget, high_water, parser
+from benchmarks.gpu.benchmark import Benchmark, quotient
+from benchmarks.gpu.models import GIB, Session, arguments, clean, device, high_water
 from mosaic_compiler.runtime.arena import pool_for
 
 
@@ -31,23 +31,17 @@ def measure(session: Session, tokens: int = 32768, budget: str = "4GiB") -> list
     return rows
 
 
-def main() -> None:
-    given = parser(__doc__).parse_args()
-    rows: list[dict[str, Any]] = []
-    for name in given.models:
-        rows += measure(Session(name, given.layers), max(given.lengths))
-        forget()
-        write("peak", {"layers": given.layers or "all", "rows": rows}, given.out)
-    show(
-        "peak of activations, GiB",
-        ["model", "tokens", "budget", "planned", "measured", "measured / planned", "MiB beyond the height"],
-        [
-            [r["model"], r["tokens"], r["budget"] or "none", r["planned"] / GIB, r["measured"] / GIB,
-             r["measured"] / r["planned"], r["beyond"] / (1 << 20)]
-            for r in rows
-        ],
-    )  # fmt: skip
+BENCHMARK = Benchmark(
+    "peak",
+    lambda session, given: measure(session, max(given.lengths)),
+    "peak of activations, GiB",
+    ["model", "tokens", "budget", "planned", "measured", "measured / planned", "MiB beyond the height"],
+    lambda r: [
+        r["model"], r["tokens"], r["budget"] or "none", r["planned"] / GIB, r["measured"] / GIB,
+        quotient(r, "measured", "planned"), r["beyond"] / (1 << 20),
+    ],
+)  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.alone(__doc__)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
-from benchmarks.common import interleaved, show, write
-from benchmarks.gpu.models import SYSTEMS, Session, arguments, clean, forget, parser
+from benchmarks.common import interleaved
+from benchmarks.gpu.benchmark import Benchmark, quotient
+from benchmarks.gpu.models import SYSTEMS, Session, arguments, clean
 
 
 def measure(session: Session, lengths: list[int], repeats: int, shares: tuple[float, ...] = (0.5, 0.1, 1.0)) -> Any:
@@ -48,32 +48,18 @@ def interleaved_or_none(
     return results, {system: seconds[system] * 1e3 if system in seconds else None for system in functions}
 
 
-def ratios(rows: list[dict[str, Any]], against: str) -> tuple[list[float], float]:
-    """mosaic / the other system at half of the rows masked, and the geometric mean."""
-    found = [r["ms"]["mosaic"] / r["ms"][against] for r in rows if r["masked"] == 0.5 and r["ms"][against]]
-    return found, math.exp(sum(map(math.log, found)) / len(found)) if found else float("nan")
+def _cells(row: dict[str, Any]) -> list[Any]:
+    return [row["model"], row["tokens"], row["masked"], *row["ms"].values(), quotient(row["ms"], "mosaic", "inductor")]
 
 
-def main() -> None:
-    given = parser(__doc__).parse_args()
-    rows: list[dict[str, Any]] = []
-    for name in given.models:
-        session = Session(name, given.layers)
-        rows += measure(session, given.lengths, given.repeats)
-        del session
-        forget()
-        write("step_latency", {"layers": given.layers or "all", "rows": rows}, given.out)
-    show(
-        "milliseconds per step",
-        ["model", "tokens", "masked", *SYSTEMS, "against inductor"],
-        [[r["model"], r["tokens"], r["masked"], *r["ms"].values(), quotient(r, "inductor")] for r in rows],
-    )
-
-
-def quotient(row: dict[str, Any], against: str) -> float | None:
-    other = row["ms"][against]
-    return row["ms"]["mosaic"] / other if other else None
+BENCHMARK = Benchmark(
+    "step_latency",
+    lambda session, given: measure(session, given.lengths, given.repeats),
+    "milliseconds per step",
+    ["model", "tokens", "masked", *SYSTEMS, "against inductor"],
+    _cells,
+)
 
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.alone(__doc__)
