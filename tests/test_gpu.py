@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ import torch
 import mosaic_compiler
 from mosaic_compiler.backend import observing
 from mosaic_compiler.errors import BudgetError
+from mosaic_compiler.kernels.attention import flash_scratch
 from mosaic_compiler.runtime.arena import pool_for
 from mosaic_compiler.runtime.cuda_arena import CudaArena
 from mosaic_compiler.runtime.cuda_driver import virtual_memory_problem
@@ -322,3 +327,71 @@ def test_logits_of_needed_rows_and_shared_zeros(rows):
         torch.cuda.synchronize()
         assert device_bytes() - before < 4 * MiB
         assert not steps
+
+
+def test_needed_rows_are_attended_without_a_plan_and_within_the_memory_plan():
+    """The last layer's attention has another number of queries in each step."""
+    step, steps, tokens = model(torch.bfloat16, kv_heads=2), [], 4096
+    ids, window, count = arguments(tokens)
+    ids[:] = 7
+    with torch.no_grad(), observing(steps.append):
+        fast = compiled(step)
+        for masked in (512, 1, 3, 32, 33, 64, 100, 257, 2048):
+            ids[:, :masked] = 3
+            fast(ids, window, count)  # binds
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                result = fast(ids, window, count)
+                torch.cuda.synchronize()
+            assert torch.cuda.max_memory_allocated() - before <= max(steps[0].plan.outside)
+            kernels = " ".join(event.name for event in profile.events())
+            if flash_scratch(1, 4, masked, 64, tokens) < MiB:
+                assert "flash_fwd" in kernels
+            assert (result != step(ids, window, count)).sum() <= 0.02 * masked + 2
+            ids[:] = 7
+    assert len(steps) == 1
+
+
+@pytest.mark.parametrize("depth", [64, 128])
+def test_flash_attention_allocates_what_is_expected(depth):
+    """Its float32 results of parts of the keys, besides what it returns."""
+    for heads, rows, keys in (
+        (4, 1, 4096),
+        (4, 32, 9000),
+        (28, 32, 4096),
+        (32, 65, 60_000),
+        (8, 2048, 4096),
+        (7, 300, 900),
+    ):
+        query, key = (torch.randn(1, heads, n, depth, device="cuda", dtype=torch.bfloat16) for n in (rows, keys))
+        call = torch.ops.aten._scaled_dot_product_flash_attention
+        call(query, key, key)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        results = call(query, key, key)
+        kept = torch.cuda.memory_allocated() - before
+        scratch = torch.cuda.max_memory_allocated() - before - kept
+        assert scratch <= flash_scratch(1, heads, rows, depth, keys) + 4096
+        del results
+
+
+@pytest.mark.timeout(600)
+def test_all_benchmarks_run(tmp_path):
+    """Of a toy, in one command, as ``make bench-gpu`` runs them."""
+    root = Path(__file__).parents[1]
+    lengths = ["--lengths", "256", "512", "--prompts", "600", "--new", "64", "--cases", "200", "56", "--cards", "1"]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--models", "toy-gqa", "--repeats", "1", *lengths]
+    done = subprocess.run([*command, "--out", tmp_path], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = {path.stem: json.loads(path.read_text())["rows"] for path in tmp_path.glob("*.json")}
+    assert results.keys() == {path.stem for path in (root / "benchmarks/results").glob("*.json")} - {
+        "step_cpu", "budget_cpu"
+    }  # fmt: skip
+    assert all(results.values())
+    longest = {row["system"]: row["tokens"] for row in results["max_tokens"]}
+    assert longest["mosaic"] > longest["eager"] > 0
+    assert all(0.98 <= row["measured"] / row["planned"] <= 1 for row in results["peak"] if row["planned"] > 64 * MiB)
+    assert all("error" not in row for name in ("generate", "drop_in") for row in results[name])

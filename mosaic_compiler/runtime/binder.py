@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -188,7 +188,7 @@ class Binder:
 
     def _opaque(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> None:
         """Run as it is; each tensor result goes to a slot of its own, so that it can die by itself."""
-        run = bound_call(Call(node.target, tuple(args), tuple(kwargs.items())), self.shared.slots)  # type: ignore[arg-type]
+        run = bound_call(Call(self._function_of(node), tuple(args), tuple(kwargs.items())), self.shared.slots)
         if self._is_empty(node):
             run = functools.partial(self._empty_results, node)
         roots = self.scope.storage.roots(node)
@@ -200,6 +200,11 @@ class Binder:
         slots = tuple(self._slot(node, index, root) for index, root in enumerate(roots))
         self.values[node] = slots
         self.instructions.append(store_all(self.shared.slots, [slot.index for slot in slots], run))
+
+    def _function_of(self, node: fx.Node) -> Callable[..., Any]:
+        """What computes an opaque node."""
+        assert callable(node.target)
+        return node.target
 
     def _loop(self, node: fx.Node) -> None:
         """Full-length results, then the body for each chunk."""

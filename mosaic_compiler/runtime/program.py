@@ -10,7 +10,8 @@ memory per call, because the caller keeps them) and results of opaque ops.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import sympy
@@ -19,6 +20,8 @@ from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.errors import ArenaError
+from mosaic_compiler.kernels import attention
+from mosaic_compiler.passes.rows import ATTENTIONS
 from mosaic_compiler.planning.lifetimes import Lives
 from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.planning.plan import MemoryPlan
@@ -55,16 +58,19 @@ class Program:
 
     def finish(self) -> None:
         """Bind what is not bound yet."""
+        self._bind_all()
+        self.outputs = self._load()
+
+    def _bind_all(self) -> None:
         with torch.no_grad():
             for node in self._binder.calls:
                 self._binder.bind_pending(node)
-        self.outputs = self._load()
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         """Run the step.  ``inputs`` are the graph's placeholders, then the prologue's results.
 
-        What has to be bound is bound node by node, right before it runs: a GPU is busy with the first nodes while
-        later ones are bound.
+        What has to be bound is bound node by node, right before it runs, or while the first attention is prepared: a
+        GPU is busy with the first nodes while later ones are bound.
         """
         slots = self.slots
         try:
@@ -83,17 +89,30 @@ class Program:
 
     def _bind_and_run(self) -> list[Any]:
         binder = self._binder
+        is_new = len(binder.pending) == len(binder.calls)
         for node, calls in binder.calls.items():
             if node in binder.pending:
                 calls = binder.bind_pending(node)
+            if is_new and node.target in ATTENTIONS:
+                self._run_while_binding(calls)
+                is_new = False
+                continue
             for call in calls:
                 call()
         return self._load()
 
+    def _run_while_binding(self, calls: Sequence[Instruction]) -> None:
+        """Bind all the rest meanwhile.  For the first attention of new sizes cuDNN makes a plan, outside of Python and
+        for longer than binding takes; the GPU has nothing to do until then."""
+        with ThreadPoolExecutor(1) as pool:
+            bound = pool.submit(self._bind_all)
+            for call in calls:
+                call()
+            bound.result()
+
     def _load(self) -> list[Any]:
         """All is bound: the flat list of calls, and what the step returns."""
         binder = self._binder
-        binder.pending = frozenset()
         self.instructions = [call for calls in binder.calls.values() for call in calls]
         self._checked = False
         return binder.outputs()
@@ -158,18 +177,19 @@ class _StepBinder(Binder):
         super().__init__(module, lives.scope, sizes, shared)
         self.plan, self.inputs = plan, len(inputs)  # only their number is kept, so that no caller's tensor is
         self.calls: dict[fx.Node, list[Instruction]] = {node: [] for node in lives.nodes}
-        self.pending = frozenset(lives.nodes)
+        self.pending = set(lives.nodes)
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         for index, node in enumerate(placeholders):
             self.values[node] = self._placeholder(node, index, inputs[index], static)
         for index, node in enumerate(early, len(placeholders)):
             self.values[node] = Slot(index)
-        self._varying = frozenset(lives.depending_on(varying))
+        self._varying = varying
+        self._depending = lives.depending_on(varying)
 
     def resize(self, sizes: Sizes) -> None:
         """Other numbers of computed rows: what depends on them is pending."""
         self.sizes = sizes
-        self.pending |= self._varying
+        self.pending.update(self._depending)
 
     def bind_pending(self, node: fx.Node) -> list[Instruction]:
         """The node's calls, bound if that is pending.  Views must not be inference tensors: later calls may be made
@@ -181,7 +201,14 @@ class _StepBinder(Binder):
                     self.bind_node(node)
             else:
                 self.bind_node(node)
+            self.pending.remove(node)
         return self.calls[node]
+
+    def _function_of(self, node: fx.Node) -> Callable[..., Any]:
+        result = self.shared.placed.get(f"{node.name}.0")  # of an op with several
+        if result is None:
+            return super()._function_of(node)
+        return attention.kernel_of(node, self.sizes, self._varying, self.plan.room_at(result.start))
 
     def outputs(self) -> list[Any]:
         """What the step returns: slots, tensors, numbers."""

@@ -1,0 +1,214 @@
+"""Which kernel computes attention over needed rows, what it may allocate, and binding while it is prepared.
+
+No GPU is needed: tensors are fake, and the choice looks at shapes only.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from mosaic_compiler import ir
+from mosaic_compiler.kernels import attention
+from mosaic_compiler.planning.lives import Sizes
+from mosaic_compiler.planning.plan import Buffer, MemoryPlan
+from mosaic_compiler.runtime.program import _StepBinder
+from mosaic_compiler.sampling import DenoisingStep, block_window
+
+aten = torch.ops.aten
+CUDNN = aten._scaled_dot_product_cudnn_attention.default
+FLASH = aten._scaled_dot_product_flash_attention.default
+
+
+def attend(*args, heads=8, kv_heads=2, depth=64, depth_of_values=64, keys=500, batch=1, target=CUDNN, **kwargs):
+    """A node that attends M queries to ``keys`` keys, and M."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    graph = fx.Graph()
+    with mode:
+        rows = mode.shape_env.create_unbacked_symint()
+        torch._check(rows >= 2)
+        shapes = [(batch, rows, heads, depth), (batch, keys, kv_heads, depth), (batch, keys, kv_heads, depth_of_values)]
+        nodes = [graph.placeholder(name) for name in "qkv"]
+        for node, shape in zip(nodes, shapes, strict=True):
+            node.meta["val"] = torch.empty(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+        node = graph.call_function(target, (*nodes, *args), kwargs)
+    graph.output(graph.call_function(operator.getitem, (node, 0)))
+    return node, ir.expr_of(rows)
+
+
+def chosen(node, rows, count, varying=None, room=1 << 40):
+    return attention.kernel_of(node, Sizes({rows: count}), {rows} if varying is None else varying, room)
+
+
+def test_rows_that_vary_need_no_plan_until_they_are_worth_it():
+    node, rows = attend(None, False, keys=1 << 20)
+    seen = {count: chosen(node, rows, count) is not CUDNN for count in (1, 7, 64, 255, 256, 1 << 16)}
+    assert seen == {1: True, 7: True, 64: True, 255: True, 256: False, 1 << 16: False}  # 4 x 8 x 64 x 2^20 x 256 = 2^39
+    assert chosen(node, rows, 7, varying=set()) is CUDNN
+
+
+def test_what_split_keys_need_must_fit():
+    node, rows = attend(None, False, keys=4096)
+    needed = attention.flash_scratch(1, 8, 7, 64, 4096)
+    assert needed > 0
+    assert chosen(node, rows, 7, room=needed - 1) is CUDNN
+    assert chosen(node, rows, 7, room=needed) is not CUDNN
+    assert chosen(node, rows, 4000, room=0) is not CUDNN  # enough queries for every multiprocessor
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "sizes"),
+    [
+        ((None, False, 0.5), {}, {}),
+        ((None, False, 0.0, True), {}, {}),
+        ((None, False), {}, {"depth": 60}),
+        ((None, False), {}, {"depth": 264, "depth_of_values": 264}),
+        ((None, False), {}, {"depth_of_values": 32}),
+    ],
+)
+def test_what_flash_attention_cannot_compute_stays(args, kwargs, sizes):
+    node, rows = attend(*args, **kwargs, **sizes)
+    assert chosen(node, rows, 7) is CUDNN
+
+
+def test_a_mask_and_a_wanted_sum_stay():
+    node, rows = attend(None, True)
+    assert chosen(node, rows, 7) is not CUDNN
+    with node.graph.inserting_after(node):
+        node.graph.call_function(operator.getitem, (node, 1))
+    assert chosen(node, rows, 7) is CUDNN
+    node, rows = attend(None, False)
+    node.update_arg(3, node.args[0])
+    assert chosen(node, rows, 7) is CUDNN
+
+
+def test_other_nodes_keep_their_op():
+    graph = fx.Graph()
+    node = graph.call_function(aten.neg.default, (graph.placeholder("x"),))
+    assert attention.kernel_of(node, Sizes({}), (), 0) is aten.neg.default
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    batch=st.integers(1, 4),
+    heads=st.integers(1, 64),
+    rows=st.integers(1, 2000),
+    keys=st.integers(1, 100_000),
+    depth=st.sampled_from([8, 40, 64, 96, 128, 192, 256]),
+)
+def test_scratch_of_split_keys(batch, heads, rows, keys, depth):
+    """It holds results and sums of the fewest parts that are within 15 % of the best use of the multiprocessors."""
+    block = 256 if depth <= 64 else 128 if depth <= 128 else 64
+    found = attention.flash_scratch(batch, heads, rows, depth, keys)
+    bytes_of_part = 4 * batch * heads * rows * (32 * math.ceil(depth / 32) + 1)
+    assert found % bytes_of_part == 0
+    parts = found // bytes_of_part
+    assert parts <= math.ceil(keys / block)
+    groups, processors = batch * heads * math.ceil(rows / 64), 2 * attention._multiprocessors()
+    if groups >= processors:
+        assert parts == 0
+    if groups <= processors // 20 and keys >= 128 * block * 20:
+        assert parts * groups >= 0.8 * processors or parts >= 64  # few queries keep the device busy
+
+
+LIVES = st.tuples(st.sampled_from(["transient", "scratch", "output"]), st.integers(0, 9), st.integers(0, 9)).map(
+    lambda drawn: (drawn[0], min(drawn[1:]), max(drawn[1:]) + 1)
+)
+
+
+@given(st.lists(st.tuples(LIVES, st.integers(1, 20)), min_size=1), st.integers(0, 9))
+def test_what_fits_beside_the_peak(drawn, position):
+    """So much more at a position changes no figure; 512 bytes more do."""
+
+    def figures(*more):
+        plan = MemoryPlan((*buffers, *more), tuple(map(str, range(10))))
+        return plan.peak, plan.workspace
+
+    buffers = tuple(Buffer(f"b{i}", kind, 512 * n, a, b) for i, ((kind, a, b), n) in enumerate(drawn))
+    room = MemoryPlan(buffers, tuple(map(str, range(10)))).room_at(position)
+    assert room >= 0
+    if room:
+        assert figures(Buffer("more", "scratch", room, position, position + 1)) == figures()
+    assert figures(Buffer("more", "scratch", room + 512, position, position + 1)) != figures()
+
+
+# ------------------------------------------------------------------------------------------ binding
+class Bidirectional(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Embedding(32, 16)
+        self.qkv = torch.nn.ModuleList(torch.nn.Linear(16, 48) for _ in range(3))
+        self.head = torch.nn.Linear(16, 32)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.qkv:
+            q, k, v = layer(x).view(*ids.shape, 3, 2, 8).permute(2, 0, 3, 1, 4)
+            x = x + torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape_as(x)
+        return self.head(x)
+
+
+def arguments(tokens):
+    ids = torch.arange(tokens).remainder(31).unsqueeze(0).masked_fill(torch.arange(tokens) % 2 == 0, 31)
+    return ids, block_window(tokens, 0, tokens), torch.tensor([2])
+
+
+@pytest.fixture
+def step():
+    torch._dynamo.reset()
+    step = DenoisingStep(Bidirectional().eval().requires_grad_(False), 31)
+    yield step, torch.compile(step, backend="mosaic", dynamic=True, options={"disable": ["fuse"]})
+    torch._dynamo.reset()
+
+
+def test_what_follows_the_first_attention_is_bound_while_that_runs(step, monkeypatch):
+    eager, compiled = step
+    threads = []
+    bind_node = _StepBinder.bind_node
+
+    def watched(self, node):
+        threads.append((node.name, threading.current_thread() is threading.main_thread()))
+        bind_node(self, node)
+
+    monkeypatch.setattr(_StepBinder, "bind_node", watched)
+    with torch.inference_mode():
+        for tokens in (40, 40, 12, 40):
+            threads.clear()
+            given = arguments(tokens)
+            assert torch.equal(compiled(*given), eager(*given))
+            attentions = [index for index, (name, _) in enumerate(threads) if "attention" in name]
+            if attentions:
+                first = attentions[0]
+                assert all(main for _, main in threads[: first + 1])
+                assert not any(main for _, main in threads[first + 1 :])
+                assert len({name for name, _ in threads}) == len(threads)  # nothing twice
+    assert not threads  # a known length is bound already
+
+
+def test_an_error_while_binding_reaches_the_caller_and_the_next_call_works(step, monkeypatch):
+    eager, compiled = step
+    given = arguments(40)
+    bind_node = _StepBinder.bind_node
+
+    def fails(self, node):
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("no more")
+        bind_node(self, node)
+
+    with torch.no_grad():
+        with monkeypatch.context() as patch:
+            patch.setattr(_StepBinder, "bind_node", fails)
+            with pytest.raises(RuntimeError, match="no more"):
+                compiled(*given)
+        assert torch.equal(compiled(*given), eager(*given))
+        assert torch.equal(compiled(*given), eager(*given))
