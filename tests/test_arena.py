@@ -99,7 +99,7 @@ def test_poison_mode_finds_a_write_behind_a_buffer():
     step = compile_aten(module, MosaicOptions(poison=True, disable=("fuse", "in-place")))
     x = torch.randn(16, 8)
     step([x])
-    program = next(iter(step._programs.values()))[0]
+    program = next(iter(step._programs.values())).program
     position, call = next(
         (i, call)
         for i, call in enumerate(program.instructions)

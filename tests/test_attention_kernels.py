@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+import pickle
 import threading
 
 import pytest
@@ -19,8 +20,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from mosaic_compiler import ir
 from mosaic_compiler.kernels import attention
+from mosaic_compiler.planning.flash import split_bytes
 from mosaic_compiler.planning.lives import Sizes
-from mosaic_compiler.planning.plan import Buffer, MemoryPlan
+from mosaic_compiler.planning.outline import capacity
 from mosaic_compiler.runtime.program import _StepBinder
 from mosaic_compiler.sampling import DenoisingStep, block_window
 
@@ -45,8 +47,8 @@ def attend(*args, heads=8, kv_heads=2, depth=64, depth_of_values=64, keys=500, b
     return node, ir.expr_of(rows)
 
 
-def chosen(node, rows, count, varying=None, room=1 << 40):
-    return attention.kernel_of(node, Sizes({rows: count}), {rows} if varying is None else varying, room)
+def chosen(node, rows, count, varying=None, scratch=1 << 40):
+    return attention.kernel_of(node, Sizes({rows: count}), {rows} if varying is None else varying, scratch)
 
 
 def test_rows_that_vary_need_no_plan_until_they_are_worth_it():
@@ -56,13 +58,37 @@ def test_rows_that_vary_need_no_plan_until_they_are_worth_it():
     assert chosen(node, rows, 7, varying=set()) is CUDNN
 
 
-def test_what_split_keys_need_must_fit():
+def test_what_split_keys_need_must_be_planned():
     node, rows = attend(None, False, keys=4096)
-    needed = attention.flash_scratch(1, 8, 7, 64, 4096)
+    needed = split_bytes(8, 7, 4096, 64, attention._multiprocessors())
     assert needed > 0
-    assert chosen(node, rows, 7, room=needed - 1) is CUDNN
-    assert chosen(node, rows, 7, room=needed) is not CUDNN
-    assert chosen(node, rows, 4000, room=0) is not CUDNN  # enough queries for every multiprocessor
+    assert chosen(node, rows, 7, scratch=needed - 1) is CUDNN
+    assert chosen(node, rows, 7, scratch=needed) is not CUDNN
+    assert chosen(node, rows, 4000, scratch=0) is not CUDNN  # enough queries for every multiprocessor
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 3000), st.integers(1, 40_000), st.sampled_from([4, 8, 32]), st.sampled_from([64, 128]))
+def test_a_plan_has_what_its_programs_need(count, keys, heads, depth):
+    """Whatever the number of rows for which a step picks the program of this plan."""
+    node, rows = attend(None, False, keys=keys, heads=heads, kv_heads=heads, depth=depth, depth_of_values=depth)
+    node.args[0].meta[ir.BINDS] = rows
+    room = capacity(count)
+    planned = Sizes({rows: room})(attention.flash_scratch(node))
+    assert planned == Sizes({rows: room})(pickle.loads(pickle.dumps(attention.flash_scratch(node))))
+    served = [n for n in range(max(room // 2 - 40, 1), room + 1) if capacity(n) <= room <= 2 * capacity(n)]
+    assert count in served
+    for number in (*served[:: max(len(served) // 25, 1)], served[-1]):
+        small = 4 * heads * number * depth * keys < 1 << 39
+        assert (chosen(node, rows, number, scratch=planned) is not CUDNN) == small
+
+
+def test_other_attentions_have_no_such_scratch():
+    node, rows = attend(None, False)
+    assert attention.flash_scratch(node) == 0  # nothing says that only the data knows how many rows there are
+    node, rows = attend(None, False, 0.5)
+    node.args[0].meta[ir.BINDS] = rows
+    assert attention.flash_scratch(node) == 0
 
 
 @pytest.mark.parametrize(
@@ -108,7 +134,7 @@ def test_other_nodes_keep_their_op():
 def test_scratch_of_split_keys(batch, heads, rows, keys, depth):
     """It holds results and sums of the fewest parts that are within 15 % of the best use of the multiprocessors."""
     block = 256 if depth <= 64 else 128 if depth <= 128 else 64
-    found = attention.flash_scratch(batch, heads, rows, depth, keys)
+    found = split_bytes(batch * heads, rows, keys, depth, attention._multiprocessors())
     bytes_of_part = 4 * batch * heads * rows * (32 * math.ceil(depth / 32) + 1)
     assert found % bytes_of_part == 0
     parts = found // bytes_of_part
@@ -118,27 +144,6 @@ def test_scratch_of_split_keys(batch, heads, rows, keys, depth):
         assert parts == 0
     if groups <= processors // 20 and keys >= 128 * block * 20:
         assert parts * groups >= 0.8 * processors or parts >= 64  # few queries keep the device busy
-
-
-LIVES = st.tuples(st.sampled_from(["transient", "scratch", "output"]), st.integers(0, 9), st.integers(0, 9)).map(
-    lambda drawn: (drawn[0], min(drawn[1:]), max(drawn[1:]) + 1)
-)
-
-
-@given(st.lists(st.tuples(LIVES, st.integers(1, 20)), min_size=1), st.integers(0, 9))
-def test_what_fits_beside_the_peak(drawn, position):
-    """So much more at a position changes no figure; 512 bytes more do."""
-
-    def figures(*more):
-        plan = MemoryPlan((*buffers, *more), tuple(map(str, range(10))))
-        return plan.peak, plan.workspace
-
-    buffers = tuple(Buffer(f"b{i}", kind, 512 * n, a, b) for i, ((kind, a, b), n) in enumerate(drawn))
-    room = MemoryPlan(buffers, tuple(map(str, range(10)))).room_at(position)
-    assert room >= 0
-    if room:
-        assert figures(Buffer("more", "scratch", room, position, position + 1)) == figures()
-    assert figures(Buffer("more", "scratch", room + 512, position, position + 1)) != figures()
 
 
 # ------------------------------------------------------------------------------------------ binding

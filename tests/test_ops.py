@@ -5,6 +5,8 @@ What has a row rule is computed in chunks, what has none whole; either way nobod
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -112,12 +114,26 @@ OPS = {
 }
 
 
+# Numbers that are computed from sizes, and are no whole ones.
+SIZED = {
+    "clamp": lambda h: h.clamp(max=1 / h.shape[0]) * 2,
+    "full": lambda h: h + torch.full((h.shape[0], 8), 0.3 * h.shape[0]),
+    "addmm": lambda h: torch.addmm(h, h, h.mT @ h, alpha=1 / h.shape[0], beta=0.3 * h.shape[0]),
+    "power": lambda h: h * h.shape[0] ** -0.5,
+    "log": lambda h: F.scaled_dot_product_attention(h, h, h, scale=math.log(h.shape[0])),
+    "threshold": lambda h: F.threshold(h, 1 / h.shape[0], 0.1 * h.shape[0]),
+    "masked_fill": lambda h: h.masked_fill(h > 0.1, 0.5 * h.shape[0]),
+    "picked": lambda h: h[h[:, 0] > 0].clamp(max=1 / h.shape[0]) + 1,
+    "eps": lambda h: F.layer_norm(h, (8,), eps=1 / h.shape[0]),
+}
+
+
 def check(op, lengths, **options):
     def f(x, w):
         h = torch.relu(x @ w) - 0.2
         return op(h), (h * 2) @ w
 
-    step = torch.compile(f, backend="mosaic", dynamic=True, options={"disable": ("fuse",), "poison": True, **options})
+    step = torch.compile(f, backend="mosaic", dynamic=True, options={"poison": True, **options})
     for n, width in lengths:
         x, w = torch.randn(n, width), torch.randn(width, width)
         for got, expected in zip(step(x, w), f(x, w), strict=True):
@@ -139,3 +155,15 @@ def test_an_op_between_two_products_in_chunks(name):
 def test_the_last_part_of_a_split_is_what_is_left():
     """Two parts of an odd width, from a graph that was captured for an even one."""
     check(lambda h: h.chunk(2, -1)[1], [(17, 8), (12, 7), (9, 5)])
+
+
+@pytest.mark.parametrize("chunk", [None, 5])
+@pytest.mark.parametrize("name", SIZED)
+def test_numbers_computed_from_sizes(name, chunk):
+    check(SIZED[name], [(17, 8), (40, 8), (5, 8)], chunk_rows=chunk)
+
+
+@pytest.mark.fuse
+@pytest.mark.parametrize("name", ["clamp", "picked", "threshold"])
+def test_numbers_computed_from_sizes_beside_fused_kernels(name):
+    check(SIZED[name], [(17, 8), (40, 8), (5, 8)])

@@ -42,6 +42,8 @@ def tolerance_of(module: torch.fx.GraphModule) -> float:
 @example(toys.Program((("matmul", 0, 0), ("amax", 2, 0)), ((3, "first_row"),)), [(5, 8)], "auto", False)
 @example(toys.Program((("amax", 0, 0), ("write_rows", 2, 0)), ((3, "whole"),)), [(5, 8)], "auto", True)
 @example(toys.Program((("causal", 0, 1), ("matmul", 2, 0)), ((3, "last_row"),)), [(5, 8)], "auto", False)
+@example(toys.Program((("amax", 0, 0), ("sdpa", 0, 2)), ((3, "whole"),)), [(2, 4)], "auto", False)
+@example(toys.Program((("by_rows", 0, 0), ("by_width", 2, 0)), ((3, "whole"),)), [(5, 8), (9, 4)], "auto", False)
 @given(
     toys.programs, st.lists(shapes, min_size=1, max_size=3), st.sampled_from(["auto", "size", "naive"]), st.booleans()
 )

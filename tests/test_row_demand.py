@@ -19,6 +19,7 @@ from mosaic_compiler.passes import CanonicalizePass, run_passes, trace
 from mosaic_compiler.passes.demand import analyse
 from mosaic_compiler.passes.row_demand import RowDemandPass
 from mosaic_compiler.passes.rows import MATMULS
+from mosaic_compiler.planning.outline import capacity
 from mosaic_compiler.sampling import DenoisingStep, block_window
 
 MASK = 3
@@ -216,7 +217,7 @@ def _numbers(values):
 # --------------------------------------------------------------------------- rows computed, exactly
 def rows_of_head(step) -> int:
     """Rows of the last matmul that ran (the LM head), from the sizes of the last call."""
-    program = next(reversed(step._programs.values()))[0]
+    program = next(reversed(step._programs.values())).program
     sizes = program._binder.sizes
     for node in reversed(step.module.graph.nodes):
         if node in step.lives.loops and any(n.target in MATMULS for n in step.lives.loops[node].scope.nodes):
@@ -265,6 +266,41 @@ def test_head_rows_equal_masked_rows_in_the_window(shift, batch):
             assert torch.equal(compiled(*arguments), step(*arguments))
             assert rows_of_head(steps[0]) == int(((ids == MASK) & window).sum())
     assert len(steps) == 1
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=12), st.booleans())
+def test_any_succession_of_numbers_of_rows(counts, poison):
+    """One program serves fewer rows than it has room for, down to half as many."""
+    torch._dynamo.reset()
+    step, steps = DenoisingStep(TinyLM(False).eval(), MASK), []
+    window, clean = block_window(300, 0, 300), torch.randint(4, 20, (1, 300))
+    everything = torch.tensor([300])  # masked rows are all alike here: which two are the surest is a matter of rounding
+    with torch.no_grad(), observing(steps.append):
+        compiled = torch.compile(step, backend="mosaic", dynamic=True, options={"poison": poison})
+        for rows in counts:
+            ids = clean.clone()
+            ids[0, torch.randperm(300)[:rows]] = MASK
+            assert torch.equal(compiled(ids, window, everything), step(ids, window, everything))
+            sizes = dict(steps[-1].plan.symbols)
+            room = next(value for name, value in sizes.items() if value != 300)
+            assert rows <= room <= 2 * capacity(rows)
+            assert rows_of_head(steps[-1]) == rows
+
+
+@pytest.mark.parametrize("chunk", [None, 50])
+def test_falling_numbers_of_rows_share_programs(chunk):
+    """As in generation: 300 needed rows, then fewer in each of 20 steps.  What runs in chunks is planned again, because
+    fewer rows may do with larger ones."""
+    step, steps, programs = DenoisingStep(TinyLM(False).eval(), MASK), [], []
+    window, ids, everything = block_window(300, 0, 300), torch.full((1, 300), MASK), torch.tensor([300])
+    with torch.no_grad(), observing(steps.append):
+        compiled = torch.compile(step, backend="mosaic", dynamic=True, options={"chunk_rows": chunk})
+        for rows in range(300, 0, -15):
+            ids[0, rows:] = 7
+            assert torch.equal(compiled(ids, window, everything), step(ids, window, everything))
+            programs.append(len(steps[-1]._programs))
+    assert programs[-1] <= 5 if chunk is None else programs[-1] > 5
 
 
 def test_the_last_layer_runs_on_needed_rows_only():

@@ -12,6 +12,7 @@ from benchmarks.gpu import (
     breakdown,
     compile_time,
     drop_in,
+    falling_rows,
     gather_logits,
     generate,
     max_tokens,
@@ -26,6 +27,7 @@ from benchmarks.gpu.models import Session, clean, forget, parser, use_expandable
 # Neighbours that run as many layers share a model and what is compiled for it.
 BENCHMARKS: tuple[Benchmark, ...] = (
     step_latency.BENCHMARK,
+    falling_rows.BENCHMARK,
     breakdown.BENCHMARK,
     compile_time.BENCHMARK,
     peak.BENCHMARK,

@@ -231,6 +231,8 @@ def work_of(node: fx.Node, device: torch.device) -> Work | None:
         return None
     if not operands or not all(_is_readable(tensor, device) for tensor in operands):
         return None
+    if any(isinstance(ir.value_of(operand), torch.SymFloat) for operand in node.all_input_nodes):
+        return None  # a kernel's own symbols are whole numbers
     if is_small_sum(node):
         return Work(_elements(out), None)
     if node.target in _REDUCTIONS or node.target in _NORMS:

@@ -199,17 +199,8 @@ class MemoryPlan:
     @cached_property
     def workspace(self) -> int:
         """What a memory budget has to cover: arena + what is live outside of it, the returned outputs left out."""
-        return self.height + max(self._outside_temporarily, default=0)
-
-    @cached_property
-    def _outside_temporarily(self) -> tuple[int, ...]:
-        """:attr:`outside` without the returned outputs."""
-        return tuple(live_bytes(self.of_kind("transient", "scratch"), len(self.schedule)))
-
-    def room_at(self, position: int) -> int:
-        """Bytes that could be allocated outside of the arena at a schedule position, and neither :attr:`peak` nor
-        :attr:`workspace` would be more."""
-        return min(max(live) - live[position] for live in (self.outside, self._outside_temporarily))
+        outside = live_bytes(self.of_kind("transient", "scratch"), len(self.schedule))
+        return self.height + max(outside, default=0)
 
     @cached_property
     def par(self) -> float:

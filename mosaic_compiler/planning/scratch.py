@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 
 from mosaic_compiler import ir
 from mosaic_compiler.clusters import cluster_of
-from mosaic_compiler.kernels import cluster_form, ops
+from mosaic_compiler.kernels import attention, cluster_form, ops
 
 aten = torch.ops.aten
 
@@ -24,6 +24,8 @@ def scratch_bytes(node: fx.Node) -> sympy.Expr:
         return cluster_form.scratch_bytes(cluster)
     if node.target is aten._scaled_dot_product_flash_attention_for_cpu.default:
         return _cpu_flash_attention(node)
+    if node.target is aten._scaled_dot_product_cudnn_attention.default:
+        return attention.flash_scratch(node)
     if node.target is ops.head_statistics:
         return _head_statistics(node)
     if node.target is aten._grouped_mm.default:

@@ -136,6 +136,9 @@ class Binder:
         value = ir.value_of(node)
         if isinstance(value, (bool, float)) or not ir.is_symbolic_number(value):
             return value
+        if isinstance(value, torch.SymFloat):  # computed as Python does, which rounds after each operation
+            args, kwargs = self._resolve(node)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
         return bool(self.sizes(value)) if isinstance(value, torch.SymBool) else self.sizes(value)
 
     def _resolve(self, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:

@@ -205,10 +205,8 @@ class _StepBinder(Binder):
         return self.calls[node]
 
     def _function_of(self, node: fx.Node) -> Callable[..., Any]:
-        result = self.shared.placed.get(f"{node.name}.0")  # of an op with several
-        if result is None:
-            return super()._function_of(node)
-        return attention.kernel_of(node, self.sizes, self._varying, self.plan.room_at(result.start))
+        scratch = self.shared.placed.get(f"{node.name}.scratch")
+        return attention.kernel_of(node, self.sizes, self._varying, 0 if scratch is None else scratch.nbytes)
 
     def outputs(self) -> list[Any]:
         """What the step returns: slots, tensors, numbers."""

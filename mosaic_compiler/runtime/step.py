@@ -41,9 +41,6 @@ from mosaic_compiler.runtime.program import Program, bind
 from mosaic_compiler.runtime.prologue import Prologue
 from mosaic_compiler.runtime.sparse import page_bytes
 
-_Entry: TypeAlias = "tuple[Program, list[tuple[weakref.ref[Any], int]]]"
-"""A program, and the weights (with their addresses) that it is bound to."""
-
 
 @dataclass(frozen=True)
 class _Variant:
@@ -66,6 +63,25 @@ class _Variant:
             (kernel, max((sizes(span) for span in spans if span.free_symbols <= known), default=0))
             for kernel, spans in self._kernels
         )
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A program, what it was bound for, and the weights (with their addresses) that it is bound to."""
+
+    variant: _Variant
+    planned: Planned
+    program: Program
+    weights: list[tuple[weakref.ref[Any], int]]
+
+    @property
+    def is_stale(self) -> bool:
+        """A weight was freed or moved."""
+        return any((tensor := ref()) is None or tensor.data_ptr() != pointer for ref, pointer in self.weights)
+
+
+_Key: TypeAlias = "tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...]]"
+"""What a program is bound for: the arena, sizes of inputs, room for computed rows, addresses of weights."""
 
 
 class CompiledStep:
@@ -122,7 +138,7 @@ class CompiledStep:
         self.planner = self.outline.planner
         self._readers = _symbol_readers(module, placeholders, self._prologue.symbols)
         self._plans: dict[tuple[int, ...], tuple[_Variant, Planned]] = {}
-        self._programs: OrderedDict[Any, _Entry] = OrderedDict()
+        self._programs: OrderedDict[_Key, _Bound] = OrderedDict()
         self._registered: set[ArenaPool] = set()
 
     @property
@@ -158,29 +174,48 @@ class CompiledStep:
             early, counts = self._prologue.run(inputs)
             sizes = self.sizes(numbers, counts)
             room = tuple([capacity(count) for count in counts])
-            variant, planned = self.plan_for(self.sizes(numbers, room))
+            key = self._known((arena.number, numbers, room, pointers))
+            bound = self._programs.get(key)
+            if bound is None:
+                variant, planned = self.plan_for(self.sizes(numbers, room))
+                # before the arena grows: compilers need memory as well
+                variant.compile_kernels(self._with_chunks(self.sizes(numbers, room), planned))
+            else:
+                variant, planned = bound.variant, bound.planned
             values = [*inputs, *(early[node.name] for node in variant.prologue.results)]
             del early
-            key = (arena.number, numbers, room, pointers)
-            entry = self._programs.get(key)
-            if entry is None:  # before the arena grows: compilers need memory as well
-                variant.compile_kernels(self._with_chunks(self.sizes(numbers, room), planned))
             arena.ensure(planned.plan.height)
-            if entry is None:
-                entry = self._programs[key] = self._bind(arena, sizes, variant, planned, values)
+            if bound is None:
+                bound = self._programs[key] = self._bind(arena, sizes, variant, planned, values)
             else:
                 self._programs.move_to_end(key)
-            program = entry[0]
+            program = bound.program
             program.resize(self._with_chunks(sizes, planned))
             self.plan = program.plan
             return program.run(values)
 
-    def _bind(self, arena: Arena, sizes: Sizes, variant: _Variant, planned: Planned, values: Sequence[Any]) -> _Entry:
+    def _known(self, key: _Key) -> _Key:
+        """The key of a program that has the room for this one, at most twice as much, and computes nothing in chunks;
+        else the key itself.
+
+        Where fewer rows are needed in each step, a plan and a program for every few of them would cost more than what
+        they save: no memory that the step before did not take, and no time where nothing is chunked.
+        """
+
+        def serves(other: _Key, bound: _Bound) -> bool:
+            is_same = (key[0], key[1], key[3]) == (other[0], other[1], other[3])
+            has_room = all(need <= have <= 2 * need for need, have in zip(key[2], other[2], strict=True))
+            return is_same and has_room and not any(loop.chunk < loop.rows for loop in bound.planned.plan.loops)
+
+        if key in self._programs:
+            return key
+        return next((other for other, bound in reversed(self._programs.items()) if serves(other, bound)), key)
+
+    def _bind(self, arena: Arena, sizes: Sizes, variant: _Variant, planned: Planned, values: Sequence[Any]) -> _Bound:
         """A program for these sizes, in a plan with room for a few more rows; forgets stale programs."""
         self._check_weights(sizes, values)
-        for key, (_, weights) in list(self._programs.items()):
-            if any((tensor := ref()) is None or tensor.data_ptr() != pointer for ref, pointer in weights):
-                del self._programs[key]  # its weights were freed or moved: do not keep the old ones in memory
+        for key in [key for key, bound in self._programs.items() if bound.is_stale]:
+            del self._programs[key]  # do not keep the old weights in memory
         while len(self._programs) >= self.options.program_cache:
             self._programs.popitem(last=False)
         program = bind(
@@ -198,7 +233,8 @@ class CompiledStep:
         if self.options.strict:  # a kernel that does not compile is found out when it is bound
             program.finish()
             self._be_strict()
-        return program, [(weakref.ref(values[i]), values[i].data_ptr()) for i in self._static]
+        weights = [(weakref.ref(values[i]), values[i].data_ptr()) for i in self._static]
+        return _Bound(variant, planned, program, weights)
 
     def _check_weights(self, sizes: Sizes, values: Sequence[Any]) -> None:
         """Dynamo may take a module's parameters for immutable, and not look at what their ``.data`` is now."""
