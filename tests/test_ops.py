@@ -163,6 +163,40 @@ def test_numbers_computed_from_sizes(name, chunk):
     check(SIZED[name], [(17, 8), (40, 8), (5, 8)], chunk_rows=chunk)
 
 
+@pytest.mark.parametrize("chunk", [None, 5])
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True)
+def test_numbers_computed_from_numbers_that_only_the_data_knows(chunk):
+    """Rows picked in the middle of a step have no number when it is planned: neither chunks nor offsets."""
+
+    def op(h):
+        picked = h[(h[:, 0] > 0).nonzero()[:, 0]]
+        some = torch.relu(picked) @ torch.ones(8, 3) + torch.full((picked.shape[0], 3), 0.1 * picked.shape[0])
+        return some, h.clamp(max=0.1 * (h > 0).sum().item())
+
+    def f(x, w):
+        return (*op(torch.relu(x @ w) - 0.2), x @ w)
+
+    step = torch.compile(f, backend="mosaic", dynamic=True, options={"poison": True, "chunk_rows": chunk})
+    for n in (17, 40, 9):
+        x, w = torch.randn(n, 8), torch.randn(8, 8)
+        for got, expected in zip(step(x, w), f(x, w), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.fuse
+def test_what_only_the_data_knows_the_size_of_is_not_fused():
+    def f(x):
+        picked = x[(x[:, 0] > 0).nonzero()[:, 0]]
+        return torch.relu(picked) * 2 + picked.shape[0], torch.relu(x) * 2 + 1
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        step = torch.compile(f, backend="mosaic", dynamic=True)
+        for n in (17, 40, 9):
+            x = torch.randn(n, 8)
+            for got, expected in zip(step(x), f(x), strict=True):
+                torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.fuse
 @pytest.mark.parametrize("name", ["clamp", "picked", "threshold"])
 def test_numbers_computed_from_sizes_beside_fused_kernels(name):

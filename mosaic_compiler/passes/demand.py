@@ -151,7 +151,7 @@ def _segment_size(segment: Segment) -> str:
 def _hinted_size(node: fx.Node) -> int:
     size = 1
     for extent in rows.shape_of(node):
-        size *= int(extent) if isinstance(extent, int) else extent.node.hint
+        size *= extent if isinstance(extent, int) else extent.node.hint or 1  # only the data knows some
     return size
 
 

@@ -28,6 +28,7 @@ from torch._ops import OpOverload
 from mosaic_compiler import ir
 from mosaic_compiler.kernels.cluster_form import MOST_ADDED, is_small_sum
 from mosaic_compiler.kernels.fused import supports
+from mosaic_compiler.planning.forms import has_unbacked
 
 aten = torch.ops.aten
 
@@ -233,6 +234,8 @@ def work_of(node: fx.Node, device: torch.device) -> Work | None:
         return None
     if any(isinstance(ir.value_of(operand), torch.SymFloat) for operand in node.all_input_nodes):
         return None  # a kernel's own symbols are whole numbers
+    if has_unbacked(node):
+        return None  # its result has no place in a plan
     if is_small_sum(node):
         return Work(_elements(out), None)
     if node.target in _REDUCTIONS or node.target in _NORMS:

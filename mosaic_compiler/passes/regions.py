@@ -30,6 +30,7 @@ from mosaic_compiler.kernels import ops
 from mosaic_compiler.passes import rows
 from mosaic_compiler.passes.labels import Edge, Labels
 from mosaic_compiler.passes.rows import ATTENTIONS, DEAR, MATMULS, Space
+from mosaic_compiler.planning.forms import has_unbacked
 
 HEAVY = MATMULS | ATTENTIONS | {ops.gather_logits, ops.head_statistics}
 """What a loop is made for."""
@@ -91,7 +92,12 @@ class _Finder:
         for node in graph.nodes:
             if node in labels.of:
                 groups.setdefault((labels.stage[node], labels.space[node]), []).append(node)
-        self.groups = {key: nodes for key, nodes in groups.items() if any(n.target in HEAVY for n in nodes)}
+        # what has sizes that are not known when a step starts cannot be planned, in chunks or not
+        self.groups = {
+            key: nodes
+            for key, nodes in groups.items()
+            if any(n.target in HEAVY for n in nodes) and not any(map(has_unbacked, nodes))
+        }
         self.order = [node for node in graph.nodes if node in labels.of]
         self.inside = self.regions.inside
         for nodes in self.groups.values():
