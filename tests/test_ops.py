@@ -187,7 +187,7 @@ def test_numbers_computed_from_numbers_that_only_the_data_knows(chunk):
 def test_what_only_the_data_knows_the_size_of_is_not_fused():
     def f(x):
         picked = x[(x[:, 0] > 0).nonzero()[:, 0]]
-        return torch.relu(picked) * 2 + picked.shape[0], torch.relu(x) * 2 + 1
+        return (torch.relu(picked) @ torch.ones(8, 3) + torch.full((picked.shape[0], 3), 0.5)), torch.relu(x) * 2 + 1
 
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         step = torch.compile(f, backend="mosaic", dynamic=True)
