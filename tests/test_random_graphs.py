@@ -125,10 +125,10 @@ def _tensors(value):
 
 
 def _bind_symbols(module, arguments):
-    from mosaic_compiler.runtime.step import _symbol_readers
+    from mosaic_compiler.runtime.symbols import symbol_readers
 
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    readers = _symbol_readers(module, placeholders, ())
+    readers = symbol_readers(module, placeholders, ())
     return [s for s, _ in readers], [read(arguments) for _, read in readers]
 
 

@@ -20,26 +20,24 @@ from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.clusters import clusters_in
-from mosaic_compiler.errors import CaptureError, FallbackError, StaleGraphError
-from mosaic_compiler.kernels import ops
+from mosaic_compiler.errors import FallbackError, StaleGraphError
 from mosaic_compiler.kernels.cluster_form import spans_of
 from mosaic_compiler.kernels.fused import FusedKernel, compile_all, kernel_for
-from mosaic_compiler.kernels.scatter_rows import pages_per_row
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.pipeline import PassRecord
 from mosaic_compiler.planning import MemoryPlan
 from mosaic_compiler.planning.budget import check_machine, free_memory
-from mosaic_compiler.planning.forms import ACCOUNTED_OPAQUE, Kind, main_device_of
 from mosaic_compiler.planning.lifetimes import Lives, find_lives
 from mosaic_compiler.planning.lives import Sizes
-from mosaic_compiler.planning.outline import Selected, StepOutline, capacity
+from mosaic_compiler.planning.outline import StepOutline, capacity
 from mosaic_compiler.planning.plan import Fallback
 from mosaic_compiler.planning.planner import Planned
-from mosaic_compiler.runtime.arena import Arena, ArenaPool, arena_problem, pool_for
+from mosaic_compiler.runtime.arena import Arena, ArenaPool, pool_for
+from mosaic_compiler.runtime.fallbacks import find_fallbacks, unmet_options
 from mosaic_compiler.runtime.instructions import GUARD
 from mosaic_compiler.runtime.program import Program, bind
 from mosaic_compiler.runtime.prologue import Prologue
-from mosaic_compiler.runtime.sparse import page_bytes
+from mosaic_compiler.runtime.symbols import hints_of, selected_in, symbol_readers
 
 
 @dataclass(frozen=True)
@@ -128,15 +126,15 @@ class CompiledStep:
         self.outline = StepOutline(
             self.lives,
             None if self._flat is None else self._flat.lives,
-            _hints(module),
-            _selected(module),
+            hints_of(module),
+            selected_in(module),
             placement=options.placement,
             deadline=options.placement_deadline,
             chunk_rows=options.chunk_rows,
             guard=GUARD if options.poison else 0,
         )
         self.planner = self.outline.planner
-        self._readers = _symbol_readers(module, placeholders, self._prologue.symbols)
+        self._readers = symbol_readers(module, placeholders, self._prologue.symbols)
         self._plans: dict[tuple[int, ...], tuple[_Variant, Planned]] = {}
         self._programs: OrderedDict[_Key, _Bound] = OrderedDict()
         self._registered: set[ArenaPool] = set()
@@ -282,30 +280,6 @@ class CompiledStep:
         return (self._loops if flat is None or planner is self.outline.planner else flat), planned
 
 
-def _hints(module: fx.GraphModule) -> dict[sympy.Symbol, int]:
-    """The example's value of every symbol of the inputs."""
-    found: dict[sympy.Symbol, int] = {}
-    for node in module.graph.find_nodes(op="placeholder"):
-        for number in ir.numbers_in(ir.value_of(node)):
-            if isinstance(number, torch.SymInt) and isinstance(expr := ir.expr_of(number), sympy.Symbol):
-                found.setdefault(expr, int(number.node.hint))
-    return found
-
-
-def _selected(module: fx.GraphModule) -> tuple[Selected, ...]:
-    """What is known ahead of each number of the prologue."""
-    found = []
-    for node in module.graph.nodes:
-        if ir.BINDS in node.meta:
-            most = counted = ir.most_of(node)
-            if node.target is ops.touched_pages:  # scattered rows share no page with each other
-                _, total, row_bytes, page = node.args
-                rows = ir.expr_of(ir.argument_value(total))
-                counted = rows * pages_per_row(row_bytes, page)
-            found.append(Selected(node.meta[ir.BINDS], counted, most))
-    return tuple(found)
-
-
 def _exactly(tensor: torch.Tensor) -> tuple[Any, ...] | None:
     """Dtype, device, sizes and strides; ``None`` if they depend on symbols."""
     shape, stride = tensor.shape, tensor.stride()
@@ -318,92 +292,3 @@ def _layout(tensor: Any, sizes: Sizes) -> tuple[Any, ...]:
     shape = [sizes(size) for size in tensor.shape]
     strides = [sizes(step) if size > 1 else 0 for size, step in zip(shape, tensor.stride(), strict=True)]
     return str(tensor.dtype), str(tensor.device), shape, strides
-
-
-def find_fallbacks(lives: Lives) -> tuple[Fallback, ...]:
-    """Name everything that the plan does not fully cover."""
-    found: list[Fallback] = []
-
-    def add(name: str, node: fx.Node, reason: str) -> None:
-        found.append(Fallback(name, node.name, str(node.target), reason, ir.provenance(node).source))
-
-    for node in set(lives.unsized).difference(lives.prologue):
-        add("data-dependent-size", node, "its bytes are known only while the step runs")
-    if lives.nodes and (problem := arena_problem(lives.device)) is not None:
-        reason = f"one allocation, moved when it grows, because {problem}"
-        found.append(Fallback("plain-arena", "", "", reason, ""))
-    for node in lives.elsewhere:
-        tensors = [tensor for tensor in ir.tensors_of(node) if tensor is not None]
-        if any(tensor.dim() > 0 for tensor in tensors):
-            add("other-device", node, f"lives on {tensors[0].device}, the plan is for {lives.device}")
-    named = {*lives.unsized, *lives.elsewhere, *lives.prologue}
-    for node, form in lives.forms.items():
-        if form.kind is Kind.OPAQUE and node not in named and not _is_accounted(node):
-            add("opaque-op", node, "has no out= form; memory that it uses inside is not in the plan")
-    return tuple(found)
-
-
-def unmet_options(module: fx.GraphModule, options: MosaicOptions) -> tuple[Fallback, ...]:
-    """What ``needed_rows`` asked for and this graph cannot have."""
-    problem = module.meta.get("needed_rows_problem")
-    if problem is not None:
-        return (Fallback("all-rows", "", "", problem, ""),)
-    device = main_device_of(module)
-    if options.needed_rows == "all" or page_bytes(device) is not None:
-        return ()
-    reason = arena_problem(device) or f"there is no virtual memory for results on {device.type} devices"
-    return (Fallback("dense-logits", "", "", f"zeros of unneeded rows take memory, because {reason}", ""),)
-
-
-def _is_accounted(node: fx.Node) -> bool:
-    """Its outputs and scratch are all it allocates, or it makes no tensor at all."""
-    makes_none = all(tensor is None for tensor in ir.tensors_of(node))
-    return makes_none or node.target in ACCOUNTED_OPAQUE or ir.is_random(node)
-
-
-def _read_value(index: int, inputs: Sequence[Any]) -> int:
-    return int(inputs[index])
-
-
-def _read_size(index: int, dim: int, inputs: Sequence[Any]) -> int:
-    return int(inputs[index].shape[dim])
-
-
-def _read_stride(index: int, dim: int, inputs: Sequence[Any]) -> int:
-    return int(inputs[index].stride(dim))
-
-
-def _symbol_readers(
-    module: fx.GraphModule, placeholders: Sequence[fx.Node], bound: Sequence[sympy.Symbol]
-) -> tuple[tuple[sympy.Symbol, Callable[[Sequence[Any]], int]], ...]:
-    """For every symbol of the graph that the prologue does not bind, where in the inputs its value stands.
-
-    Raises:
-        CaptureError: if a symbol is no input's size, stride or value.
-    """
-    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-
-    readers: dict[sympy.Symbol, Callable[[Sequence[Any]], int]] = {}
-
-    def offer(number: Any, read: Callable[[Sequence[Any]], int]) -> None:
-        if isinstance(number, torch.SymInt) and isinstance(symbol := ir.expr_of(number), sympy.Symbol):
-            readers.setdefault(symbol, read)
-
-    for index, node in enumerate(placeholders):
-        offer(ir.value_of(node), functools.partial(_read_value, index))
-    for index, node in enumerate(placeholders):
-        tensor = ir.tensor_of(node)
-        for dim in range(tensor.dim() if tensor is not None else 0):
-            assert tensor is not None
-            offer(tensor.shape[dim], functools.partial(_read_size, index, dim))
-            offer(tensor.stride(dim), functools.partial(_read_stride, index, dim))
-    for node in module.graph.nodes:
-        for number in ir.numbers_in(ir.value_of(node)):
-            if not ir.is_symbolic_number(number) or free_unbacked_symbols(number):
-                continue
-            if isinstance(number, torch.SymFloat):
-                continue
-            missing = ir.expr_of(number).free_symbols - readers.keys() - set(bound)
-            if missing:
-                raise CaptureError(f"{node.name} depends on {missing}, which no input's size says")
-    return tuple(readers.items())

@@ -1,0 +1,54 @@
+"""What a plan does not fully cover, by name."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from mosaic_compiler import ir
+from mosaic_compiler.options import MosaicOptions
+from mosaic_compiler.planning.forms import ACCOUNTED_OPAQUE, Kind, main_device_of
+from mosaic_compiler.planning.lifetimes import Lives
+from mosaic_compiler.planning.plan import Fallback
+from mosaic_compiler.runtime.arena import arena_problem
+from mosaic_compiler.runtime.sparse import page_bytes
+
+
+def find_fallbacks(lives: Lives) -> tuple[Fallback, ...]:
+    """Name everything that the plan does not fully cover."""
+    found: list[Fallback] = []
+
+    def add(name: str, node: fx.Node, reason: str) -> None:
+        found.append(Fallback(name, node.name, str(node.target), reason, ir.provenance(node).source))
+
+    for node in set(lives.unsized).difference(lives.prologue):
+        add("data-dependent-size", node, "its bytes are known only while the step runs")
+    if lives.nodes and (problem := arena_problem(lives.device)) is not None:
+        reason = f"one allocation, moved when it grows, because {problem}"
+        found.append(Fallback("plain-arena", "", "", reason, ""))
+    for node in lives.elsewhere:
+        tensors = [tensor for tensor in ir.tensors_of(node) if tensor is not None]
+        if any(tensor.dim() > 0 for tensor in tensors):
+            add("other-device", node, f"lives on {tensors[0].device}, the plan is for {lives.device}")
+    named = {*lives.unsized, *lives.elsewhere, *lives.prologue}
+    for node, form in lives.forms.items():
+        if form.kind is Kind.OPAQUE and node not in named and not _is_accounted(node):
+            add("opaque-op", node, "has no out= form; memory that it uses inside is not in the plan")
+    return tuple(found)
+
+
+def unmet_options(module: fx.GraphModule, options: MosaicOptions) -> tuple[Fallback, ...]:
+    """What ``needed_rows`` asked for and this graph cannot have."""
+    problem = module.meta.get("needed_rows_problem")
+    if problem is not None:
+        return (Fallback("all-rows", "", "", problem, ""),)
+    device = main_device_of(module)
+    if options.needed_rows == "all" or page_bytes(device) is not None:
+        return ()
+    reason = arena_problem(device) or f"there is no virtual memory for results on {device.type} devices"
+    return (Fallback("dense-logits", "", "", f"zeros of unneeded rows take memory, because {reason}", ""),)
+
+
+def _is_accounted(node: fx.Node) -> bool:
+    """Its outputs and scratch are all it allocates, or it makes no tensor at all."""
+    makes_none = all(tensor is None for tensor in ir.tensors_of(node))
+    return makes_none or node.target in ACCOUNTED_OPAQUE or ir.is_random(node)
