@@ -9,7 +9,7 @@ import torch
 
 from mosaic_compiler.errors import ArenaError, CanaryError
 from mosaic_compiler.planning.budget import host_memory
-from mosaic_compiler.runtime.arena import ArenaPool, HostArena
+from mosaic_compiler.runtime.arena import ArenaPool, HostArena, PlainArena
 
 MiB = 1 << 20
 
@@ -87,6 +87,23 @@ def test_nested_leases_get_different_arenas_and_release_spares_those_in_use():
     assert pool.release() == 8192
     with pool.lease() as again:
         assert again is outer
+
+
+@pytest.mark.parametrize("kind", ["reserved", "plain"])
+def test_an_arena_made_under_inference_mode_serves_calls_outside_of_it(kind):
+    with torch.inference_mode():
+        pool = ArenaPool()
+        if kind == "plain":
+            pool._arenas.append(PlainArena(torch.device("cpu")))
+        with pool.lease() as arena:
+            arena.ensure(8192)
+    with torch.no_grad():
+        arena.fill(0, 8192, 1)
+        view = arena.tensor(512, torch.uint8, (16,), (1,), 8192)
+        view.add_(1)
+    assert view.tolist() == [2] * 16
+    assert arena.find_other(0, 512, 1) is None
+    pool.release()
 
 
 def test_poison_mode_finds_a_write_behind_a_buffer():

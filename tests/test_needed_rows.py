@@ -511,7 +511,7 @@ def test_a_graph_without_logits_is_named():
 
 
 def test_without_virtual_memory_zeros_take_memory_and_it_is_said(monkeypatch):
-    for place in ("backend", "runtime.step"):
+    for place in ("backend", "runtime.fallbacks"):
         monkeypatch.setattr(f"mosaic_compiler.{place}.page_bytes", lambda device: None)
     graph = trace(toy, *toy_arguments(3, 11, 0.5, 0), dynamic=[(0, 1)])
     step = compile_aten(graph, MosaicOptions(needed_rows="masked", mask_token_id=MASK))

@@ -172,6 +172,7 @@ class PlainArena(ArenaBytes):
     def _bytes(self) -> torch.Tensor:
         return self._whole
 
+    @torch.inference_mode(False)
     def ensure(self, height: int) -> None:
         if height > self.capacity:
             self._typed.clear()
@@ -184,6 +185,7 @@ class PlainArena(ArenaBytes):
                 raise ArenaError(f"the plan needs {height} bytes on {self.device}: {error}") from None
         self.reserved = height
 
+    @torch.inference_mode(False)
     def release(self) -> None:
         """Give all memory back.  The next plan gets a fresh allocation under another number."""
         self._typed.clear()
@@ -209,6 +211,7 @@ def arena_problem(device: torch.device) -> str | None:
     return None if device.type in ("cpu", "cuda") else f"there is no virtual-memory arena for {device.type} devices"
 
 
+@torch.inference_mode(False)  # calls outside of that mode write to it, too
 def _new_arena(device: torch.device) -> Arena:
     if device.type == "cpu":
         return HostArena()

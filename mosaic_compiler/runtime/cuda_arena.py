@@ -62,7 +62,8 @@ class CudaArena(ArenaBytes):
     @property
     def _bytes(self) -> torch.Tensor:
         if self._whole is None:
-            self._whole = self._driver.tensor(self._base, self._size)
+            with torch.inference_mode(False):
+                self._whole = self._driver.tensor(self._base, self._size)
         return self._whole
 
     def ensure(self, height: int) -> None:
