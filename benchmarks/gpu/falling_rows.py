@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
-import time
 
 import torch
 
 from benchmarks.gpu.benchmark import Benchmark, Row
-from benchmarks.gpu.models import MASK, SYSTEMS, Session, arguments, clean, synchronize
+from benchmarks.gpu.compile_time import clocked
+from benchmarks.gpu.models import MASK, SYSTEMS, Session, arguments, clean
 
 
 def measure(session: Session, lengths: list[int], steps: int = 40) -> list[Row]:
@@ -40,11 +40,7 @@ def _steps(session: Session, system: str, tokens: int, steps: int) -> list[float
     took = []
     for step in range(1, steps):
         ids[0, masked[: step * len(masked) // steps]] = MASK + 1
-        synchronize()
-        started = time.perf_counter()
-        function(ids, window, count)
-        synchronize()
-        took.append(time.perf_counter() - started)
+        took.append(clocked(function, (ids, window, count)))
     return took
 
 
