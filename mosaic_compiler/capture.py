@@ -7,7 +7,8 @@ true, N x N large, and the reason for a fall back to an attention that materiali
 
 Floats that are not operands of arithmetic, such as attention's scale, are constants.  With ``dynamic=True`` Dynamo
 makes them inputs; AOTAutograd finds out, when it has traced everything, that they cannot be tensors, and both begin
-again: with a graph that is the same but for those inputs.
+again: with a graph that is the same but for those inputs.  Floats of a model's own modules, such as a norm's epsilon,
+are constants as well, as whole numbers are: as inputs, each would be a tensor made and converted in every step.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.source import UnspecializedNNModuleSource
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 from torch.utils._sympy.symbol import SymT, symbol_is_type
@@ -47,8 +49,14 @@ _SAME_ELEMENTS = frozenset(
 )
 
 
+_settled: dict[str, float] = {}
+"""Floats of modules that became constants, by where Dynamo finds them."""
+
+
 def specialize_floats(module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
-    """Make constants of floats that cannot be tensors (in place), with a guard each.
+    """Make constants (in place), with a guard each, of floats that cannot be tensors, and of those of inner modules.
+
+    One of an inner module that has another value than before is an input from then on.
 
     What Dynamo does when it is told to begin again, done at once: see its
     ``OutputGraph.remove_tensorify_specialized_graphargs``.
@@ -65,15 +73,15 @@ def specialize_floats(module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any
         value = node.meta.get("example_value")
         if isinstance(value, torch.SymFloat) and any(map(_is_arithmetic, node.users)) and not value.node.expr.is_number:
             operands.add(str(value.node._expr))
-    constants = _floats() - operands
+    constants = _floats() - (operands - _of_inner_modules(module))
     for name in constants:
         TensorifyState.specialize(name)
     kept = []
     for node, given in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True):
-        number = getattr(node.meta.get("example_value"), "item_memo", None)
+        number = _float_in(node)
         reads = list(node.users)
         if (
-            not isinstance(number, torch.SymFloat)
+            number is None
             or str(number.node._expr) not in constants
             or any((read.op, read.target) != ("call_method", "item") for read in reads)
         ):
@@ -86,6 +94,34 @@ def specialize_floats(module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any
     if constants:
         module.recompile()
     return kept
+
+
+def _of_inner_modules(module: fx.GraphModule) -> set[str]:
+    """Names of floats that are attributes of modules inside of another one, unless their value has changed."""
+    found = set()
+    for node in module.graph.find_nodes(op="placeholder"):
+        number, source = _float_in(node), getattr(node, "_dynamo_source", None)
+        if number is None or source is None or _modules_in(source) < 2:
+            continue
+        value = number.node.hint
+        if _settled.setdefault(source.name, value) == value:
+            found.add(str(number.node._expr))
+    return found
+
+
+def _modules_in(source: Any) -> int:
+    """How many modules one has to go through to where something stands: 2 for ``self.norm.eps``."""
+    count = 0
+    while source is not None:
+        count += isinstance(source, UnspecializedNNModuleSource)
+        source = getattr(source, "base", None)
+    return count
+
+
+def _float_in(node: fx.Node) -> torch.SymFloat | None:
+    """The float that Dynamo passes in a tensor."""
+    number = getattr(node.meta.get("example_value"), "item_memo", None)
+    return number if isinstance(number, torch.SymFloat) else None
 
 
 def _floats() -> set[str]:

@@ -1,4 +1,4 @@
-"""Which kernel computes attention over needed rows, what it may allocate, and binding while it is prepared.
+"""Which kernel computes attention over needed rows, and what it may allocate.
 
 No GPU is needed: tensors are fake, and the choice looks at shapes only.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import operator
 import pickle
-import threading
 
 import pytest
 import torch
@@ -23,8 +22,6 @@ from mosaic_compiler.kernels import attention
 from mosaic_compiler.planning.flash import split_bytes
 from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.planning.outline import capacity
-from mosaic_compiler.runtime.program import _StepBinder
-from mosaic_compiler.sampling import DenoisingStep, block_window
 
 aten = torch.ops.aten
 CUDNN = aten._scaled_dot_product_cudnn_attention.default
@@ -144,76 +141,3 @@ def test_scratch_of_split_keys(batch, heads, rows, keys, depth):
         assert parts == 0
     if groups <= processors // 20 and keys >= 128 * block * 20:
         assert parts * groups >= 0.8 * processors or parts >= 64  # few queries keep the device busy
-
-
-# ------------------------------------------------------------------------------------------ binding
-class Bidirectional(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = torch.nn.Embedding(32, 16)
-        self.qkv = torch.nn.ModuleList(torch.nn.Linear(16, 48) for _ in range(3))
-        self.head = torch.nn.Linear(16, 32)
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        for layer in self.qkv:
-            q, k, v = layer(x).view(*ids.shape, 3, 2, 8).permute(2, 0, 3, 1, 4)
-            x = x + torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape_as(x)
-        return self.head(x)
-
-
-def arguments(tokens):
-    ids = torch.arange(tokens).remainder(31).unsqueeze(0).masked_fill(torch.arange(tokens) % 2 == 0, 31)
-    return ids, block_window(tokens, 0, tokens), torch.tensor([2])
-
-
-@pytest.fixture
-def step():
-    torch._dynamo.reset()
-    step = DenoisingStep(Bidirectional().eval().requires_grad_(False), 31)
-    yield step, torch.compile(step, backend="mosaic", dynamic=True, options={"disable": ["fuse"]})
-    torch._dynamo.reset()
-
-
-def test_what_follows_the_first_attention_is_bound_while_that_runs(step, monkeypatch):
-    eager, compiled = step
-    threads = []
-    bind_node = _StepBinder.bind_node
-
-    def watched(self, node):
-        threads.append((node.name, threading.current_thread() is threading.main_thread()))
-        bind_node(self, node)
-
-    monkeypatch.setattr(_StepBinder, "bind_node", watched)
-    with torch.inference_mode():
-        for tokens in (40, 40, 12, 40):
-            threads.clear()
-            given = arguments(tokens)
-            assert torch.equal(compiled(*given), eager(*given))
-            attentions = [index for index, (name, _) in enumerate(threads) if "attention" in name]
-            if attentions:
-                first = attentions[0]
-                assert all(main for _, main in threads[: first + 1])
-                assert not any(main for _, main in threads[first + 1 :])
-                assert len({name for name, _ in threads}) == len(threads)  # nothing twice
-    assert not threads  # a known length is bound already
-
-
-def test_an_error_while_binding_reaches_the_caller_and_the_next_call_works(step, monkeypatch):
-    eager, compiled = step
-    given = arguments(40)
-    bind_node = _StepBinder.bind_node
-
-    def fails(self, node):
-        if threading.current_thread() is not threading.main_thread():
-            raise RuntimeError("no more")
-        bind_node(self, node)
-
-    with torch.no_grad():
-        with monkeypatch.context() as patch:
-            patch.setattr(_StepBinder, "bind_node", fails)
-            with pytest.raises(RuntimeError, match="no more"):
-                compiled(*given)
-        assert torch.equal(compiled(*given), eager(*given))
-        assert torch.equal(compiled(*given), eager(*given))

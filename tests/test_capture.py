@@ -1,4 +1,4 @@
-"""Masks that are always true disappear before an attention kernel is chosen."""
+"""Masks that are always true disappear before an attention kernel is chosen; which floats are constants."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import mosaic_compiler
+from mosaic_compiler import capture
+from mosaic_compiler.backend import observing
 from mosaic_compiler.capture import drop_true_masks
 
 
@@ -83,3 +85,51 @@ def test_a_scale_is_a_constant_before_anything_else_is_traced(monkeypatch):
         module.temperature = 0.5
         assert torch.equal(step(x), module(x))
     assert len(compiled) == 2
+
+
+class Outer(torch.nn.Module):
+    """A model around the modules that hold its floats."""
+
+    def __init__(self):
+        super().__init__()
+        self.scaled = torch.nn.ModuleList([Scaled(), Scaled()])
+        self.sharpness = 2.0
+
+    def forward(self, x):
+        for inner in self.scaled:
+            x = inner(x).flatten()
+        return x * self.sharpness
+
+
+def test_floats_of_inner_modules_are_constants_until_they_change(monkeypatch):
+    monkeypatch.setattr(capture, "_settled", {})
+    module, x, compiled = Outer().eval(), torch.randn(6 * 16), []
+    step = torch.compile(module, backend="mosaic", dynamic=True, options={"disable": ("fuse",)})
+
+    def floats():
+        """Inputs of the graph that was compiled last."""
+        values = [node.meta["val"] for node in compiled[-1].captured.graph.find_nodes(op="placeholder")]
+        return sum(isinstance(value, torch.Tensor) and value.dtype == torch.float64 for value in values)
+
+    with torch.no_grad(), observing(compiled.append):
+        assert torch.equal(step(x), module(x))
+        assert (len(compiled), floats()) == (1, 1)  # sharpness: what steps have themselves may differ from call to call
+        module.sharpness = 3.0
+        assert torch.equal(step(x), module(x))
+        assert len(compiled) == 1
+        for factor in (2.5, 3.5, 4.5):
+            module.scaled[1].factor = factor
+            assert torch.equal(step(x), module(x))
+        assert (len(compiled), floats()) == (2, 2)  # it was found to change
+        module.scaled[0].factor = 1.25
+        assert torch.equal(step(x), module(x))
+        assert (len(compiled), floats()) == (3, 3)
+
+
+def test_nan_and_infinite_floats_of_inner_modules():
+    module, x = Outer().eval(), torch.randn(6 * 16)
+    step = torch.compile(module, backend="mosaic", dynamic=True, options={"disable": ("fuse",)})
+    with torch.no_grad():
+        for factor in (float("nan"), float("inf"), -0.0, 0.0, 1.5):
+            module.scaled[0].factor = factor
+            torch.testing.assert_close(step(x), module(x), equal_nan=True, rtol=0, atol=0)

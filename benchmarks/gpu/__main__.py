@@ -45,11 +45,14 @@ def main() -> None:
     made = parser(__doc__)
     for benchmark in BENCHMARKS:
         benchmark.add_arguments(made)
+    names = [benchmark.name for benchmark in BENCHMARKS]
+    made.add_argument("--only", nargs="*", default=names, choices=names, metavar="NAME", help="run these benchmarks")
     given = made.parse_args()
     use_expandable_segments()
-    found: dict[str, list[Row]] = {benchmark.name: [] for benchmark in BENCHMARKS}
+    chosen = [benchmark for benchmark in BENCHMARKS if benchmark.name in given.only]
+    found: dict[str, list[Row]] = {benchmark.name: [] for benchmark in chosen}
     for index, name in enumerate(given.models):
-        wanted = [b for b in BENCHMARKS if b.models is None or index < b.models]
+        wanted = [b for b in chosen if b.models is None or index < b.models]
         for layers, group in groupby(wanted, key=lambda benchmark: benchmark.layers):
             session = Session(name, given.layers or layers)
             for benchmark in group:
@@ -58,7 +61,7 @@ def main() -> None:
                 clean()
             del session
             forget()
-    for benchmark in BENCHMARKS:
+    for benchmark in chosen:
         benchmark.show(found[benchmark.name])
 
 

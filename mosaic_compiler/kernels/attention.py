@@ -10,7 +10,7 @@ with another number of needed rows: 95 ms with a plan, 31 without.)
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import sympy
@@ -38,11 +38,11 @@ def kernel_of(node: fx.Node, sizes: Sizes, varying: Collection[sympy.Symbol], sc
     assert callable(node.target)
     if not _has_twin(node, varying):
         return node.target
-    batch, heads, rows, depth = (sizes(size) for size in _shape(node, 0))
-    keys = sizes(_shape(node, 1)[2])
-    if 4 * batch * heads * rows * depth * keys >= _WORTH_A_PLAN:
+    query, key = ([sizes(size) for size in _shape(node, operand)] for operand in (0, 1))
+    if work(query, key) >= _WORTH_A_PLAN:
         return node.target
-    needed = split_bytes(batch * heads, rows, keys, depth, _multiprocessors())
+    batch, heads, rows, depth = query
+    needed = split_bytes(batch * heads, rows, key[2], depth, _multiprocessors())
     return _flash_like_cudnn if needed <= scratch else node.target
 
 
@@ -53,6 +53,26 @@ def flash_scratch(node: fx.Node) -> sympy.Expr:
         return sympy.Integer(0)
     batch, heads, rows, depth = _shape(node, 0)
     return SplitBytes(batch * heads, rows, _shape(node, 1)[2], depth, sympy.Integer(_multiprocessors()))
+
+
+def makes_plan(node: fx.Node, known: Collection[sympy.Symbol]) -> bool:
+    """cuDNN makes a plan for a node, whose shapes follow from the symbols in ``known``."""
+    others = (*node.args[3:], *node.kwargs.values())
+    if node.target is not _CUDNN or any(isinstance(other, fx.Node) for other in others):
+        return False
+    numbers = [ir.expr_of(n) for tensor in operands(node) for n in (*tensor.shape, *tensor.stride())]
+    return all(number.free_symbols <= set(known) for number in numbers)
+
+
+def operands(node: fx.Node) -> list[Tensor]:
+    """Queries, keys and values, each [B, heads, rows, depth]."""
+    return [ir.only_tensor(source) for source in node.args[:3] if isinstance(source, fx.Node)]
+
+
+def work(query: Sequence[int], key: Sequence[int]) -> int:
+    """Floating-point operations of an attention of these shapes."""
+    batch, heads, rows, depth = query
+    return 4 * batch * heads * rows * depth * key[2]
 
 
 def _has_twin(node: fx.Node, varying: Collection[sympy.Symbol]) -> bool:
@@ -66,9 +86,7 @@ def _has_twin(node: fx.Node, varying: Collection[sympy.Symbol]) -> bool:
 
 
 def _shape(node: fx.Node, operand: int) -> list[sympy.Expr]:
-    source = node.args[operand]
-    assert isinstance(source, fx.Node)
-    return [ir.expr_of(size) for size in ir.only_tensor(source).shape]
+    return [ir.expr_of(size) for size in operands(node)[operand].shape]
 
 
 def _flash_like_cudnn(

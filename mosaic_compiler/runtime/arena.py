@@ -35,6 +35,8 @@ class Arena(Protocol):
     """What a program needs of an arena.  All offsets and sizes are in bytes."""
 
     number: int
+    moves: bool
+    """It gets other addresses when it grows, so a program can be bound to it only behind :meth:`ensure`."""
     reserved: int
     """Bytes that the current plan may touch: its height."""
 
@@ -62,6 +64,7 @@ class Arena(Protocol):
 class ArenaBytes(ABC):
     """What every arena does with the bytes it has: typed views over them, and poison."""
 
+    moves = False
     _typed: dict[torch.dtype, torch.Tensor]
 
     @property
@@ -160,6 +163,8 @@ class PlainArena(ArenaBytes):
     so that programs bound to the old memory are not found any more.  ``explain()`` names it as the fallback
     ``plain-arena``.
     """
+
+    moves = True
 
     def __init__(self, device: torch.device) -> None:
         self.number = next_number()

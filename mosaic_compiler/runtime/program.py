@@ -1,8 +1,8 @@
 """A program: one step, bound to one arena, one plan and one set of weights.
 
 Binding does all the work that does not depend on the caller's data: views are made, sizes are numbers,
-every call is a ``functools.partial`` with its destination.  A step is then a walk over a flat list.  The first
-run binds as it goes.
+every call is a ``functools.partial`` with its destination.  A step is then a walk over a flat list.  What was not
+bound before the first run is bound as it goes.
 
 What cannot be bound is read from ``slots`` when it is needed: the caller's inputs, outputs (fresh
 memory per call, because the caller keeps them) and results of opaque ops.
@@ -11,7 +11,6 @@ memory per call, because the caller keeps them) and results of opaque ops.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import sympy
@@ -21,7 +20,6 @@ from torch import fx
 from mosaic_compiler import ir
 from mosaic_compiler.errors import ArenaError
 from mosaic_compiler.kernels import attention
-from mosaic_compiler.passes.rows import ATTENTIONS
 from mosaic_compiler.planning.lifetimes import Lives
 from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.planning.plan import MemoryPlan
@@ -58,19 +56,16 @@ class Program:
 
     def finish(self) -> None:
         """Bind what is not bound yet."""
-        self._bind_all()
-        self.outputs = self._load()
-
-    def _bind_all(self) -> None:
         with torch.no_grad():
             for node in self._binder.calls:
                 self._binder.bind_pending(node)
+        self.outputs = self._load()
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         """Run the step.  ``inputs`` are the graph's placeholders, then the prologue's results.
 
-        What has to be bound is bound node by node, right before it runs, or while the first attention is prepared: a
-        GPU is busy with the first nodes while later ones are bound.
+        What has to be bound is bound node by node, right before it runs: a GPU is busy with the first nodes while later
+        ones are bound.
         """
         slots = self.slots
         try:
@@ -89,26 +84,12 @@ class Program:
 
     def _bind_and_run(self) -> list[Any]:
         binder = self._binder
-        is_new = len(binder.pending) == len(binder.calls)
         for node, calls in binder.calls.items():
             if node in binder.pending:
                 calls = binder.bind_pending(node)
-            if is_new and node.target in ATTENTIONS:
-                self._run_while_binding(calls)
-                is_new = False
-                continue
             for call in calls:
                 call()
         return self._load()
-
-    def _run_while_binding(self, calls: Sequence[Instruction]) -> None:
-        """Bind all the rest meanwhile.  For the first attention of new sizes cuDNN makes a plan, outside of Python and
-        for longer than binding takes; the GPU has nothing to do until then."""
-        with ThreadPoolExecutor(1) as pool:
-            bound = pool.submit(self._bind_all)
-            for call in calls:
-                call()
-            bound.result()
 
     def _load(self) -> list[Any]:
         """All is bound: the flat list of calls, and what the step returns."""

@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -37,6 +39,7 @@ from mosaic_compiler.runtime.fallbacks import find_fallbacks, unmet_options
 from mosaic_compiler.runtime.instructions import GUARD
 from mosaic_compiler.runtime.program import Program, bind
 from mosaic_compiler.runtime.prologue import Prologue
+from mosaic_compiler.runtime.rehearsal import Rehearsal
 from mosaic_compiler.runtime.symbols import hints_of, selected_in, symbol_readers
 
 
@@ -135,6 +138,7 @@ class CompiledStep:
         )
         self.planner = self.outline.planner
         self._readers = symbol_readers(module, placeholders, self._prologue.symbols)
+        self._rehearsal = Rehearsal((module if flat is None else flat).graph, [symbol for symbol, _ in self._readers])
         self._plans: dict[tuple[int, ...], tuple[_Variant, Planned]] = {}
         self._programs: OrderedDict[_Key, _Bound] = OrderedDict()
         self._registered: set[ArenaPool] = set()
@@ -175,22 +179,55 @@ class CompiledStep:
             key = self._known((arena.number, numbers, room, pointers))
             bound = self._programs.get(key)
             if bound is None:
-                variant, planned = self.plan_for(self.sizes(numbers, room))
-                # before the arena grows: compilers need memory as well
-                variant.compile_kernels(self._with_chunks(self.sizes(numbers, room), planned))
-            else:
-                variant, planned = bound.variant, bound.planned
-            values = [*inputs, *(early[node.name] for node in variant.prologue.results)]
-            del early
-            arena.ensure(planned.plan.height)
-            if bound is None:
-                bound = self._programs[key] = self._bind(arena, sizes, variant, planned, values)
+                roomy = self.sizes(numbers, room)
+                bound = self._programs[key] = self._new(arena, sizes, roomy, inputs, early)
             else:
                 self._programs.move_to_end(key)
-            program = bound.program
+            planned, program = bound.planned, bound.program
+            values = _values(bound.variant, inputs, early)
+            del early
+            arena.ensure(planned.plan.height)
             program.resize(self._with_chunks(sizes, planned))
             self.plan = program.plan
             return program.run(values)
+
+    def _new(self, arena: Arena, sizes: Sizes, roomy: Sizes, inputs: Sequence[Any], early: Mapping[str, Any]) -> _Bound:
+        """A program for these sizes, in a plan with room for a few more rows.  What cuDNN has to prepare for them it
+        prepares meanwhile."""
+        make = functools.partial(self._make, arena, sizes, roomy, inputs, early, self._limit())
+        rehearse = self._rehearsal.of(sizes, arena, self._budget)
+        if rehearse is None:
+            return make()
+        with ThreadPoolExecutor(1) as pool:
+            made = pool.submit(make, is_whole=True)
+            rehearse()
+            return made.result()
+
+    def _make(
+        self,
+        arena: Arena,
+        sizes: Sizes,
+        roomy: Sizes,
+        inputs: Sequence[Any],
+        early: Mapping[str, Any],
+        limit: int | None,
+        is_whole: bool = False,
+    ) -> _Bound:
+        """Plan, compile kernels, bind: all of it, or (unless ``is_whole``) the rest while the program runs."""
+        variant, planned = self.plan_for(roomy, limit)
+        with self._on_device():
+            # before the arena grows: compilers need memory as well
+            variant.compile_kernels(self._with_chunks(roomy, planned))
+        if arena.moves:
+            arena.ensure(planned.plan.height)
+        bound = self._bind(arena, sizes, variant, planned, _values(variant, inputs, early))
+        if is_whole:
+            bound.program.finish()
+        return bound
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """The step's device is current (in another thread than the caller's it need not be)."""
+        return torch.cuda.device(self.lives.device) if self.lives.device.type == "cuda" else nullcontext()
 
     def _known(self, key: _Key) -> _Key:
         """The key of a program that has the room for this one, at most twice as much, and computes nothing in chunks;
@@ -210,7 +247,7 @@ class CompiledStep:
         return next((other for other, bound in reversed(self._programs.items()) if serves(other, bound)), key)
 
     def _bind(self, arena: Arena, sizes: Sizes, variant: _Variant, planned: Planned, values: Sequence[Any]) -> _Bound:
-        """A program for these sizes, in a plan with room for a few more rows; forgets stale programs."""
+        """A program for these sizes; forgets stale programs."""
         self._check_weights(sizes, values)
         for key in [key for key, bound in self._programs.items() if bound.is_stale]:
             del self._programs[key]  # do not keep the old weights in memory
@@ -255,7 +292,13 @@ class CompiledStep:
     def _with_chunks(self, sizes: Sizes, planned: Planned) -> Sizes:
         return Sizes(sizes.symbols | dict(planned.chunks))
 
-    def plan_for(self, sizes: Sizes) -> tuple[_Variant, Planned]:
+    def _limit(self) -> int | None:
+        """Bytes that a plan made now may need: of the budget, or what is free."""
+        if self._budget is not None or not self.lives.chunks:
+            return self._budget
+        return free_memory(self.lives.device, self._pool.reserved())
+
+    def plan_for(self, sizes: Sizes, limit: int | None) -> tuple[_Variant, Planned]:
         """The verified plan for these sizes, made once, and the graph that it is for.
 
         Raises:
@@ -264,10 +307,7 @@ class CompiledStep:
         key = tuple(sizes(symbol) for symbol in self.planner.symbols)
         planned = self._plans.get(key)
         if planned is None:
-            budget = self._budget
-            if budget is None and self.lives.chunks:
-                budget = free_memory(self.lives.device, self._pool.reserved())
-            planned = self._plans[key] = self.choose(sizes, budget)
+            planned = self._plans[key] = self.choose(sizes, limit)
             if len(self._plans) > 4 * self.options.program_cache:
                 self._plans.pop(next(iter(self._plans)))
             self._on_plan(planned[1].plan, self.fallbacks)
@@ -278,6 +318,11 @@ class CompiledStep:
         planner, planned = self.outline.choose(sizes, budget)
         flat = self._flat
         return (self._loops if flat is None or planner is self.outline.planner else flat), planned
+
+
+def _values(variant: _Variant, inputs: Sequence[Any], early: Mapping[str, Any]) -> list[Any]:
+    """What a program is called with."""
+    return [*inputs, *(early[node.name] for node in variant.prologue.results)]
 
 
 def _exactly(tensor: torch.Tensor) -> tuple[Any, ...] | None:
