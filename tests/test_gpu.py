@@ -368,7 +368,10 @@ def test_cudnn_plans_for_a_new_length_while_the_step_is_planned(monkeypatch, kv_
             assert len(attentions.seen) == 1 + extra  # of two layers; the second attends needed rows
             assert all(one == attentions.seen[0] for one in attentions.seen)
             assert torch.equal(result, fast(*given))
-            assert (result != step(*given)).sum() <= 0.02 * tokens
+            expected = step(*given)
+            both = (result != 3) & (expected != 3)  # which are committed depends on how confidences are rounded
+            assert both.sum() > tokens // 2
+            assert (result != expected)[both].sum() <= 0.01 * tokens
 
 
 @pytest.mark.parametrize("depth", [64, 128])

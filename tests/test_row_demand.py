@@ -276,6 +276,7 @@ def test_any_succession_of_numbers_of_rows(counts, poison):
     step, steps = DenoisingStep(TinyLM(False).eval(), MASK), []
     window, clean = block_window(300, 0, 300), torch.randint(4, 20, (1, 300))
     everything = torch.tensor([300])  # masked rows are all alike here: which two are the surest is a matter of rounding
+    computed = []
     with torch.no_grad(), observing(steps.append):
         compiled = torch.compile(step, backend="mosaic", dynamic=True, options={"poison": poison})
         for rows in counts:
@@ -285,7 +286,9 @@ def test_any_succession_of_numbers_of_rows(counts, poison):
             sizes = dict(steps[-1].plan.symbols)
             room = next(value for name, value in sizes.items() if value != 300)
             assert rows <= room <= 2 * capacity(rows)
-            assert rows_of_head(steps[-1]) == rows
+            computed.append(rows_of_head(steps[-1]))
+            # as many as in an earlier step, if those were no more than twice as many (or few), else just those
+            assert computed[-1] == rows or (computed[-1] in computed[:-1] and rows < computed[-1] <= max(2 * rows, 32))
 
 
 @pytest.mark.parametrize("chunk", [None, 50])

@@ -179,7 +179,9 @@ def test_non_pointwise_write_into_an_operand_is_refused():
 
 
 def test_every_invariant_has_a_pass_that_breaks_it():
-    assert {invariant for _, invariant in BREAKS} | {"loops", "clusters"} == set(INVARIANTS)  # these: see below
+    assert {invariant for _, invariant in BREAKS} | {"loops", "clusters", "repeats"} == set(
+        INVARIANTS
+    )  # these: see below
 
 
 def looped():
@@ -278,6 +280,39 @@ def overwrite_an_input(module: fx.GraphModule) -> None:
 def test_a_cluster_that_disagrees_with_its_body_is_refused(edit, invariant):
     with pytest.raises(InvariantError, match=invariant):
         run_passes(fused(), passes=[BrokenPass(edit)])
+
+
+def chosen(shows_number=False):
+    """Of which rows are computed for a mask: given back where they stand, or as they are."""
+
+    def f(x, w, mask):
+        h = torch.relu(x @ w)
+        return h[mask] if shows_number else torch.where(mask[:, None], h, 0.0)
+
+    given = torch.randn(9, 6), torch.randn(6, 6), torch.arange(9) % 2 == 0
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        module = trace(f, *given, dynamic=[(0,), (), (0,)])
+    return run_passes(module, disable=("fuse", "chunk-loops"))[0]
+
+
+def number_of_rows(module: fx.GraphModule) -> fx.Node:
+    return next(node for node in module.graph.nodes if ir.BINDS in node.meta)
+
+
+def sum_over_rows(module: fx.GraphModule) -> None:
+    rows = find(module, aten.index_copy.default).args[3]
+    with module.graph.inserting_after(rows), ir.fake_mode_of(module):
+        total = module.graph.call_function(aten.sum.dim_IntList, (rows, [0]))
+        total.meta["val"] = aten.sum.dim_IntList(rows.meta["val"], [0])
+
+
+def test_rows_that_may_be_repeated_must_not_be_counted():
+    module = chosen()
+    assert number_of_rows(module).meta[ir.MAY_REPEAT]
+    with pytest.raises(InvariantError, match="repeats"):
+        run_passes(module, passes=[BrokenPass(sum_over_rows)])
+    seen = chosen(shows_number=True)
+    assert not any(ir.MAY_REPEAT in node.meta for node in seen.graph.nodes)
 
 
 def test_an_untouched_graph_is_accepted():

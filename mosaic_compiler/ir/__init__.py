@@ -7,6 +7,7 @@ aliasing and mutation are read from operator schemas.
 
 from mosaic_compiler.ir.graphs import (
     BINDS,
+    MAY_REPEAT,
     Provenance,
     copy_graph,
     fake_mode_of,
@@ -59,6 +60,7 @@ from mosaic_compiler.ir.values import (
 
 __all__ = [
     "BINDS",
+    "MAY_REPEAT",
     "Provenance",
     "Root",
     "StorageMap",

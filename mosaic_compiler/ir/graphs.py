@@ -20,6 +20,11 @@ BINDS = "binds_rows"
 """Metadata key: the symbol for this node's number, or for its result's first size, known once the node has run."""
 
 
+MAY_REPEAT = "may_repeat"
+"""Metadata key, on a node with :data:`BINDS`: rows that it numbers may be numbered more than once, because all that is
+computed for them goes back to where they stand.  A step may then compute more rows than it needs."""
+
+
 def most_of(node: fx.Node) -> sympy.Expr:
     """The most that a number bound by the prologue can be: the elements of the mask that selects rows; for pages of
     memory, all of them."""

@@ -41,6 +41,8 @@ class Compactor(Emitter):
         self.gathers: dict[Any, fx.Node] = {}
         self.replaced: list[fx.Node] = []
         self._scattered: dict[fx.Node, fx.Node] = {}
+        self._shows_number = False
+        """A result of the size M takes the place of one that the graph had (``x[mask]``)."""
 
     def rewrite(self) -> None:
         exits = set(self.demands.exits)
@@ -53,6 +55,8 @@ class Compactor(Emitter):
                 else:
                     self.compact[node] = self._compact_node(node)
         self._repropagate()
+        if not self._shows_number:
+            self.selectors.allow_repeats()
 
     def _demand(self, node: fx.Node) -> Demand:
         demand = self.demands.of[node]
@@ -224,6 +228,7 @@ class Compactor(Emitter):
             return
         own = self._demand(source)
         if moved_dims(node) is None:
+            self._shows_number = True
             picked = self._rows_of_mask(node, source, own)
             features = rows.shape_of(source)[_row_dim(own.layout, own.space) + 1 :]
             count = self.emit(aten.sym_size.int, picked, _row_dim(own.layout, own.space))

@@ -118,6 +118,7 @@ class Selectors(Emitter):
         self._masks: dict[Any, fx.Node] = {}
         self._grids: dict[Segment, fx.Node] = {}
         self._positions: dict[fx.Node, fx.Node | None] = {}
+        self._found: list[fx.Node] = []
         self._front = self._hoist()
 
     # ---------------------------------------------------------------------------------- interface
@@ -142,6 +143,11 @@ class Selectors(Emitter):
             with self.graph.inserting_before(self._front):
                 self._counts[key] = self.emit(aten.sym_size.int, index, 0)
         return self._counts[key]
+
+    def allow_repeats(self) -> None:
+        """Nobody sees how many rows there are: row numbers may be repeated."""
+        for node in self._found:
+            node.meta[ir.MAY_REPEAT] = True
 
     def grid(self, segment: Segment) -> list[Any]:
         """The sizes of the rows that a move picks, as arguments: ``x[:, -3:]`` of [B, N, D] has [B, 3]."""
@@ -209,6 +215,7 @@ class Selectors(Emitter):
         tensor = ir.tensor_of(mask)
         assert tensor is not None
         found = self.bare(aten.nonzero.default, mask)
+        self._found.append(found)
         count = self.bind_number(found)
         with self.mode:
             found.meta["val"] = torch.empty((count, 1), dtype=torch.int64, device=tensor.device)

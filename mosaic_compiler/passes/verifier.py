@@ -9,6 +9,7 @@ in-place   a write into a buffer of the step is legal (``passes/in_place.py``, `
 loops      operands and results of a loop agree with its body: the same tensors with c rows
 clusters   operands and results of a cluster have the layout of its body's
 quadratic  no value grows faster with the inputs' sizes than some value did before (no new N x N)
+repeats    rows that may be computed more than once count once (``passes/repeats.py``)
 ========== ==================================================================================
 
 ``passes/facts.py`` reads off a graph what signature, effects and quadratic compare; ``passes/legal_writes.py`` judges
@@ -32,9 +33,10 @@ from mosaic_compiler.errors import InvariantError
 from mosaic_compiler.loops import ChunkLoop, loop_of
 from mosaic_compiler.passes.facts import facts_of, fastest_growing
 from mosaic_compiler.passes.legal_writes import illegal_writes
+from mosaic_compiler.passes.repeats import counted_repeats
 from mosaic_compiler.planning.forms import without_out
 
-INVARIANTS = ("topology", "metadata", "signature", "effects", "in-place", "loops", "clusters", "quadratic")
+INVARIANTS = ("topology", "metadata", "signature", "effects", "in-place", "loops", "clusters", "quadratic", "repeats")
 
 
 class Verifier:
@@ -82,6 +84,8 @@ class Verifier:
                 "quadratic",
                 f"{fastest_growing(module.graph)} grows with degree {facts.degree}, before {self._reference.degree}",
             )
+        for problem in counted_repeats(module.graph):
+            fail("repeats", problem)
         self._checked = checked
 
     # ----------------------------------------------------------------------------------- metadata

@@ -25,6 +25,11 @@ class Planned:
     plan: MemoryPlan
     chunks: Mapping[sympy.Symbol, int]
 
+    @property
+    def is_chunked(self) -> bool:
+        """Some loop takes more than one iteration."""
+        return any(loop.chunk < loop.rows for loop in self.plan.loops)
+
 
 class Planner:
     """Plans one graph's step for any sizes.

@@ -48,6 +48,11 @@ class Program:
         self.outputs: list[Any] | None = None
         self._checked = False
 
+    @property
+    def sizes(self) -> Sizes:
+        """What it is bound for."""
+        return self._binder.sizes
+
     def resize(self, sizes: Sizes) -> None:
         """Bind again, in the next run, what depends on the number of computed rows; the plan must have room for it."""
         if sizes.symbols != self._binder.sizes.symbols:

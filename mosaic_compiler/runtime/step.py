@@ -81,6 +81,9 @@ class _Bound:
         return any((tensor := ref()) is None or tensor.data_ptr() != pointer for ref, pointer in self.weights)
 
 
+_FEW = 32
+"""So many rows cost no more than one."""
+
 _Key: TypeAlias = "tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...]]"
 """What a program is bound for: the arena, sizes of inputs, room for computed rows, addresses of weights."""
 
@@ -173,7 +176,7 @@ class CompiledStep:
         pointers = tuple([inputs[i].data_ptr() for i in self._static])
         numbers = tuple([read(inputs) for _, read in self._readers])
         with self._pool.lease() as arena:
-            early, counts = self._prologue.run(inputs)
+            early, counts = self._prologue.run(inputs, functools.partial(self._room, arena.number, numbers, pointers))
             sizes = self.sizes(numbers, counts)
             room = tuple([capacity(count) for count in counts])
             key = self._known((arena.number, numbers, room, pointers))
@@ -229,18 +232,29 @@ class CompiledStep:
         """The step's device is current (in another thread than the caller's it need not be)."""
         return torch.cuda.device(self.lives.device) if self.lives.device.type == "cuda" else nullcontext()
 
+    def _room(self, arena: int, numbers: tuple[int, ...], pointers: tuple[int, ...], position: int, count: int) -> int:
+        """The number of rows to compute where ``count`` are needed: that of a program which computes some more, at most
+        twice as many, and nothing in chunks; else just those.
+
+        Where fewer rows are needed in each step, new shapes in every step would cost more than these rows: libraries
+        choose and load other kernels for each, and all that depends on the number would have to be bound again.
+        """
+        symbol, most = self._prologue.symbols[position], max(2 * count, _FEW) if count else 0
+        served = [
+            bound.program.sizes(symbol)
+            for other, bound in self._programs.items()
+            if (arena, numbers, pointers) == (other[0], other[1], other[3]) and not bound.planned.is_chunked
+        ]
+        return min((rows for rows in served if count <= rows <= most), default=count)
+
     def _known(self, key: _Key) -> _Key:
         """The key of a program that has the room for this one, at most twice as much, and computes nothing in chunks;
-        else the key itself.
-
-        Where fewer rows are needed in each step, a plan and a program for every few of them would cost more than what
-        they save: no memory that the step before did not take, and no time where nothing is chunked.
-        """
+        else the key itself."""
 
         def serves(other: _Key, bound: _Bound) -> bool:
             is_same = (key[0], key[1], key[3]) == (other[0], other[1], other[3])
             has_room = all(need <= have <= 2 * need for need, have in zip(key[2], other[2], strict=True))
-            return is_same and has_room and not any(loop.chunk < loop.rows for loop in bound.planned.plan.loops)
+            return is_same and has_room and not bound.planned.is_chunked
 
         if key in self._programs:
             return key

@@ -36,7 +36,7 @@ class Run:
         if attention_mask is not None and not bool(attention_mask.bool().all()):
             self.real = torch.cat([attention_mask.bool().to(prompt.device), torch.ones_like(new, dtype=torch.bool)], 1)
         self.call = call_for(model, self.real is not None)
-        self.forwards = 0
+        self.forwards = self._room = 0
         self._compiled: list[CompiledStep] = []
         self._picked: HeadRows | None = None
         self._options: dict[str, Any] | None = None
@@ -168,7 +168,7 @@ class Run:
         if given.sampler == "dream":  # position n is predicted from row n - 1
             rows = torch.where(cells % length > 0, cells - 1, cells)
         keys = noise.row_keys(given.seed, noise.TOKENS, step, cells)
-        room = capacity(len(cells)) - len(cells)  # a few rows twice, so that one plan serves many steps
+        room = self._room_for(len(cells)) - len(cells)  # some rows again, so that one program serves many steps
         padded = [torch.cat([tensor, tensor[:1].expand(room)]) for tensor in (rows, keys)]
         unguided = torch.where(self.given, given.mask, self.ids) if given.guidance > 0 else None
         token, confidence = self._propose_compiled(self.ids, *padded, unguided, self.real)
@@ -179,6 +179,13 @@ class Run:
         proposed, scores = self.ids.flatten().clone(), confidence.new_full((self.ids.numel(),), float("-inf"))
         proposed[cells], scores[cells] = token, confidence
         return proposed.view_as(self.ids), scores.view_as(self.ids)
+
+    def _room_for(self, count: int) -> int:
+        """How many rows to compute where ``count`` are needed: as in the step before, down to half."""
+        needed = capacity(count)
+        if not needed <= self._room <= 2 * needed:
+            self._room = needed
+        return self._room
 
     def _ended(self) -> bool:
         """Every sequence has an end token with nothing masked before it; if so, it is repeated to the end."""
