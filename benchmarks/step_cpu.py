@@ -91,7 +91,7 @@ def main() -> None:
         started = time.perf_counter()
         make_plan(steps[0].lives.at(sizes), steps[0].lives.schedule)
         planning = time.perf_counter() - started
-        program = next(iter(steps[0]._programs.values()))[0]
+        program = next(iter(steps[0]._programs.values())).program
         body = {
             "model": "tiny-llada float32",
             "compile_seconds": compile_seconds,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import sympy
 
@@ -25,7 +26,7 @@ class Planned:
     plan: MemoryPlan
     chunks: Mapping[sympy.Symbol, int]
 
-    @property
+    @cached_property
     def is_chunked(self) -> bool:
         """Some loop takes more than one iteration."""
         return any(loop.chunk < loop.rows for loop in self.plan.loops)

@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.clusters import clusters_in
 from mosaic_compiler.errors import FallbackError, StaleGraphError
-from mosaic_compiler.kernels.cluster_form import spans_of
-from mosaic_compiler.kernels.fused import FusedKernel, compile_all, kernel_for
+from mosaic_compiler.kernels.fused import kernel_for
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.pipeline import PassRecord
 from mosaic_compiler.planning import MemoryPlan
@@ -37,55 +33,11 @@ from mosaic_compiler.planning.planner import Planned
 from mosaic_compiler.runtime.arena import Arena, ArenaPool, pool_for
 from mosaic_compiler.runtime.fallbacks import find_fallbacks, unmet_options
 from mosaic_compiler.runtime.instructions import GUARD
-from mosaic_compiler.runtime.program import Program, bind
+from mosaic_compiler.runtime.program import bind
+from mosaic_compiler.runtime.programs import Bound, Programs, Variant
 from mosaic_compiler.runtime.prologue import Prologue
 from mosaic_compiler.runtime.rehearsal import Rehearsal
 from mosaic_compiler.runtime.symbols import hints_of, selected_in, symbol_readers
-
-
-@dataclass(frozen=True)
-class _Variant:
-    """The step in loops, or as one flat graph (where nothing needs chunks, nothing is computed again per loop)."""
-
-    module: fx.GraphModule
-    lives: Lives
-    prologue: Prologue
-
-    @functools.cached_property
-    def _kernels(self) -> tuple[tuple[FusedKernel, frozenset[sympy.Expr]], ...]:
-        """The kernels, with the elements that their tensors span; equal uses (of layers) once."""
-        uses = ((kernel_for(cluster), spans_of(cluster)) for _, cluster in clusters_in(self.module))
-        return tuple(dict.fromkeys(uses))
-
-    def compile_kernels(self, sizes: Sizes) -> None:
-        """Compile all kernels that a step of these sizes needs, unless that was done."""
-        known = sizes.symbols.keys()  # other sizes are found in the step
-        compile_all(
-            (kernel, max((sizes(span) for span in spans if span.free_symbols <= known), default=0))
-            for kernel, spans in self._kernels
-        )
-
-
-@dataclass(frozen=True)
-class _Bound:
-    """A program, what it was bound for, and the weights (with their addresses) that it is bound to."""
-
-    variant: _Variant
-    planned: Planned
-    program: Program
-    weights: list[tuple[weakref.ref[Any], int]]
-
-    @property
-    def is_stale(self) -> bool:
-        """A weight was freed or moved."""
-        return any((tensor := ref()) is None or tensor.data_ptr() != pointer for ref, pointer in self.weights)
-
-
-_FEW = 32
-"""So many rows cost no more than one."""
-
-_Key: TypeAlias = "tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...]]"
-"""What a program is bound for: the arena, sizes of inputs, room for computed rows, addresses of weights."""
 
 
 class CompiledStep:
@@ -126,8 +78,8 @@ class CompiledStep:
         self._weights = tuple((*weight, _exactly(weight[-1])) for weight in weights)
         self._budget = options.budget
         check_machine(self._budget, self.lives.device)
-        self._loops = _Variant(module, self.lives, Prologue(module.graph))
-        self._flat = None if flat is None else _Variant(flat, find_lives(flat), Prologue(flat.graph))
+        self._loops = Variant(module, self.lives, Prologue(module.graph))
+        self._flat = None if flat is None else Variant(flat, find_lives(flat), Prologue(flat.graph))
         self._prologue = self._loops.prologue
         self.outline = StepOutline(
             self.lives,
@@ -142,8 +94,8 @@ class CompiledStep:
         self.planner = self.outline.planner
         self._readers = symbol_readers(module, placeholders, self._prologue.symbols)
         self._rehearsal = Rehearsal((module if flat is None else flat).graph, [symbol for symbol, _ in self._readers])
-        self._plans: dict[tuple[int, ...], tuple[_Variant, Planned]] = {}
-        self._programs: OrderedDict[_Key, _Bound] = OrderedDict()
+        self._plans: dict[tuple[int, ...], tuple[Variant, Planned]] = {}
+        self._programs = Programs(self._prologue.symbols)
         self._registered: set[ArenaPool] = set()
 
     @property
@@ -176,10 +128,10 @@ class CompiledStep:
         pointers = tuple([inputs[i].data_ptr() for i in self._static])
         numbers = tuple([read(inputs) for _, read in self._readers])
         with self._pool.lease() as arena:
-            early, counts = self._prologue.run(inputs, functools.partial(self._room, arena.number, numbers, pointers))
+            early, counts = self._prologue.run(inputs, self._programs.room(arena.number, numbers, pointers))
             sizes = self.sizes(numbers, counts)
             room = tuple([capacity(count) for count in counts])
-            key = self._known((arena.number, numbers, room, pointers))
+            key = self._programs.serving((arena.number, numbers, room, pointers))
             bound = self._programs.get(key)
             if bound is None:
                 roomy = self.sizes(numbers, room)
@@ -194,7 +146,7 @@ class CompiledStep:
             self.plan = program.plan
             return program.run(values)
 
-    def _new(self, arena: Arena, sizes: Sizes, roomy: Sizes, inputs: Sequence[Any], early: Mapping[str, Any]) -> _Bound:
+    def _new(self, arena: Arena, sizes: Sizes, roomy: Sizes, inputs: Sequence[Any], early: Mapping[str, Any]) -> Bound:
         """A program for these sizes, in a plan with room for a few more rows.  What cuDNN has to prepare for them it
         prepares meanwhile."""
         make = functools.partial(self._make, arena, sizes, roomy, inputs, early, self._limit())
@@ -215,7 +167,7 @@ class CompiledStep:
         early: Mapping[str, Any],
         limit: int | None,
         is_whole: bool = False,
-    ) -> _Bound:
+    ) -> Bound:
         """Plan, compile kernels, bind: all of it, or (unless ``is_whole``) the rest while the program runs."""
         variant, planned = self.plan_for(roomy, limit)
         with self._on_device():
@@ -232,41 +184,10 @@ class CompiledStep:
         """The step's device is current (in another thread than the caller's it need not be)."""
         return torch.cuda.device(self.lives.device) if self.lives.device.type == "cuda" else nullcontext()
 
-    def _room(self, arena: int, numbers: tuple[int, ...], pointers: tuple[int, ...], position: int, count: int) -> int:
-        """The number of rows to compute where ``count`` are needed: that of a program which computes some more, at most
-        twice as many, and nothing in chunks; else just those.
-
-        Where fewer rows are needed in each step, new shapes in every step would cost more than these rows: libraries
-        choose and load other kernels for each, and all that depends on the number would have to be bound again.
-        """
-        symbol, most = self._prologue.symbols[position], max(2 * count, _FEW) if count else 0
-        served = [
-            bound.program.sizes(symbol)
-            for other, bound in self._programs.items()
-            if (arena, numbers, pointers) == (other[0], other[1], other[3]) and not bound.planned.is_chunked
-        ]
-        return min((rows for rows in served if count <= rows <= most), default=count)
-
-    def _known(self, key: _Key) -> _Key:
-        """The key of a program that has the room for this one, at most twice as much, and computes nothing in chunks;
-        else the key itself."""
-
-        def serves(other: _Key, bound: _Bound) -> bool:
-            is_same = (key[0], key[1], key[3]) == (other[0], other[1], other[3])
-            has_room = all(need <= have <= 2 * need for need, have in zip(key[2], other[2], strict=True))
-            return is_same and has_room and not bound.planned.is_chunked
-
-        if key in self._programs:
-            return key
-        return next((other for other, bound in reversed(self._programs.items()) if serves(other, bound)), key)
-
-    def _bind(self, arena: Arena, sizes: Sizes, variant: _Variant, planned: Planned, values: Sequence[Any]) -> _Bound:
+    def _bind(self, arena: Arena, sizes: Sizes, variant: Variant, planned: Planned, values: Sequence[Any]) -> Bound:
         """A program for these sizes; forgets stale programs."""
         self._check_weights(sizes, values)
-        for key in [key for key, bound in self._programs.items() if bound.is_stale]:
-            del self._programs[key]  # do not keep the old weights in memory
-        while len(self._programs) >= self.options.program_cache:
-            self._programs.popitem(last=False)
+        self._programs.make_space(self.options.program_cache)
         program = bind(
             variant.module,
             variant.lives,
@@ -283,7 +204,7 @@ class CompiledStep:
             program.finish()
             self._be_strict()
         weights = [(weakref.ref(values[i]), values[i].data_ptr()) for i in self._static]
-        return _Bound(variant, planned, program, weights)
+        return Bound(variant, planned, program, weights)
 
     def _check_weights(self, sizes: Sizes, values: Sequence[Any]) -> None:
         """Dynamo may take a module's parameters for immutable, and not look at what their ``.data`` is now."""
@@ -312,7 +233,7 @@ class CompiledStep:
             return self._budget
         return free_memory(self.lives.device, self._pool.reserved())
 
-    def plan_for(self, sizes: Sizes, limit: int | None) -> tuple[_Variant, Planned]:
+    def plan_for(self, sizes: Sizes, limit: int | None) -> tuple[Variant, Planned]:
         """The verified plan for these sizes, made once, and the graph that it is for.
 
         Raises:
@@ -327,14 +248,14 @@ class CompiledStep:
             self._on_plan(planned[1].plan, self.fallbacks)
         return planned
 
-    def choose(self, sizes: Sizes, budget: int | None) -> tuple[_Variant, Planned]:
+    def choose(self, sizes: Sizes, budget: int | None) -> tuple[Variant, Planned]:
         """The flat graph if it fits the budget, else loops (see :meth:`StepOutline.choose`)."""
         planner, planned = self.outline.choose(sizes, budget)
         flat = self._flat
         return (self._loops if flat is None or planner is self.outline.planner else flat), planned
 
 
-def _values(variant: _Variant, inputs: Sequence[Any], early: Mapping[str, Any]) -> list[Any]:
+def _values(variant: Variant, inputs: Sequence[Any], early: Mapping[str, Any]) -> list[Any]:
     """What a program is called with."""
     return [*inputs, *(early[node.name] for node in variant.prologue.results)]
 

@@ -1,0 +1,121 @@
+"""The programs of one step, and which of them serves a call."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import sympy
+from torch import fx
+
+from mosaic_compiler.clusters import clusters_in
+from mosaic_compiler.kernels.cluster_form import spans_of
+from mosaic_compiler.kernels.fused import FusedKernel, compile_all, kernel_for
+from mosaic_compiler.planning.lifetimes import Lives
+from mosaic_compiler.planning.lives import Sizes
+from mosaic_compiler.planning.outline import capacity
+from mosaic_compiler.planning.planner import Planned
+from mosaic_compiler.runtime.program import Program
+from mosaic_compiler.runtime.prologue import Prologue
+
+Key: TypeAlias = "tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...]]"
+"""What a program is bound for: the arena, sizes of inputs, room for computed rows, addresses of weights."""
+
+_FEW = 32
+"""So many rows cost no more than one."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The step in loops, or as one flat graph (where nothing needs chunks, nothing is computed again per loop)."""
+
+    module: fx.GraphModule
+    lives: Lives
+    prologue: Prologue
+
+    @functools.cached_property
+    def _kernels(self) -> tuple[tuple[FusedKernel, frozenset[sympy.Expr]], ...]:
+        """The kernels, with the elements that their tensors span; equal uses (of layers) once."""
+        uses = ((kernel_for(cluster), spans_of(cluster)) for _, cluster in clusters_in(self.module))
+        return tuple(dict.fromkeys(uses))
+
+    def compile_kernels(self, sizes: Sizes) -> None:
+        """Compile all kernels that a step of these sizes needs, unless that was done."""
+        known = sizes.symbols.keys()  # other sizes are found in the step
+        compile_all(
+            (kernel, max((sizes(span) for span in spans if span.free_symbols <= known), default=0))
+            for kernel, spans in self._kernels
+        )
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A program, what it was bound for, and the weights (with their addresses) that it is bound to."""
+
+    variant: Variant
+    planned: Planned
+    program: Program
+    weights: list[tuple[weakref.ref[Any], int]]
+
+    @property
+    def is_stale(self) -> bool:
+        """A weight was freed or moved."""
+        return any((tensor := ref()) is None or tensor.data_ptr() != pointer for ref, pointer in self.weights)
+
+
+class Programs(OrderedDict[Key, Bound]):
+    """A step's programs by what they are bound for, the one that was used last at the end.
+
+    Where fewer rows are needed in each step, new shapes in every step would cost more than some rows too many:
+    libraries choose and load other kernels for each, and all that depends on the number would have to be bound again.
+    What runs in chunks is planned for the rows that it needs, because fewer may do with larger chunks.
+
+    Args:
+        symbols: of the numbers of computed rows, as the prologue binds them.
+    """
+
+    def __init__(self, symbols: Sequence[sympy.Symbol] = ()) -> None:
+        super().__init__()
+        self.symbols = tuple(symbols)
+
+    def room(self, arena: int, numbers: tuple[int, ...], pointers: tuple[int, ...]) -> Callable[[int, int], int]:
+        """Says how many rows to compute for the symbol at a position where ``count`` are needed: as many as a program
+        that computes some more, at most twice as many (or few), with room for at most twice as many, nothing in chunks;
+        else just those."""
+
+        def room(position: int, count: int) -> int:
+            symbol, most = self.symbols[position], max(2 * count, _FEW) if count else 0
+            served = [
+                bound.program.sizes(symbol)
+                for key, bound in self.items()
+                if (arena, numbers, pointers) == (key[0], key[1], key[3])
+                and key[2][position] <= 2 * capacity(count)
+                and not bound.planned.is_chunked
+            ]
+            return min((rows for rows in served if count <= rows <= most), default=count)
+
+        return room
+
+    def serving(self, key: Key) -> Key:
+        """The key of a program that has the room for this one, at most twice as much, and computes nothing in chunks;
+        else the key itself."""
+
+        def serves(other: Key, bound: Bound) -> bool:
+            is_same = (key[0], key[1], key[3]) == (other[0], other[1], other[3])
+            has_room = all(need <= have <= 2 * need for need, have in zip(key[2], other[2], strict=True))
+            return is_same and has_room and not bound.planned.is_chunked
+
+        if key in self:
+            return key
+        return next((other for other, bound in reversed(self.items()) if serves(other, bound)), key)
+
+    def make_space(self, most: int) -> None:
+        """For one more, where ``most`` are kept; stale ones go first, so that old weights are not kept in memory."""
+        for key in [key for key, bound in self.items() if bound.is_stale]:
+            del self[key]
+        while len(self) >= most:
+            self.popitem(last=False)
