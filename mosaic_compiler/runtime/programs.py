@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -91,10 +91,8 @@ class Programs(OrderedDict[Key, Bound]):
             symbol, most = self.symbols[position], max(2 * count, _FEW) if count else 0
             served = [
                 bound.program.sizes(symbol)
-                for key, bound in self.items()
-                if (arena, numbers, pointers) == (key[0], key[1], key[3])
-                and key[2][position] <= 2 * capacity(count)
-                and not bound.planned.is_chunked
+                for key, bound in self._unchunked(arena, numbers, pointers)
+                if key[2][position] <= 2 * capacity(count)
             ]
             return min((rows for rows in served if count <= rows <= most), default=count)
 
@@ -103,15 +101,21 @@ class Programs(OrderedDict[Key, Bound]):
     def serving(self, key: Key) -> Key:
         """The key of a program that has the room for this one, at most twice as much, and computes nothing in chunks;
         else the key itself."""
-
-        def serves(other: Key, bound: Bound) -> bool:
-            is_same = (key[0], key[1], key[3]) == (other[0], other[1], other[3])
-            has_room = all(need <= have <= 2 * need for need, have in zip(key[2], other[2], strict=True))
-            return is_same and has_room and not bound.planned.is_chunked
-
         if key in self:
             return key
-        return next((other for other, bound in reversed(self.items()) if serves(other, bound)), key)
+        arena, numbers, rooms, pointers = key
+        for other, _ in self._unchunked(arena, numbers, pointers):
+            if all(need <= have <= 2 * need for need, have in zip(rooms, other[2], strict=True)):
+                return other
+        return key
+
+    def _unchunked(
+        self, arena: int, numbers: tuple[int, ...], pointers: tuple[int, ...]
+    ) -> Iterator[tuple[Key, Bound]]:
+        """Programs for any numbers of computed rows that compute nothing in chunks, the last used first."""
+        for key, bound in reversed(self.items()):
+            if (arena, numbers, pointers) == (key[0], key[1], key[3]) and not bound.planned.is_chunked:
+                yield key, bound
 
     def make_space(self, most: int) -> None:
         """For one more, where ``most`` are kept; stale ones go first, so that old weights are not kept in memory."""
