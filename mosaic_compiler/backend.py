@@ -17,7 +17,8 @@ from torch import fx
 from torch._decomp import get_decompositions
 from torch._dynamo.backends.common import aot_autograd
 
-from mosaic_compiler.capture import drop_true_masks, forget_floats, specialize_floats
+from mosaic_compiler import graph_log
+from mosaic_compiler.capture import forget_floats, specialize_floats
 from mosaic_compiler.dump import GraphDump
 from mosaic_compiler.errors import GradientError
 from mosaic_compiler.ir import fake_mode_of
@@ -29,6 +30,7 @@ from mosaic_compiler.planning.forms import main_device_of
 from mosaic_compiler.runtime.sparse import page_bytes
 from mosaic_compiler.runtime.step import CompiledStep
 from mosaic_compiler.settings import read_settings
+from mosaic_compiler.true_masks import drop_true_masks
 
 _observers = threading.local()
 
@@ -103,6 +105,7 @@ def compile_aten(module: fx.GraphModule, options: MosaicOptions, static_inputs: 
         flat = without_loops(stages, final, options.disable)
     step = CompiledStep(final, options, records, static_inputs, on_plan=dump.plan, flat=flat, captured=module)
     dump.compiled(step)
+    graph_log.compiled(step.fallbacks)
     for notify in getattr(_observers, "stack", ()):
         notify(step)
     return step

@@ -1,9 +1,4 @@
-"""Before AOTAutograd: what Dynamo's graph needs so that it is traced once, with the attention kernels that eager takes.
-
-Attention masks that are provably all-true are dropped from the graph.
-AOTAutograd picks the attention kernel while it traces, and a mask rules out the fast ones.  Some versions of
-transformers build ``(arange(N) >= 0).expand(B, 1, N, N)`` for bidirectional models when they are compiled: always
-true, N x N large, and the reason for a fall back to an attention that materialises N x N scores.
+"""Before AOTAutograd: what Dynamo's graph needs so that it is traced once.
 
 Floats that are not operands of arithmetic, such as attention's scale, are constants.  With ``dynamic=True`` Dynamo
 makes them inputs; AOTAutograd finds out, when it has traced everything, that they cannot be tensors, and both begin
@@ -13,7 +8,6 @@ are constants as well, as whole numbers are: as inputs, each would be a tensor m
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,11 +37,6 @@ _ARITHMETIC = frozenset(
         "neg",
     }
 )
-
-_SAME_ELEMENTS = frozenset(
-    {"expand", "view", "reshape", "unsqueeze", "squeeze", "to", "contiguous", "expand_as", "clone"}
-)
-
 
 _settled: dict[str, float] = {}
 """Floats of modules that became constants, by where Dynamo finds them."""
@@ -140,78 +129,3 @@ def _is_arithmetic(node: fx.Node) -> bool:
     """An op that takes a tensor in place of a number."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return name.strip("_") in _ARITHMETIC
-
-
-def drop_true_masks(module: fx.GraphModule) -> fx.GraphModule:
-    """Remove masks that are True everywhere from the graph's attention calls (in place)."""
-    changed = False
-    for node in module.graph.nodes:
-        if node.target is not torch._C._nn.scaled_dot_product_attention:
-            continue
-        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-        if isinstance(mask, fx.Node) and is_always_true(mask):
-            if len(node.args) > 3:
-                node.update_arg(3, None)
-            else:
-                node.update_kwarg("attn_mask", None)
-            changed = True
-    if changed:
-        module.graph.eliminate_dead_code()
-        module.recompile()
-    return module
-
-
-def is_always_true(node: fx.Node) -> bool:
-    """Whether every element of a boolean tensor is provably True, for every size."""
-    value = node.meta.get("example_value")
-    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
-        return False
-    source = _same_elements(node)
-    if source is not None:
-        return is_always_true(source)
-    if node.target in (torch.ones, torch.ones_like):
-        return True
-    if node.target in (torch.full, torch.full_like):
-        return node.args[1] is True
-    if node.target in (operator.and_, torch.logical_and) or (node.op, node.target) == ("call_method", "logical_and"):
-        return all(isinstance(operand, fx.Node) and is_always_true(operand) for operand in node.args)
-    if node.target in (operator.ge, torch.ge) or (node.op, node.target) == ("call_method", "ge"):
-        left, right = node.args
-        bound = lower_bound(left)
-        return bound is not None and isinstance(right, int) and bound >= right
-    return False
-
-
-def lower_bound(node: Any) -> int | None:
-    """A number that no element of an integer tensor is below, or ``None``."""
-    if isinstance(node, int):
-        return node
-    if not isinstance(node, fx.Node):
-        return None
-    source = _same_elements(node)
-    if source is not None:
-        return lower_bound(source)
-    if node.target is torch.arange:
-        counts = [argument for argument in node.args if not isinstance(argument, torch.dtype)]
-        if len(counts) == 1:
-            return 0
-        step = counts[2] if len(counts) > 2 else 1
-        start = counts[0]
-        return start if isinstance(start, int) and isinstance(step, int) and step > 0 else None
-    if node.target in (operator.add, operator.iadd, torch.add) and not node.kwargs:
-        bounds = [lower_bound(operand) for operand in node.args]
-        return sum(bounds) if all(bound is not None for bound in bounds) else None  # type: ignore[arg-type]
-    return None
-
-
-def _same_elements(node: fx.Node) -> fx.Node | None:
-    """The tensor whose elements (some of them, maybe repeated) the node has, in another shape."""
-    source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node):
-        return None
-    if node.op == "call_method" and node.target in _SAME_ELEMENTS:
-        target = node.meta.get("example_value")
-        before = source.meta.get("example_value")
-        same = isinstance(target, torch.Tensor) and isinstance(before, torch.Tensor) and target.dtype == before.dtype
-        return source if same else None
-    return source if node.target is operator.getitem and not isinstance(node.args[1], fx.Node) else None

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import mosaic_compiler
 from mosaic_compiler import capture
 from mosaic_compiler.backend import observing
-from mosaic_compiler.capture import drop_true_masks
+from mosaic_compiler.true_masks import drop_true_masks
 
 
 def positions(q):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,15 @@ from torch import fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from mosaic_compiler.ir.operators import has_effect
-from mosaic_compiler.ir.values import argument_value, expr_of, only_tensor, tensors_of
+from mosaic_compiler.ir.values import (
+    argument_value,
+    expr_of,
+    is_symbolic_number,
+    numbers_in,
+    only_tensor,
+    tensors_of,
+    value_of,
+)
 from mosaic_compiler.kernels import ops
 from mosaic_compiler.loops import loop_of
 
@@ -46,6 +55,30 @@ def prologue_nodes(graph: fx.Graph) -> list[fx.Node]:
             wanted.add(node)
             todo += node.all_input_nodes
     return [node for node in graph.nodes if node in wanted]
+
+
+def has_unbacked(node: fx.Node) -> bool:
+    """Some size of what the node produces is known only after data has been looked at (``nonzero``, ``item``).
+
+    Sizes of inputs are known, also where Dynamo has no example of them (``mark_unbacked``).
+    """
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    numbers = [number for number in numbers_in(value_of(node)) if is_symbolic_number(number)]
+    unknown = {symbol for number in numbers for symbol in free_unbacked_symbols(number)}
+    return bool(unknown) and not unknown <= _sizes_of_inputs(node.graph)
+
+
+_input_sizes: weakref.WeakKeyDictionary[fx.Graph, frozenset[sympy.Symbol]] = weakref.WeakKeyDictionary()
+
+
+def _sizes_of_inputs(graph: fx.Graph) -> frozenset[sympy.Symbol]:
+    """Symbols that are a size or value of an input of the graph."""
+    if graph not in _input_sizes:
+        numbers = [n for node in graph.find_nodes(op="placeholder") for n in numbers_in(value_of(node))]
+        sizes = map(expr_of, filter(is_symbolic_number, numbers))
+        _input_sizes[graph] = frozenset(size for size in sizes if isinstance(size, sympy.Symbol))
+    return _input_sizes[graph]
 
 
 def rows_of_loop(node: fx.Node) -> sympy.Expr:

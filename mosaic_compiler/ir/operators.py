@@ -117,7 +117,26 @@ def is_composite(op: OpOverload) -> bool:
 
 
 # Views whose schema does not say so, because autograd must not treat them as views.
-_UNANNOTATED_VIEWS = frozenset({torch.ops.aten._unsafe_view.default})
+_UNANNOTATED_VIEWS = frozenset(
+    {
+        torch.ops.aten._unsafe_view.default,
+        torch.ops.aten.unsafe_split.Tensor,
+        torch.ops.aten.unsafe_split_with_sizes.default,
+    }
+)
+
+_READ_STORAGE = frozenset(
+    {
+        torch.ops.aten.as_strided.default,
+        torch.ops.aten.as_strided_copy.default,
+        torch.ops.aten.as_strided_scatter.default,
+    }
+)
+
+
+def reads_storage(op: OpOverload) -> bool:
+    """An op that counts elements from where its operand's storage begins, whatever the operand is a view of."""
+    return op in _READ_STORAGE
 
 
 def alias_base(node: fx.Node) -> fx.Node | None:

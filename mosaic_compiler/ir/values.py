@@ -78,9 +78,16 @@ def storage_extent(tensor: torch.Tensor) -> sympy.Expr:
     return sympy.expand((last + 1) * tensor.dtype.itemsize)
 
 
+def lazy_bits(tensor: torch.Tensor) -> str:
+    """How a tensor's memory differs from its values: they are to be conjugated (``conj``) or negated (``neg``) when
+    they are read, as ``x.conj()`` and ``x.conj().imag`` of a complex x are.  PyTorch's own ops know; kernels that read
+    raw memory do not."""
+    return " ".join(name for name, is_set in (("conj", tensor.is_conj()), ("neg", tensor.is_neg())) if is_set)
+
+
 def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal dtype, device, sizes and strides, compared as expressions (so no guard is added)."""
-    if a.dtype != b.dtype or a.device != b.device or a.dim() != b.dim():
+    """Equal dtype, device, sizes, strides and lazy bits, compared as expressions (so no guard is added)."""
+    if a.dtype != b.dtype or a.device != b.device or a.dim() != b.dim() or lazy_bits(a) != lazy_bits(b):
         return False
     pairs = zip((*a.shape, *a.stride()), (*b.shape, *b.stride()), strict=True)
     return all(expr_of(x) == expr_of(y) for x, y in pairs)
@@ -95,7 +102,8 @@ def layout_of(value: Any) -> Any:
         strides = tuple(
             None if size in (0, 1) else expr_of(stride) for size, stride in zip(sizes, value.stride(), strict=True)
         )
-        return (str(value.dtype), str(value.device), sizes, strides, expr_of(value.storage_offset()))
+        kind = " ".join(filter(None, (str(value.dtype), lazy_bits(value))))
+        return (kind, str(value.device), sizes, strides, expr_of(value.storage_offset()))
     if is_symbolic_number(value) or isinstance(value, (int, float)):
         return expr_of(value)
     return repr(value)

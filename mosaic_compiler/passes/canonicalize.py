@@ -79,13 +79,16 @@ class _Rewriter:
         storage = ir.StorageMap(module.graph)
         self._storage = storage
         self._pinned = ir.escaping_roots(module.graph, storage) | ir.written_roots(module.graph, storage)
+        for node in module.graph.nodes:
+            if node.op == "call_function" and isinstance(node.target, OpOverload) and ir.reads_storage(node.target):
+                self._pinned.update(root for operand in node.all_input_nodes for root in storage.roots(operand) if root)
 
     def may_share(self, node: fx.Node, source: fx.Node) -> bool:
         """Whether ``node`` (a copy) may become ``source`` itself: neither escapes nor is written."""
         return not self.is_pinned(node) and not self.is_pinned(source)
 
     def is_pinned(self, node: fx.Node) -> bool:
-        """Its memory escapes or is written."""
+        """Its memory escapes, is written, or somebody counts from where it begins."""
         return bool(set(self._storage.roots(node)) & self._pinned)
 
     def replace(self, node: fx.Node, by: fx.Node) -> None:
@@ -248,7 +251,7 @@ def _split_into_slices(rewriter: _Rewriter, node: fx.Node) -> bool:
             )
         rewriter.graph.erase_node(node)
         return True
-    if node.target is not aten.split.Tensor:
+    if node.target not in (aten.split.Tensor, aten.unsafe_split.Tensor):
         return False
     source, size = node.args[:2]
     dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)

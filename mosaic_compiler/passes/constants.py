@@ -43,11 +43,13 @@ def constant_of(node: fx.Node) -> Scalar | None:
     """
     value = _constant(node)
     tensor = ir.tensor_of(node)
-    if value is None or tensor is None:
+    if value is None or tensor is None or tensor.dtype.is_complex:
         return None
-    if tensor.dtype == torch.bool:
-        return bool(value)
-    return float(value) if tensor.dtype.is_floating_point else int(value)
+    try:  # as the dtype holds it: whole numbers wrap around, small ones become 0
+        held: Scalar = torch.full((), value, dtype=tensor.dtype).item()
+    except (RuntimeError, OverflowError):
+        return None
+    return held
 
 
 def _constant(node: fx.Node) -> Scalar | None:

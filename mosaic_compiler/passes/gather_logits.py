@@ -90,4 +90,6 @@ def _gathered_projection(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | No
     tensor = ir.tensor_of(hidden)
     if tensor is None or dim != 0 or tensor.dim() != 2 or not ir.is_contiguous(tensor):
         return None
+    if ir.lazy_bits(tensor) or ir.lazy_bits(ir.only_tensor(weight)):
+        return None  # the kernel reads raw memory
     return hidden, index, weight

@@ -28,7 +28,6 @@ from torch._ops import OpOverload
 from mosaic_compiler import ir
 from mosaic_compiler.kernels.cluster_form import MOST_ADDED, is_small_sum
 from mosaic_compiler.kernels.fused import supports
-from mosaic_compiler.planning.forms import has_unbacked
 
 aten = torch.ops.aten
 
@@ -228,13 +227,13 @@ def work_of(node: fx.Node, device: torch.device) -> Work | None:
         return None
     out = ir.tensor_of(node)
     operands = [ir.tensor_of(operand) for operand in node.all_input_nodes if ir.tensors_of(operand) != (None,)]
-    if out is None or out.device != device or out.dim() == 0 or out.dtype.is_complex:
+    if out is None or out.device != device or out.dim() == 0 or out.dtype.is_complex or ir.lazy_bits(out):
         return None
     if not operands or not all(_is_readable(tensor, device) for tensor in operands):
         return None
     if any(isinstance(ir.value_of(operand), torch.SymFloat) for operand in node.all_input_nodes):
         return None  # a kernel's own symbols are whole numbers
-    if has_unbacked(node):
+    if ir.has_unbacked(node):
         return None  # its result has no place in a plan
     if is_small_sum(node):
         return Work(_elements(out), None)
@@ -253,8 +252,8 @@ def work_of(node: fx.Node, device: torch.device) -> Work | None:
 
 def _is_readable(tensor: torch.Tensor | None, device: torch.device) -> bool:
     """On the device, or a number on the CPU (Dynamo passes floats as such)."""
-    if tensor is None or tensor.dtype.is_complex:
-        return False
+    if tensor is None or tensor.dtype.is_complex or ir.lazy_bits(tensor):
+        return False  # kernels read raw memory
     return tensor.device == device or (tensor.dim() == 0 and tensor.device.type == "cpu")
 
 

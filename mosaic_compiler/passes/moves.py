@@ -26,6 +26,8 @@ def moved_dims(node: fx.Node) -> int | None:
     if node.target not in MOVES or not isinstance(node.args[0], fx.Node):
         return None
     rank = len(rows.shape_of(node.args[0]))
+    if not rank:
+        return None  # a number has no rows
     if node.target is aten.index.Tensor:
         indices = node.args[1]
         tensors = [ir.tensor_of(i) if isinstance(i, fx.Node) else None for i in indices]  # type: ignore[union-attr]

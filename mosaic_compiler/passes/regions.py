@@ -30,7 +30,6 @@ from mosaic_compiler.kernels import ops
 from mosaic_compiler.passes import rows
 from mosaic_compiler.passes.labels import Edge, Labels
 from mosaic_compiler.passes.rows import ATTENTIONS, DEAR, MATMULS, Space
-from mosaic_compiler.planning.forms import has_unbacked
 
 HEAVY = MATMULS | ATTENTIONS | {ops.gather_logits, ops.head_statistics}
 """What a loop is made for."""
@@ -96,7 +95,7 @@ class _Finder:
         self.groups = {
             key: nodes
             for key, nodes in groups.items()
-            if any(n.target in HEAVY for n in nodes) and not any(map(has_unbacked, nodes))
+            if any(n.target in HEAVY for n in nodes) and not any(map(ir.has_unbacked, nodes))
         }
         self.order = [node for node in graph.nodes if node in labels.of]
         self.inside = self.regions.inside

@@ -273,7 +273,7 @@ def form_of(node: fx.Node, main_device: torch.device) -> Form:
         return Form(Kind.MUTATION)
     if ir.is_view(node):
         return Form(Kind.VIEW)
-    if ir.alias_base(node) is not None or has_unbacked(node):
+    if ir.alias_base(node) is not None or ir.has_unbacked(node):
         return Form(Kind.OPAQUE)
     if any(t is None or t.device != main_device or t.layout != torch.strided for t in outputs):
         return Form(Kind.OPAQUE)
@@ -292,15 +292,7 @@ def _computable(node: fx.Node) -> bool:
     value = ir.value_of(node)
     if isinstance(value, (bool, int, float)):
         return True
-    return ir.is_symbolic_number(value) and not has_unbacked(node)
-
-
-def has_unbacked(node: fx.Node) -> bool:
-    """Some size is known only after data has been looked at (``nonzero``, ``item``)."""
-    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-
-    numbers = [n for n in ir.numbers_in(ir.value_of(node)) if ir.is_symbolic_number(n)]
-    return any(free_unbacked_symbols(n) for n in numbers)
+    return ir.is_symbolic_number(value) and not ir.has_unbacked(node)
 
 
 def main_device_of(module: fx.GraphModule) -> torch.device:

@@ -37,7 +37,7 @@ from mosaic_compiler.kernels.scatter_rows import shared_pages
 from mosaic_compiler.loops import ChunkLoop, loop_of
 from mosaic_compiler.passes.regions import HEAVY
 from mosaic_compiler.passes.rows import ATTENTIONS, MATMULS
-from mosaic_compiler.planning.forms import Form, Kind, form_of, has_unbacked, main_device_of
+from mosaic_compiler.planning.forms import Form, Kind, form_of, main_device_of
 from mosaic_compiler.planning.lives import LoopLives, StepLives, SymbolicBuffer
 from mosaic_compiler.planning.scratch import scratch_bytes
 
@@ -278,7 +278,7 @@ class _Finder:
                 root = (node, index)
                 if tensor is None or storage.roots(node)[index] != root:
                     continue
-                if has_unbacked(node):
+                if ir.has_unbacked(node):
                     self.unsized.append(node)
                     continue
                 if tensor.device != self.device:
@@ -296,7 +296,7 @@ class _Finder:
                 )
                 buffers.append(buffer)
                 root_buffers[root] = buffer
-            scratch = sympy.Integer(0) if has_unbacked(node) else scratch_bytes(node)
+            scratch = sympy.Integer(0) if ir.has_unbacked(node) else scratch_bytes(node)
             if scratch != 0:
                 buffers.append(
                     _buffer(node, f"{node.name}.scratch", "scratch", scratch, start[node], start[node] + 1, None)

@@ -50,7 +50,10 @@ class Arena(Protocol):
     def tensor(
         self, offset: int, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int], limit: int
     ) -> torch.Tensor:
-        """A zero-copy tensor over the arena.  Raises :class:`ArenaError` if it ends above ``limit``."""
+        """A zero-copy tensor over the arena, with a storage of just its own bytes, in which it begins at 0.
+
+        Raises :class:`ArenaError` if it ends above ``limit``.
+        """
 
     def fill(self, start: int, end: int, byte: int) -> None: ...
 
@@ -62,10 +65,9 @@ class Arena(Protocol):
 
 
 class ArenaBytes(ABC):
-    """What every arena does with the bytes it has: typed views over them, and poison."""
+    """What every arena does with the bytes it has: tensors over them, and poison."""
 
     moves = False
-    _typed: dict[torch.dtype, torch.Tensor]
 
     @property
     @abstractmethod
@@ -79,12 +81,20 @@ class ArenaBytes(ABC):
     def tensor(
         self, offset: int, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int], limit: int
     ) -> torch.Tensor:
-        check_bounds(offset, dtype, shape, stride, min(limit, self.capacity))
-        typed = self._typed.get(dtype)
-        if typed is None:
-            whole = self.capacity - self.capacity % dtype.itemsize
-            typed = self._typed[dtype] = self._bytes[:whole].view(dtype)
-        return torch.as_strided(typed, list(shape), list(stride), offset // dtype.itemsize)
+        nbytes = check_bounds(offset, dtype, shape, stride, min(limit, self.capacity))
+        if not nbytes:
+            return torch.empty_strided(list(shape), list(stride), dtype=dtype, device=self._bytes.device)
+        made = torch.empty(0, dtype=dtype, device=self._bytes.device)
+        return made.set_(self._storage(offset, nbytes), 0, list(shape), list(stride))
+
+    def _storage(self, offset: int, nbytes: int) -> torch.UntypedStorage:
+        """A storage over these bytes only: an op that copies, saves or indexes the storage of a value sees that value
+        and not the arena.  It does not keep the arena alive; programs do."""
+        address = self._bytes.data_ptr() + offset
+        storage: torch.UntypedStorage = torch._C._construct_storage_from_data_pointer(
+            address, self._bytes.device, nbytes
+        )
+        return storage
 
     def fill(self, start: int, end: int, byte: int) -> None:
         self._bytes[start:end] = byte
@@ -111,11 +121,14 @@ class HostArena(ArenaBytes):
         self.reserved = 0
         self._touched = 0
         self._whole = torch.frombuffer(self._memory, dtype=torch.uint8)
-        self._typed: dict[torch.dtype, torch.Tensor] = {}
 
     @property
     def _bytes(self) -> torch.Tensor:
         return self._whole
+
+    def _storage(self, offset: int, nbytes: int) -> torch.UntypedStorage:
+        part = torch.frombuffer(self._memory, dtype=torch.uint8, count=nbytes, offset=offset)  # keeps the mapping alive
+        return part.untyped_storage()
 
     def ensure(self, height: int) -> None:
         if height > self.capacity:
@@ -171,7 +184,6 @@ class PlainArena(ArenaBytes):
         self.device = device
         self.reserved = 0
         self._whole = torch.empty(0, dtype=torch.uint8, device=device)
-        self._typed: dict[torch.dtype, torch.Tensor] = {}
 
     @property
     def _bytes(self) -> torch.Tensor:
@@ -180,7 +192,6 @@ class PlainArena(ArenaBytes):
     @torch.inference_mode(False)
     def ensure(self, height: int) -> None:
         if height > self.capacity:
-            self._typed.clear()
             self._whole = torch.empty(0, dtype=torch.uint8, device=self.device)  # first give back, then take
             self.number = next_number()
             self.reserved = 0
@@ -193,18 +204,23 @@ class PlainArena(ArenaBytes):
     @torch.inference_mode(False)
     def release(self) -> None:
         """Give all memory back.  The next plan gets a fresh allocation under another number."""
-        self._typed.clear()
         self._whole = torch.empty(0, dtype=torch.uint8, device=self.device)
         self.number = next_number()
         self.reserved = 0
 
 
-def check_bounds(offset: int, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int], limit: int) -> None:
-    """Raise :class:`ArenaError` if a tensor would start misaligned or end above ``limit`` bytes."""
+def check_bounds(offset: int, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int], limit: int) -> int:
+    """The bytes from a tensor's first to its last element.
+
+    Raises:
+        ArenaError: if it would start misaligned or end above ``limit`` bytes.
+    """
     elements = 1 + sum((s - 1) * t for s, t in zip(shape, stride, strict=True)) if math.prod(shape) else 0
-    end = offset + elements * dtype.itemsize
+    nbytes = elements * dtype.itemsize
+    end = offset + nbytes
     if offset < 0 or end > limit or offset % dtype.itemsize:
         raise ArenaError(f"a tensor of {list(shape)} {dtype} at {offset} ends at {end}, outside of the plan's {limit}")
+    return nbytes
 
 
 def arena_problem(device: torch.device) -> str | None:

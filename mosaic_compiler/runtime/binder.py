@@ -17,6 +17,7 @@ from mosaic_compiler.planning.forms import Call, Kind
 from mosaic_compiler.planning.lifetimes import LoopSpan, Scope
 from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.planning.plan import Buffer
+from mosaic_compiler.runtime.aliases import watched
 from mosaic_compiler.runtime.arena import Arena
 from mosaic_compiler.runtime.instructions import (
     CANARY,
@@ -45,6 +46,7 @@ class Shared:
         placed: the plan's buffers by name.
         loops: the step's loops by the node that calls them.
         slots: values that are known only during a call; a call's inputs come first.
+        found_alias: called with a node whose results share memory although its schema does not say so.
         fixed: bound destinations.
     """
 
@@ -53,6 +55,7 @@ class Shared:
     loops: Mapping[fx.Node, LoopSpan]
     slots: list[Any]
     poison: bool = False
+    found_alias: Callable[[fx.Node], None] = lambda node: None
     fixed: dict[Any, Destination] = field(default_factory=dict)
     _pools: dict[Any, list[Slot]] = field(default_factory=dict)
     _pool: list[Slot] | None = None
@@ -194,6 +197,8 @@ class Binder:
         run = bound_call(Call(self._function_of(node), tuple(args), tuple(kwargs.items())), self.shared.slots)
         if self._is_empty(node):
             run = functools.partial(self._empty_results, node)
+        elif ir.alias_base(node) is None:
+            run = watched(node, run, (args, kwargs), self.shared.slots, self.shared.found_alias)
         roots = self.scope.storage.roots(node)
         if not isinstance(ir.value_of(node), (tuple, list)):
             slot = self._slot(node, 0, roots[0])

@@ -46,7 +46,6 @@ class CudaArena(ArenaBytes):
         self._base = self._driver.reserve(self._size)
         self._pieces: list[_Piece] = []
         self._whole: torch.Tensor | None = None
-        self._typed: dict[torch.dtype, torch.Tensor] = {}
         self._finalizer = weakref.finalize(self, _close, self._driver, self._base, self._size, self._pieces)
         self._finalizer.atexit = False  # the process's memory goes with the process
 
@@ -86,7 +85,6 @@ class CudaArena(ArenaBytes):
 
     def close(self) -> None:
         """Give back the memory and the addresses.  The arena is not usable any more."""
-        self._typed.clear()
         self._whole = None
         self.reserved = 0
         self._finalizer()

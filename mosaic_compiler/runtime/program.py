@@ -123,6 +123,7 @@ def bind(
     varying: frozenset[sympy.Symbol] = frozenset(),
     early: Sequence[fx.Node] = (),
     poison: bool = False,
+    found_alias: Callable[[fx.Node], None] = lambda node: None,
 ) -> Program:
     """Bind a graph to an arena.
 
@@ -135,8 +136,10 @@ def bind(
         early: the prologue nodes whose results follow the placeholders.
         poison: fill buffers at birth and death, check canaries (the plan must have been made with
             :data:`GUARD` bytes behind each arena buffer).
+        found_alias: see :class:`Shared`.
     """
-    shared = Shared(arena, {buffer.name: buffer for buffer in plan.buffers}, lives.loops, [None] * len(inputs), poison)
+    placed = {buffer.name: buffer for buffer in plan.buffers}
+    shared = Shared(arena, placed, lives.loops, [None] * len(inputs), poison, found_alias)
     return Program(_StepBinder(module, lives, plan, sizes, inputs, static, shared, varying, early))
 
 

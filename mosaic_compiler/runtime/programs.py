@@ -22,8 +22,11 @@ from mosaic_compiler.planning.planner import Planned
 from mosaic_compiler.runtime.program import Program
 from mosaic_compiler.runtime.prologue import Prologue
 
-Key: TypeAlias = "tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...]]"
-"""What a program is bound for: the arena, sizes of inputs, room for computed rows, addresses of weights."""
+Place: TypeAlias = "tuple[int, int | None]"
+"""An arena, and the budget that plans in it are made for."""
+
+Key: TypeAlias = "tuple[Place, tuple[int, ...], tuple[int, ...], tuple[int, ...]]"
+"""What a program is bound for: where it runs, sizes of inputs, room for computed rows, addresses of weights."""
 
 _FEW = 32
 """So many rows cost no more than one."""
@@ -82,7 +85,7 @@ class Programs(OrderedDict[Key, Bound]):
         super().__init__()
         self.symbols = tuple(symbols)
 
-    def room(self, arena: int, numbers: tuple[int, ...], pointers: tuple[int, ...]) -> Callable[[int, int], int]:
+    def room(self, place: Place, numbers: tuple[int, ...], pointers: tuple[int, ...]) -> Callable[[int, int], int]:
         """Says how many rows to compute for the symbol at a position where ``count`` are needed: as many as a program
         that computes some more, at most twice as many (or few), with room for at most twice as many, nothing in chunks;
         else just those."""
@@ -91,7 +94,7 @@ class Programs(OrderedDict[Key, Bound]):
             symbol, most = self.symbols[position], max(2 * count, _FEW) if count else 0
             served = [
                 bound.program.sizes(symbol)
-                for key, bound in self._unchunked(arena, numbers, pointers)
+                for key, bound in self._unchunked(place, numbers, pointers)
                 if key[2][position] <= 2 * capacity(count)
             ]
             return min((rows for rows in served if count <= rows <= most), default=count)
@@ -103,18 +106,18 @@ class Programs(OrderedDict[Key, Bound]):
         else the key itself."""
         if key in self:
             return key
-        arena, numbers, rooms, pointers = key
-        for other, _ in self._unchunked(arena, numbers, pointers):
+        place, numbers, rooms, pointers = key
+        for other, _ in self._unchunked(place, numbers, pointers):
             if all(need <= have <= 2 * need for need, have in zip(rooms, other[2], strict=True)):
                 return other
         return key
 
     def _unchunked(
-        self, arena: int, numbers: tuple[int, ...], pointers: tuple[int, ...]
+        self, place: Place, numbers: tuple[int, ...], pointers: tuple[int, ...]
     ) -> Iterator[tuple[Key, Bound]]:
         """Programs for any numbers of computed rows that compute nothing in chunks, the last used first."""
         for key, bound in reversed(self.items()):
-            if (arena, numbers, pointers) == (key[0], key[1], key[3]) and not bound.planned.is_chunked:
+            if (place, numbers, pointers) == (key[0], key[1], key[3]) and not bound.planned.is_chunked:
                 yield key, bound
 
     def make_space(self, most: int) -> None:

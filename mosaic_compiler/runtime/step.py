@@ -1,17 +1,19 @@
 """``CompiledStep``: what ``torch.compile`` gets back for one graph.
 
-A call looks up, or makes, three things of decreasing generality: the plan for these sizes, the program
-bound to these weights and this arena, and then runs the program.  Nothing is ever recompiled for a new
-length.
+A call looks up, or makes, three things of decreasing generality: the plan for these sizes and this budget, the program
+bound to these weights and this arena, and then runs the program.  Nothing is ever recompiled for a new length or
+budget.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -38,6 +40,32 @@ from mosaic_compiler.runtime.programs import Bound, Programs, Variant
 from mosaic_compiler.runtime.prologue import Prologue
 from mosaic_compiler.runtime.rehearsal import Rehearsal
 from mosaic_compiler.runtime.symbols import hints_of, selected_in, symbol_readers
+
+
+_budget: ContextVar[int | None] = ContextVar("memory_budget", default=None)
+_running = threading.local()
+
+
+@contextmanager
+def within_budget(nbytes: int | None) -> Iterator[None]:
+    """Steps that this thread runs inside of the ``with`` block are planned for ``nbytes``, whatever their option
+    ``memory_budget`` says; ``None``: as it says."""
+    token = _budget.set(nbytes)
+    try:
+        yield
+    finally:
+        _budget.reset(token)
+
+
+@contextmanager
+def running(observe: Callable[[CompiledStep], None]) -> Iterator[None]:
+    """Call ``observe`` with every step that this thread runs inside of the ``with`` block, when it begins."""
+    stack = _running.__dict__.setdefault("stack", [])
+    stack.append(observe)
+    try:
+        yield
+    finally:
+        stack.remove(observe)
 
 
 class CompiledStep:
@@ -69,6 +97,7 @@ class CompiledStep:
         self.lives: Lives = find_lives(module)
         self._planned_fallbacks = find_fallbacks(self.lives) + unmet_options(module, options)
         self._clusters = [*clusters_in(module), *(clusters_in(flat) if flat is not None else ())]
+        self._aliases: dict[str, Fallback] = {}
         self._be_strict()
         self.plan: MemoryPlan | None = None
         self._on_plan = on_plan
@@ -76,8 +105,7 @@ class CompiledStep:
         self._static = tuple(i for i in static_inputs if ir.tensor_of(placeholders[i]) is not None)
         weights = [(i, placeholders[i].name, ir.only_tensor(placeholders[i])) for i in self._static]
         self._weights = tuple((*weight, _exactly(weight[-1])) for weight in weights)
-        self._budget = options.budget
-        check_machine(self._budget, self.lives.device)
+        check_machine(options.budget, self.lives.device)
         self._loops = Variant(module, self.lives, Prologue(module.graph))
         self._flat = None if flat is None else Variant(flat, find_lives(flat), Prologue(flat.graph))
         self._prologue = self._loops.prologue
@@ -94,20 +122,29 @@ class CompiledStep:
         self.planner = self.outline.planner
         self._readers = symbol_readers(module, placeholders, self._prologue.symbols)
         self._rehearsal = Rehearsal((module if flat is None else flat).graph, [symbol for symbol, _ in self._readers])
-        self._plans: dict[tuple[int, ...], tuple[Variant, Planned]] = {}
+        self._plans: dict[tuple[int | None, ...], tuple[Variant, Planned]] = {}
         self._programs = Programs(self._prologue.symbols)
         self._registered: set[ArenaPool] = set()
 
     @property
     def fallbacks(self) -> tuple[Fallback, ...]:
-        """All named fallbacks; those of fused kernels are known once the step has been bound."""
-        found: dict[str, Fallback] = {}
+        """All named fallbacks; those of fused kernels are known once the step has been bound, undeclared aliases once
+        it has run."""
+        found: dict[str, Fallback] = dict(self._aliases)
         for node, cluster in self._clusters:
             failure = kernel_for(cluster).failure
             if failure is not None:
                 source = ir.provenance(node).source
                 found.setdefault(node.name, Fallback(failure.name, node.name, "", failure.reason, source))
         return (*self._planned_fallbacks, *found.values())
+
+    def _found_alias(self, node: fx.Node) -> None:
+        """An op returned memory that is not its own: it was copied."""
+        if node.name not in self._aliases:
+            reason = "returns memory of an operand, which its schema does not say: the result is copied"
+            source = ir.provenance(node).source
+            self._aliases[node.name] = Fallback("undeclared-alias", node.name, str(node.target), reason, source)
+            self._be_strict()
 
     def _be_strict(self) -> None:
         if self.options.strict and (found := self.fallbacks):
@@ -127,11 +164,14 @@ class CompiledStep:
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         pointers = tuple([inputs[i].data_ptr() for i in self._static])
         numbers = tuple([read(inputs) for _, read in self._readers])
+        for notify in getattr(_running, "stack", ()):
+            notify(self)
         with self._pool.lease() as arena:
-            early, counts = self._prologue.run(inputs, self._programs.room(arena.number, numbers, pointers))
+            place = (arena.number, self.budget)
+            early, counts = self._prologue.run(inputs, self._programs.room(place, numbers, pointers))
             sizes = self.sizes(numbers, counts)
             room = tuple([capacity(count) for count in counts])
-            key = self._programs.serving((arena.number, numbers, room, pointers))
+            key = self._programs.serving((place, numbers, room, pointers))
             bound = self._programs.get(key)
             if bound is None:
                 roomy = self.sizes(numbers, room)
@@ -149,8 +189,9 @@ class CompiledStep:
     def _new(self, arena: Arena, sizes: Sizes, roomy: Sizes, inputs: Sequence[Any], early: Mapping[str, Any]) -> Bound:
         """A program for these sizes, in a plan with room for a few more rows.  What cuDNN has to prepare for them it
         prepares meanwhile."""
-        make = functools.partial(self._make, arena, sizes, roomy, inputs, early, self._limit())
-        rehearse = self._rehearsal.of(sizes, arena, self._budget)
+        limits = self.budget, self._limit()
+        make = functools.partial(self._make, arena, sizes, roomy, inputs, early, limits)
+        rehearse = self._rehearsal.of(sizes, arena, self.budget)
         if rehearse is None:
             return make()
         with ThreadPoolExecutor(1) as pool:
@@ -165,11 +206,11 @@ class CompiledStep:
         roomy: Sizes,
         inputs: Sequence[Any],
         early: Mapping[str, Any],
-        limit: int | None,
+        limits: tuple[int | None, int | None],
         is_whole: bool = False,
     ) -> Bound:
         """Plan, compile kernels, bind: all of it, or (unless ``is_whole``) the rest while the program runs."""
-        variant, planned = self.plan_for(roomy, limit)
+        variant, planned = self.plan_for(roomy, *limits)
         with self._on_device():
             # before the arena grows: compilers need memory as well
             variant.compile_kernels(self._with_chunks(roomy, planned))
@@ -199,6 +240,7 @@ class CompiledStep:
             varying=frozenset(variant.prologue.symbols),
             early=variant.prologue.results,
             poison=self.options.poison,
+            found_alias=self._found_alias,
         )
         if self.options.strict:  # a kernel that does not compile is found out when it is bound
             program.finish()
@@ -227,19 +269,28 @@ class CompiledStep:
     def _with_chunks(self, sizes: Sizes, planned: Planned) -> Sizes:
         return Sizes(sizes.symbols | dict(planned.chunks))
 
+    @property
+    def budget(self) -> int | None:
+        """Bytes that the next call of this thread may need (see :func:`within_budget`)."""
+        given = _budget.get()
+        return self.options.budget if given is None else given
+
     def _limit(self) -> int | None:
         """Bytes that a plan made now may need: of the budget, or what is free."""
-        if self._budget is not None or not self.lives.chunks:
-            return self._budget
+        if self.budget is not None or not self.lives.chunks:
+            return self.budget
         return free_memory(self.lives.device, self._pool.reserved())
 
-    def plan_for(self, sizes: Sizes, limit: int | None) -> tuple[Variant, Planned]:
-        """The verified plan for these sizes, made once, and the graph that it is for.
+    def plan_for(self, sizes: Sizes, budget: int | None, limit: int | None) -> tuple[Variant, Planned]:
+        """The verified plan for these sizes, made once for each budget, and the graph that it is for.
+
+        Args:
+            limit: the budget; without one, what is free if the plan is made now.
 
         Raises:
             BudgetError: if no chunk sizes fit the memory budget.
         """
-        key = tuple(sizes(symbol) for symbol in self.planner.symbols)
+        key = (budget, *(sizes(symbol) for symbol in self.planner.symbols))
         planned = self._plans.get(key)
         if planned is None:
             planned = self._plans[key] = self.choose(sizes, limit)

@@ -17,13 +17,18 @@ from mosaic_compiler.kernels.scatter_rows import pages_per_row
 from mosaic_compiler.planning.outline import Selected
 
 
+UNKNOWN = 64
+"""Stands for the example's value of a size that Dynamo was told to know nothing about (``mark_unbacked``)."""
+
+
 def hints_of(module: fx.GraphModule) -> dict[sympy.Symbol, int]:
     """The example's value of every symbol of the inputs."""
     found: dict[sympy.Symbol, int] = {}
     for node in module.graph.find_nodes(op="placeholder"):
         for number in ir.numbers_in(ir.value_of(node)):
             if isinstance(number, torch.SymInt) and isinstance(expr := ir.expr_of(number), sympy.Symbol):
-                found.setdefault(expr, int(number.node.hint))
+                hint = number.node.hint if number.node.has_hint() else UNKNOWN
+                found.setdefault(expr, int(hint))
     return found
 
 

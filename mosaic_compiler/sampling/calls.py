@@ -73,8 +73,9 @@ def call_for(model: nn.Module, padded: bool) -> ModelCall:
 
 def said_to(model: nn.Module) -> dict[str, Any]:
     """Keyword arguments that say what a model would otherwise look up in its config: asked for ``use_return_dict``,
-    transformers 5 logs a warning, and that breaks Dynamo's graph in front of the head."""
-    return {"return_dict": True} if "return_dict" in _parameters(model) else {}
+    transformers 5 logs a warning, and that breaks Dynamo's graph in front of the head; ``use_cache`` is not in every
+    config any more, and a cache of keys and values that were seen once is of no use."""
+    return {name: value for name, value in (("return_dict", True), ("use_cache", False)) if name in _parameters(model)}
 
 
 def is_dream_like(model: nn.Module) -> bool:

@@ -11,11 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mosaic_compiler.planning.plan import MemoryPlan
+from mosaic_compiler.planning.plan import Fallback, MemoryPlan
 from mosaic_compiler.sampling.calls import check_bidirectional, is_dream_like
+from mosaic_compiler.sampling.compiled import dynamo_as_needed
 from mosaic_compiler.sampling.request import Sampling
 from mosaic_compiler.sampling.rules import EOS_RULES, EndTokens
-from mosaic_compiler.sampling.run import Run, without_breaks
+from mosaic_compiler.sampling.run import Run
 
 
 class Streamer(Protocol):
@@ -34,12 +35,15 @@ class Generation:
         steps: forward passes of the model.
         plan: the plan with the highest peak; ``None`` if nothing was compiled.
         history: the ids after each step, if asked for.
+        fallbacks: what ran in a slower or fatter way than planned, by name; ``eager`` if nothing was compiled although
+            it was to be.
     """
 
     sequences: Tensor
     steps: int
     plan: MemoryPlan | None
     history: tuple[Tensor, ...] = ()
+    fallbacks: tuple[Fallback, ...] = ()
 
 
 def generate(
@@ -156,13 +160,13 @@ def generate(
     _check_inputs(input_ids, attention_mask, config, length)
     check_bidirectional(model)
     drawn = torch.randint(1 << 62, (), generator=generator, device=None if generator is None else generator.device)
-    run = Run(model, input_ids, attention_mask, replace(sampling, seed=int(drawn)))
-    run.prepare(compile, {**({} if memory_budget is None else {"memory_budget": memory_budget}), **(options or {})})
+    given = {**({} if memory_budget is None else {"memory_budget": memory_budget}), **(options or {})}
+    run = Run(model, input_ids, attention_mask, replace(sampling, seed=int(drawn)), given if compile else None)
     history: list[Tensor] = []
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), without_breaks(), _bar(progress, run) as advance:
+        with torch.no_grad(), dynamo_as_needed(), _bar(progress, run) as advance:
             for ids in run.ids_by_step():
                 if output_history:
                     history.append(ids.clone())
@@ -175,7 +179,7 @@ def generate(
         model.train(was_training)
         if streamer is not None:
             streamer.end()
-    return Generation(run.ids, run.forwards, run.plan, tuple(history))
+    return Generation(run.ids, run.forwards, run.plan, tuple(history), run.fallbacks)
 
 
 @contextmanager

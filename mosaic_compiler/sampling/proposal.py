@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mosaic_compiler.sampling.calls import ModelCall
+from mosaic_compiler.sampling.rules import Numbers
 
 
 class HeadRows:
@@ -50,7 +51,6 @@ class Proposal(nn.Module):
         model: see ``call``.  It is not kept alive.
         call: how to call it.
         rule: a module of ``rules.py``.
-        guidance: scale of classifier-free guidance; 0: none.
         picked: picks the rows in front of the head instead; entered by whoever calls.
     """
 
@@ -59,12 +59,11 @@ class Proposal(nn.Module):
         model: nn.Module,
         call: ModelCall,
         rule: nn.Module,
-        guidance: float = 0.0,
         picked: HeadRows | None = None,
     ) -> None:
         super().__init__()
         self._model = weakref.ref(model)
-        self.call, self.rule, self.guidance, self.picked = call, rule, guidance, picked
+        self.call, self.rule, self.picked = call, rule, picked
 
     @property
     def model(self) -> nn.Module:
@@ -74,7 +73,13 @@ class Proposal(nn.Module):
         return found
 
     def forward(
-        self, ids: Tensor, rows: Tensor, keys: Tensor, unguided: Tensor | None = None, real: Tensor | None = None
+        self,
+        ids: Tensor,
+        rows: Tensor,
+        keys: Tensor,
+        numbers: Numbers,
+        unguided: Tensor | None = None,
+        real: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Propose.
 
@@ -82,6 +87,7 @@ class Proposal(nn.Module):
             ids: int64 [B, N].
             rows: int64 [M], needed rows among the B * N.
             keys: int64 [M], of the noise.
+            numbers: what the rule is told, and the scale of classifier-free guidance.
             unguided: int64 [B, N], the ids with the prompt masked; only with guidance.
             real: bool [B, N], False for padding; ``None``: there is none.
 
@@ -94,8 +100,8 @@ class Proposal(nn.Module):
             twice = None if real is None else torch.cat([real, real])
             chosen = self._logits(torch.cat([ids, unguided]), twice, torch.cat([rows, rows + ids.numel()]))
             guided, free = chosen.chunk(2)
-            logits = free + (self.guidance + 1) * (guided - free)
-        token, confidence = self.rule(logits, keys)
+            logits = free + (numbers["guidance"] + 1) * (guided - free)
+        token, confidence = self.rule(logits, keys, numbers)
         return token, confidence
 
     def _logits(self, ids: Tensor, real: Tensor | None, rows: Tensor) -> Tensor:

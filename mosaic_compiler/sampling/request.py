@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from mosaic_compiler.sampling.rules import DREAM_ALGORITHMS, DreamRule, EndTokens, LLaDARule
+from mosaic_compiler.sampling.rules import DREAM_ALGORITHMS, DreamRule, EndTokens, LLaDARule, Numbers
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,27 @@ class Sampling:
     @property
     def rule(self) -> nn.Module:
         """The rule for proposals."""
+        is_hot = self.temperature > 0
         if self.sampler == "dream":
-            return DreamRule(self.temperature, self.top_p, self.top_k, self.algorithm)
-        return LLaDARule(self.temperature, self.ends, wide=self.threshold is not None)
+            return DreamRule(is_hot, self._has_top_p, self.top_k is not None, self.algorithm)
+        return LLaDARule(is_hot, self.ends, wide=self.threshold is not None)
+
+    @property
+    def numbers(self) -> Numbers:
+        """What the rule and guidance are told in each call."""
+        found: dict[str, Tensor | int] = {}
+        dream = self.sampler == "dream"
+        for name, value, used in (
+            ("temperature", self.temperature, self.temperature > 0),
+            ("top_p", self.top_p, dream and self._has_top_p),
+            ("guidance", self.guidance, self.guidance > 0),
+        ):
+            if used:
+                found[name] = torch.tensor(value, dtype=torch.float64)
+        if dream and self.top_k is not None:
+            found["top_k"] = self.top_k
+        return found
+
+    @property
+    def _has_top_p(self) -> bool:
+        return self.top_p is not None and self.top_p < 1

@@ -5,7 +5,9 @@ Pure modules over rows; each row is proposed by itself.  What is done with propo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,12 @@ from mosaic_compiler.sampling import noise
 
 EOS_RULES = ("code", "logits", "confidence")
 DREAM_ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
+
+
+Numbers: TypeAlias = Mapping[str, "Tensor | int"]
+"""What a sampler is told that changes from call to call, by name: ``temperature``, ``top_p`` and ``guidance`` as
+float64 tensors without dims, ``top_k`` as a number.  They are inputs of the compiled proposal, so that another
+temperature compiles nothing; a rule only knows which of them there are."""
 
 
 @dataclass(frozen=True)
@@ -42,29 +50,29 @@ class LLaDARule(nn.Module):
     ``exp(l) / (-log u) ** T``.  Confidence: the softmax probability of the token, without noise and temperature.
 
     Args:
-        temperature: at least 0.
+        is_hot: the temperature is above 0.
         ends: see :class:`EndTokens`; ``None``: no special tokens.
         wide: softmax in float64, as Fast-dLLM takes it, instead of the logits' dtype.
     """
 
-    def __init__(self, temperature: float, ends: EndTokens | None = None, *, wide: bool = False) -> None:
+    def __init__(self, is_hot: bool, ends: EndTokens | None = None, *, wide: bool = False) -> None:
         super().__init__()
-        self.temperature, self.ends, self.wide = temperature, ends, wide
+        self.is_hot, self.ends, self.wide = is_hot, ends, wide
 
-    def forward(self, logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, logits: Tensor, keys: Tensor, numbers: Numbers) -> tuple[Tensor, Tensor]:
         """[M, V] logits and int64 [M] keys -> int64 [M] tokens and [M] confidences."""
         ends = self.ends
         if ends is not None and ends.ban:
             logits = without(logits, ends.eos)
-        if self.temperature == 0:
+        if not self.is_hot:
             token = logits.argmax(-1)
         else:
-            race = (-torch.log(noise.uniform(keys, logits.shape[-1]))) ** self.temperature
+            race = (-torch.log(noise.uniform(keys, logits.shape[-1]))) ** numbers["temperature"]
             token = (torch.exp(logits.double()) / race).argmax(-1)
         if ends is not None and ends.rule in ("code", "logits"):
             if ends.eot is not None:
                 logits = without(logits, ends.eot)
-            if self.temperature == 0 or ends.rule == "logits":
+            if not self.is_hot or ends.rule == "logits":
                 logits = without(logits, ends.eos)
         wide = logits.double() if self.wide else logits
         confidence = torch.softmax(wide, -1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
@@ -83,27 +91,27 @@ class DreamRule(nn.Module):
     (``maskgit_plus``), the margin between the two highest (``topk_margin``) or the negative entropy (``entropy``).
 
     Args:
-        temperature: at least 0.
-        top_p: tokens are kept while the probability before them is not above it; ``None`` or 1: all.
-        top_k: this many tokens are kept (and those that equal the last one); ``None``: all.
+        is_hot: the temperature is above 0.
+        has_top_p: tokens are kept while the probability before them is not above ``top_p``.
+        has_top_k: ``top_k`` tokens are kept (and those that equal the last one); not more than there are.
         algorithm: one of :data:`DREAM_ALGORITHMS`.
     """
 
-    def __init__(self, temperature: float, top_p: float | None, top_k: int | None, algorithm: str) -> None:
+    def __init__(self, is_hot: bool, has_top_p: bool, has_top_k: bool, algorithm: str) -> None:
         super().__init__()
-        self.temperature, self.top_p, self.top_k, self.algorithm = temperature, top_p, top_k, algorithm
+        self.is_hot, self.has_top_p, self.has_top_k, self.algorithm = is_hot, has_top_p, has_top_k, algorithm
 
-    def forward(self, logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, logits: Tensor, keys: Tensor, numbers: Numbers) -> tuple[Tensor, Tensor]:
         """[M, V] logits and int64 [M] keys -> int64 [M] tokens and [M] confidences."""
-        if self.temperature > 0:
-            logits = logits / self.temperature
-        if self.top_p is not None and self.top_p < 1:
-            logits = _keep_top_p(logits, self.top_p)
-        if self.top_k is not None:
-            last = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
+        if self.is_hot:
+            logits = logits / numbers["temperature"]
+        if self.has_top_p:
+            logits = _keep_top_p(logits, numbers["top_p"])
+        if self.has_top_k:
+            last = logits.topk(min(int(numbers["top_k"]), logits.shape[-1])).values[:, -1:]
             logits = torch.where(logits < last, torch.finfo(logits.dtype).min, logits)
         probability = torch.softmax(logits, -1)
-        if self.temperature > 0:
+        if self.is_hot:
             token = (probability.double() / noise.exponential(keys, probability.shape[-1])).argmax(-1)
         else:
             token = probability.argmax(-1)
@@ -118,7 +126,7 @@ class DreamRule(nn.Module):
         return probability.gather(-1, token.unsqueeze(-1)).squeeze(-1)
 
 
-def _keep_top_p(logits: Tensor, top_p: float) -> Tensor:
+def _keep_top_p(logits: Tensor, top_p: Tensor | int) -> Tensor:
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     mass = torch.softmax(ordered, -1).cumsum(-1)
     before = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], -1)

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mosaic_compiler.backend import observing
 from mosaic_compiler.planning.outline import capacity
-from mosaic_compiler.planning.plan import MemoryPlan
-from mosaic_compiler.runtime.step import CompiledStep
+from mosaic_compiler.planning.plan import Fallback, MemoryPlan
 from mosaic_compiler.sampling import commit, noise
 from mosaic_compiler.sampling.calls import call_for
+from mosaic_compiler.sampling.compiled import Proposer
 from mosaic_compiler.sampling.loop import transfer_counts
-from mosaic_compiler.sampling.proposal import HeadRows, Proposal
 from mosaic_compiler.sampling.request import Sampling
 
 
 class Run:
-    """One call of :func:`generate`: the ids so far, and how the next ones are made."""
+    """One call of :func:`generate`: the ids so far, and how the next ones are made.
 
-    def __init__(self, model: nn.Module, prompt: Tensor, attention_mask: Tensor | None, sampling: Sampling) -> None:
-        self.model, self.sampling = model, sampling
+    Args:
+        options: of the backend; ``None``: run in eager PyTorch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prompt: Tensor,
+        attention_mask: Tensor | None,
+        sampling: Sampling,
+        options: Mapping[str, Any] | None,
+    ) -> None:
+        self.sampling = sampling
         batch, self.start = prompt.shape
         new = prompt.new_full((batch, sampling.length), sampling.mask)
         self.ids = torch.cat([prompt, new], 1)
@@ -35,62 +40,19 @@ class Run:
         self.real: Tensor | None = None
         if attention_mask is not None and not bool(attention_mask.bool().all()):
             self.real = torch.cat([attention_mask.bool().to(prompt.device), torch.ones_like(new, dtype=torch.bool)], 1)
-        self.call = call_for(model, self.real is not None)
         self.forwards = self._room = 0
-        self._compiled: list[CompiledStep] = []
-        self._picked: HeadRows | None = None
-        self._options: dict[str, Any] | None = None
-        self._propose: Callable[..., tuple[Tensor, Tensor]] = lambda *arguments: (prompt, prompt)
+        self._numbers = sampling.numbers
+        self._proposer = Proposer(model, call_for(model, self.real is not None), sampling.rule, options)
 
     @property
     def plan(self) -> MemoryPlan | None:
         """The plan with the highest peak."""
-        plans = [step.plan for step in self._compiled if step.plan is not None]
-        return max(plans, key=lambda plan: plan.peak, default=None)
-
-    def prepare(self, compile: bool, options: dict[str, Any]) -> None:
-        """Compile, or find what a former call has compiled."""
-        self._options = options if compile else None
-        if not compile:
-            self._propose = self._proposal()
-            return
-        known = _known.setdefault(self.model, {})
-        if self._key not in known:
-            known[self._key] = _Compiled(self._proposal(), options)
-        self._use(known[self._key])
+        return self._proposer.plan
 
     @property
-    def _key(self) -> Any:
-        rule = self.sampling.rule
-        options = repr(sorted((self._options or {}).items()))
-        return self.call, type(rule), repr(rule.__dict__), self.sampling.guidance, options
-
-    def _proposal(self, picked: HeadRows | None = None) -> Proposal:
-        return Proposal(self.model, self.call, self.sampling.rule, self.sampling.guidance, picked)
-
-    def _use(self, compiled: _Compiled) -> None:
-        self._propose, self._compiled, self._picked = compiled.function, compiled.steps, compiled.picked
-
-    def _propose_compiled(self, *arguments: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Call what is compiled; if it turned out to be several graphs, rows are picked in front of the head."""
-        before = len(self._compiled)
-        with observing(self._compiled.append), self._picked or nullcontext():
-            result = self._propose(*arguments)
-        graphs = len(self._compiled) - before  # one: the first time, or once more for other guards
-        if self._options is None or self._picked is not None or graphs < 2:
-            return result
-        head = getattr(self.model, "get_output_embeddings", lambda: None)()
-        if not isinstance(head, nn.Module):
-            warnings.warn(
-                f"the forward of {type(self.model).__name__} breaks into several graphs (TORCH_LOGS=graph_breaks says "
-                "where), and it has no get_output_embeddings(): logits of all rows are computed",
-                stacklevel=2,
-            )
-            return result
-        picked = HeadRows(head)
-        known = _known[self.model][self._key] = _Compiled(self._proposal(picked), self._options, picked)
-        self._use(known)
-        return result
+    def fallbacks(self) -> tuple[Fallback, ...]:
+        """What ran in another way than asked for."""
+        return self._proposer.fallbacks
 
     def ids_by_step(self) -> Iterator[Tensor]:
         """Run; the ids after each forward pass."""
@@ -171,7 +133,7 @@ class Run:
         room = self._room_for(len(cells)) - len(cells)  # some rows again, so that one program serves many steps
         padded = [torch.cat([tensor, tensor[:1].expand(room)]) for tensor in (rows, keys)]
         unguided = torch.where(self.given, given.mask, self.ids) if given.guidance > 0 else None
-        token, confidence = self._propose_compiled(self.ids, *padded, unguided, self.real)
+        token, confidence = self._proposer(self.ids, *padded, self._numbers, unguided, self.real)
         token, confidence = token[: len(cells)], confidence[: len(cells)]
         if given.sampler == "llada" and given.remasking == "random":
             drawn = noise.uniform(noise.row_keys(given.seed, noise.CONFIDENCE, step, cells), 1).squeeze(1).float()
@@ -198,43 +160,3 @@ class Run:
             return False
         self.ids = torch.cat([self.ids[:, : self.start], torch.where(behind, eos, new)], 1)
         return True
-
-
-class _Compiled:
-    """A compiled proposal, and the graphs that it consists of."""
-
-    def __init__(self, made: Proposal, options: dict[str, Any], picked: HeadRows | None = None) -> None:
-        self.function = torch.compile(made, backend="mosaic", dynamic=True, options=options)
-        self.steps: list[CompiledStep] = []
-        self.picked = picked
-
-
-_known: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Compiled]] = weakref.WeakKeyDictionary()
-
-
-@contextmanager
-def without_breaks() -> Iterator[None]:
-    """Log lines in a model's forward do not break its graph, and hooks are looked at."""
-    import torch._dynamo.config as config
-
-    functions = {warnings.warn, logging.info, logging.warning, logging.debug}
-    names = ("info", "warning", "debug", "info_once", "warning_once", "warning_advice")  # the last three: transformers'
-    methods = {getattr(logging.Logger, name) for name in names if hasattr(logging.Logger, name)}
-    known = {
-        "reorderable_logging_functions": {print},
-        "ignore_logging_functions": functions | methods,
-        "skip_nnmodule_hook_guards": False,  # HeadRows is a hook that comes and goes
-    }
-    # Dynamo cannot write functions of its own configuration into its metrics, and says so each time
-    metrics = logging.getLogger("torch._dynamo.metrics_context")
-    metrics.addFilter(_is_no_complaint)
-    try:
-        with config.patch({name: value for name, value in known.items() if hasattr(config, name)}):
-            yield
-    finally:
-        metrics.removeFilter(_is_no_complaint)
-
-
-def _is_no_complaint(record: logging.LogRecord) -> bool:
-    text = f"{record.getMessage()} {record.exc_info[1] if record.exc_info else ''}"
-    return "not supported between instances of 'function'" not in text and "not JSON serializable" not in text

@@ -6,10 +6,16 @@ Written so that the graph shows which rows are read: everything behind the logit
 
 from __future__ import annotations
 
+import types
+import warnings
+
 import torch
 from torch import Tensor, nn
 
+from mosaic_compiler.errors import FallbackError
+from mosaic_compiler.graph_log import logger
 from mosaic_compiler.sampling.calls import logits_of, said_to
+from mosaic_compiler.settings import read_settings
 
 
 class DenoisingStep(nn.Module):
@@ -32,6 +38,10 @@ class DenoisingStep(nn.Module):
         self.model = model
         self.mask_token_id = mask_token_id
         self._says = said_to(model)
+        self._has_said_eager = False
+        # Dynamo counts how often a code object was compiled, and runs the ninth setting eagerly: each step has its own
+        own = types.FunctionType(type(self).forward.__code__.replace(), type(self).forward.__globals__, "forward")
+        self.forward = types.MethodType(own, self)  # type: ignore[method-assign]
 
     def forward(self, input_ids: Tensor, window: Tensor, count: Tensor) -> Tensor:
         """Denoise once.
@@ -44,6 +54,8 @@ class DenoisingStep(nn.Module):
         Returns:
             int64 [B, N], the new ids.
         """
+        if not torch.compiler.is_compiling():
+            self._say_if_given_up()
         masked = (input_ids == self.mask_token_id) & window  # [B, N]
         logits = logits_of(self.model(input_ids, **self._says))  # [B, N, V]
         token = logits.argmax(dim=-1)  # [B, N]
@@ -51,6 +63,30 @@ class DenoisingStep(nn.Module):
         confidence = torch.where(masked, probability, float("-inf"))
         commit = masked & (rank_of(confidence) < count.unsqueeze(-1))
         return torch.where(commit, token, input_ids)
+
+    def _say_if_given_up(self) -> None:
+        """A compiled step that runs in eager PyTorch says so: Dynamo only logs that it has reached its limit.
+
+        Raises:
+            FallbackError: in strict mode.
+        """
+        if self._has_said_eager or not has_given_up():
+            return
+        reason = (
+            "eager: this step was compiled with too many different options, so Dynamo runs it in eager PyTorch, outside "
+            "of any plan or budget. Compile it once and reuse it, call torch._dynamo.reset(), raise "
+            "torch._dynamo.config.recompile_limit, or use mosaic_compiler.generate(), whose budgets need no compilation"
+        )
+        if read_settings().strict:
+            raise FallbackError(f"strict mode: {reason}")
+        self._has_said_eager = True
+        logger.warning("mosaic: %s", reason)
+        warnings.warn(reason, stacklevel=3)
+
+
+def has_given_up() -> bool:
+    """Dynamo runs the caller's frame in eager PyTorch although it was compiled: it has reached its limit."""
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() is False
 
 
 def rank_of(score: Tensor) -> Tensor:
