@@ -18,7 +18,7 @@ from mosaic_compiler.planning.plan import Fallback
 
 logger = logging.getLogger("mosaic_compiler")
 
-NAMED = ("all-rows", "undeclared-alias", "data-dependent-size")
+NAMED = ("all-rows", "undeclared-alias", "undeclared-layout", "data-dependent-size")
 """Fallbacks that are worth a line."""
 
 

@@ -72,13 +72,14 @@ def drop_true_masks(module: fx.GraphModule) -> fx.GraphModule:
     for node in module.graph.nodes:
         arguments = _arguments(node) if node.target is _ATTENTION else None
         mask = None if arguments is None else arguments.get("attn_mask")
-        if isinstance(mask, fx.Node) and _has_own_shape(node) and not arguments.get("is_causal"):  # type: ignore[union-attr]
-            if is_always_true(mask):
-                if len(node.args) > 3:
-                    node.update_arg(3, None)
-                else:
-                    node.update_kwarg("attn_mask", None)
-                changed = True
+        if not isinstance(mask, fx.Node) or (arguments or {}).get("is_causal") or not _has_own_shape(node):
+            continue
+        if is_always_true(mask):
+            if len(node.args) > 3:
+                node.update_arg(3, None)
+            else:
+                node.update_kwarg("attn_mask", None)
+            changed = True
     if changed:
         module.graph.eliminate_dead_code()
         module.recompile()
@@ -169,7 +170,7 @@ def _sum(left: Bounds | None, right: Bounds | None) -> Bounds | None:
     if left is None or right is None:
         return None
     low, high = left[0] + right[0], left[1] + right[1]
-    return (low, high) if -_SAFE < low and high < _SAFE else None
+    return (low, high) if low > -_SAFE and high < _SAFE else None
 
 
 def _writes(creator: fx.Node) -> list[Any] | None:
@@ -207,7 +208,7 @@ def _viewed(node: Any) -> fx.Node | None:
     if after is None or before is None or after.dtype != before.dtype or "out" in node.kwargs:
         return None
     known = target in _SAME_ELEMENTS or target is operator.getitem or target is operator.iadd
-    return source if known else None  # type: ignore[return-value]
+    return source if known else None
 
 
 def _target(node: fx.Node) -> Any:

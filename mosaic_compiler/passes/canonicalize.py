@@ -27,7 +27,7 @@ class CanonicalizePass:
 
     - dead code and common subexpressions (never random draws, writes, or results that escape);
     - views and slices that change nothing, additions of integer 0, copies to the same dtype;
-    - ``_unsafe_view`` -> ``view``, ``prims.convert_element_type`` -> ``_to_copy``,
+    - ``_unsafe_view`` -> ``view``, ``prims.convert_element_type`` -> ``_to_copy``, ``mul.Scalar`` -> ``mul.Tensor``,
       ``embedding`` -> ``index_select``;
     - matrix products over a single element -> ``mul``;
     - ``cat`` of one tensor with empty ones (an empty key/value cache): that tensor;
@@ -187,6 +187,14 @@ def _spell_convert(rewriter: _Rewriter, node: fx.Node) -> bool:
         return False
     source, dtype = node.args
     node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": dtype}
+    return True
+
+
+def _spell_scalar_product(rewriter: _Rewriter, node: fx.Node) -> bool:
+    """``mul.Scalar`` -> ``mul.Tensor``, which has an ``out=``."""
+    if node.target is not aten.mul.Scalar:
+        return False
+    node.target = aten.mul.Tensor
     return True
 
 
@@ -403,6 +411,7 @@ _RULES: Sequence[Callable[[_Rewriter, fx.Node], bool]] = (
     _drop_add_zero,
     _spell_unsafe_view,
     _spell_convert,
+    _spell_scalar_product,
     _spell_embedding,
     _spell_masked_select,
     _split_into_slices,

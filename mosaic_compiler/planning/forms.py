@@ -3,8 +3,8 @@
 This is where an ATen operator's calling convention is decided, once, for planning and for running.
 
 - ``DESTINATION``: the result is written into a buffer that the plan places in the arena.  A native
-  ``out=`` overload is used where one exists.  Generated ``out=`` overloads (tagged
-  ``torch.Tag.generated``) compute functionally and then copy, so they are never used.
+  ``out=`` overload is used where there is one that is the functional op (``trusted_out.py``).  Generated ``out=``
+  overloads (tagged ``torch.Tag.generated``) compute functionally and then copy, so they are never used.
 - ``OPAQUE``: the op allocates its own outputs (SDPA, random numbers, layer norm); the plan counts
   them as transients.
 """
@@ -28,6 +28,7 @@ from mosaic_compiler.kernels.fused import kernel_for
 from mosaic_compiler.kernels.gather_logits import gather_logits_triton
 from mosaic_compiler.kernels.head_statistics import head_statistics_
 from mosaic_compiler.loops import loop_of
+from mosaic_compiler.planning.trusted_out import has_trusted_out, has_trusted_twin
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -182,12 +183,14 @@ def _signature(op: OpOverload, *, outs: bool) -> list[tuple[str, str]]:
 @functools.cache
 def native_out(op: OpOverload) -> tuple[OpOverload, tuple[str, ...]] | None:
     """The hand-written ``out=`` overload of a functional op and the names of its out arguments."""
-    if op in _ALLOCATING_OUT:
+    if op in _ALLOCATING_OUT or not has_trusted_out(op, torch.Tag.pointwise in op.tags):
         return None
     for candidate in ir.overloads_of(op):
         names = tuple(a.name for a in candidate._schema.arguments if a.is_out)
         if not names or torch.Tag.generated in candidate.tags:
             continue
+        if any(a.is_out and str(a.type) != "Tensor" for a in candidate._schema.arguments):
+            continue  # a list of tensors
         if _signature(candidate, outs=False) == _signature(op, outs=True):
             return candidate, names
     return None
@@ -206,6 +209,8 @@ def without_out(op: OpOverload) -> OpOverload:
 @functools.cache
 def inplace_twin(op: OpOverload) -> OpOverload | None:
     """``aten.relu_.default`` for ``aten.relu.default``: same arguments, first one written."""
+    if not has_trusted_twin(op):
+        return None
     namespace, _, name = op._schema.name.partition("::")
     packet = getattr(getattr(torch.ops, namespace), f"{name}_", None)
     twin = getattr(packet, op._overloadname, None) if packet is not None else None

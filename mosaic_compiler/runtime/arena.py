@@ -44,6 +44,10 @@ class Arena(Protocol):
     def capacity(self) -> int:
         """The most bytes that :meth:`tensor` can address."""
 
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """Of its first byte, and behind its last one."""
+
     def ensure(self, height: int) -> None:
         """Make [0, height) usable and give back what lies above.  Raises :class:`ArenaError`."""
 
@@ -78,6 +82,11 @@ class ArenaBytes(ABC):
     def capacity(self) -> int:
         return self._bytes.numel()
 
+    @property
+    def addresses(self) -> tuple[int, int]:
+        start = self._bytes.data_ptr()
+        return start, start + self.capacity
+
     def tensor(
         self, offset: int, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int], limit: int
     ) -> torch.Tensor:
@@ -91,10 +100,7 @@ class ArenaBytes(ABC):
         """A storage over these bytes only: an op that copies, saves or indexes the storage of a value sees that value
         and not the arena.  It does not keep the arena alive; programs do."""
         address = self._bytes.data_ptr() + offset
-        storage: torch.UntypedStorage = torch._C._construct_storage_from_data_pointer(
-            address, self._bytes.device, nbytes
-        )
-        return storage
+        return torch._C._construct_storage_from_data_pointer(address, self._bytes.device, nbytes)  # type: ignore[return-value]
 
     def fill(self, start: int, end: int, byte: int) -> None:
         self._bytes[start:end] = byte

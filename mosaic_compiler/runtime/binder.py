@@ -17,7 +17,6 @@ from mosaic_compiler.planning.forms import Call, Kind
 from mosaic_compiler.planning.lifetimes import LoopSpan, Scope
 from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.planning.plan import Buffer
-from mosaic_compiler.runtime.aliases import watched
 from mosaic_compiler.runtime.arena import Arena
 from mosaic_compiler.runtime.instructions import (
     CANARY,
@@ -33,6 +32,7 @@ from mosaic_compiler.runtime.instructions import (
     store_all,
 )
 from mosaic_compiler.runtime.sparse import sparse_zeros
+from mosaic_compiler.runtime.watched import Found, watched
 
 Destination: TypeAlias = "tuple[torch.Tensor, int, torch.Size]"
 """A bound destination, with the address and shape that it must keep."""
@@ -46,7 +46,7 @@ class Shared:
         placed: the plan's buffers by name.
         loops: the step's loops by the node that calls them.
         slots: values that are known only during a call; a call's inputs come first.
-        found_alias: called with a node whose results share memory although its schema does not say so.
+        found: called with a node whose results are not what its schema or fake kernel says, and what is wrong.
         fixed: bound destinations.
     """
 
@@ -55,7 +55,7 @@ class Shared:
     loops: Mapping[fx.Node, LoopSpan]
     slots: list[Any]
     poison: bool = False
-    found_alias: Callable[[fx.Node], None] = lambda node: None
+    found: Found = lambda node, problem: None
     fixed: dict[Any, Destination] = field(default_factory=dict)
     _pools: dict[Any, list[Slot]] = field(default_factory=dict)
     _pool: list[Slot] | None = None
@@ -198,7 +198,9 @@ class Binder:
         if self._is_empty(node):
             run = functools.partial(self._empty_results, node)
         elif ir.alias_base(node) is None:
-            run = watched(node, run, (args, kwargs), self.shared.slots, self.shared.found_alias)
+            shared = self.shared
+            known = self._known_strides(node)
+            run = watched(node, run, (args, kwargs), known, shared.arena.addresses, shared.slots, shared.found)
         roots = self.scope.storage.roots(node)
         if not isinstance(ir.value_of(node), (tuple, list)):
             slot = self._slot(node, 0, roots[0])
@@ -208,6 +210,15 @@ class Binder:
         slots = tuple(self._slot(node, index, root) for index, root in enumerate(roots))
         self.values[node] = slots
         self.instructions.append(store_all(self.shared.slots, [slot.index for slot in slots], run))
+
+    def _known_strides(self, node: fx.Node) -> list[tuple[int, ...] | None]:
+        """Strides of each result, as fake tensors say; ``None`` where only the data knows."""
+        strides: list[tuple[int, ...] | None] = []
+        for tensor in self.scope.facts_of(node).outputs:
+            numbers = () if tensor is None else tensor.strides
+            is_known = tensor is not None and all(n.free_symbols <= self.sizes.symbols.keys() for n in numbers)
+            strides.append(tuple(map(self.sizes, numbers)) if is_known else None)
+        return strides
 
     def _function_of(self, node: fx.Node) -> Callable[..., Any]:
         """What computes an opaque node."""

@@ -26,6 +26,7 @@ from mosaic_compiler.planning.plan import MemoryPlan
 from mosaic_compiler.runtime.arena import Arena
 from mosaic_compiler.runtime.binder import Binder, Shared
 from mosaic_compiler.runtime.instructions import Instruction, Slot
+from mosaic_compiler.runtime.watched import Found
 
 
 class Program:
@@ -123,7 +124,7 @@ def bind(
     varying: frozenset[sympy.Symbol] = frozenset(),
     early: Sequence[fx.Node] = (),
     poison: bool = False,
-    found_alias: Callable[[fx.Node], None] = lambda node: None,
+    found: Found = lambda node, problem: None,
 ) -> Program:
     """Bind a graph to an arena.
 
@@ -136,10 +137,10 @@ def bind(
         early: the prologue nodes whose results follow the placeholders.
         poison: fill buffers at birth and death, check canaries (the plan must have been made with
             :data:`GUARD` bytes behind each arena buffer).
-        found_alias: see :class:`Shared`.
+        found: see :class:`Shared`.
     """
     placed = {buffer.name: buffer for buffer in plan.buffers}
-    shared = Shared(arena, placed, lives.loops, [None] * len(inputs), poison, found_alias)
+    shared = Shared(arena, placed, lives.loops, [None] * len(inputs), poison, found)
     return Program(_StepBinder(module, lives, plan, sizes, inputs, static, shared, varying, early))
 
 

@@ -41,7 +41,6 @@ from mosaic_compiler.runtime.prologue import Prologue
 from mosaic_compiler.runtime.rehearsal import Rehearsal
 from mosaic_compiler.runtime.symbols import hints_of, selected_in, symbol_readers
 
-
 _budget: ContextVar[int | None] = ContextVar("memory_budget", default=None)
 _running = threading.local()
 
@@ -97,7 +96,7 @@ class CompiledStep:
         self.lives: Lives = find_lives(module)
         self._planned_fallbacks = find_fallbacks(self.lives) + unmet_options(module, options)
         self._clusters = [*clusters_in(module), *(clusters_in(flat) if flat is not None else ())]
-        self._aliases: dict[str, Fallback] = {}
+        self._undeclared: dict[str, Fallback] = {}
         self._be_strict()
         self.plan: MemoryPlan | None = None
         self._on_plan = on_plan
@@ -128,9 +127,9 @@ class CompiledStep:
 
     @property
     def fallbacks(self) -> tuple[Fallback, ...]:
-        """All named fallbacks; those of fused kernels are known once the step has been bound, undeclared aliases once
-        it has run."""
-        found: dict[str, Fallback] = dict(self._aliases)
+        """All named fallbacks; those of fused kernels are known once the step has been bound, what opaque ops really
+        return once it has run."""
+        found: dict[str, Fallback] = dict(self._undeclared)
         for node, cluster in self._clusters:
             failure = kernel_for(cluster).failure
             if failure is not None:
@@ -138,12 +137,15 @@ class CompiledStep:
                 found.setdefault(node.name, Fallback(failure.name, node.name, "", failure.reason, source))
         return (*self._planned_fallbacks, *found.values())
 
-    def _found_alias(self, node: fx.Node) -> None:
-        """An op returned memory that is not its own: it was copied."""
-        if node.name not in self._aliases:
-            reason = "returns memory of an operand, which its schema does not say: the result is copied"
+    def _found(self, node: fx.Node, problem: str) -> None:
+        """An op returned something else than its schema or fake kernel says: it was copied."""
+        if node.name not in self._undeclared:
+            reason = {
+                "undeclared-alias": "returns memory that is not its own, which its schema does not say: it is copied",
+                "undeclared-layout": "returns other strides than its fake kernel says: it is copied",
+            }[problem]
             source = ir.provenance(node).source
-            self._aliases[node.name] = Fallback("undeclared-alias", node.name, str(node.target), reason, source)
+            self._undeclared[node.name] = Fallback(problem, node.name, str(node.target), reason, source)
             self._be_strict()
 
     def _be_strict(self) -> None:
@@ -240,7 +242,7 @@ class CompiledStep:
             varying=frozenset(variant.prologue.symbols),
             early=variant.prologue.results,
             poison=self.options.poison,
-            found_alias=self._found_alias,
+            found=self._found,
         )
         if self.options.strict:  # a kernel that does not compile is found out when it is bound
             program.finish()

@@ -16,7 +16,6 @@ from mosaic_compiler.kernels import ops
 from mosaic_compiler.kernels.scatter_rows import pages_per_row
 from mosaic_compiler.planning.outline import Selected
 
-
 UNKNOWN = 64
 """Stands for the example's value of a size that Dynamo was told to know nothing about (``mark_unbacked``)."""
 

@@ -14,10 +14,6 @@ import torch
 from torch import Tensor, nn
 
 
-class NotADiffusionModelError(ValueError):
-    """The model attends causally."""
-
-
 @dataclass(frozen=True)
 class ModelCall:
     """Calls a model on whole sequences.
@@ -85,18 +81,3 @@ def is_dream_like(model: nn.Module) -> bool:
 
 def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(model.forward).parameters
-
-
-def check_bidirectional(model: nn.Module) -> None:
-    """Raise :class:`NotADiffusionModelError` if the config says that the model attends causally, or, where it says
-    nothing, if a part of the model does."""
-    declared = getattr(getattr(model, "config", None), "is_causal", None)
-    if declared is False:
-        return
-    causal = next((name for name, part in model.named_modules() if getattr(part, "is_causal", False) is True), None)
-    if declared or causal is not None:
-        where = f"its {causal}" if causal else "its config"
-        raise NotADiffusionModelError(
-            f"{type(model).__name__} is no diffusion language model: {where} attends causally. If its weights are of "
-            "one, load it with is_causal=False: AutoModelForCausalLM.from_pretrained(path, is_causal=False)"
-        )

@@ -27,8 +27,8 @@ _EAGER = Fallback(
     "eager",
     "",
     "",
-    "no graph of mosaic's ran: Dynamo is switched off, or could not compile the model's forward (TORCH_LOGS=graph_breaks "
-    "says why), so the step ran in eager PyTorch, outside of any plan or budget",
+    "no graph of mosaic's ran: Dynamo is switched off, or could not compile the model's forward "
+    "(TORCH_LOGS=graph_breaks says why), so the step ran in eager PyTorch, outside of any plan or budget",
     "",
 )
 

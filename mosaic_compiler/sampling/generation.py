@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mosaic_compiler.planning.plan import Fallback, MemoryPlan
-from mosaic_compiler.sampling.calls import check_bidirectional, is_dream_like
+from mosaic_compiler.sampling.bidirectional import check_bidirectional, check_padding
+from mosaic_compiler.sampling.calls import is_dream_like
 from mosaic_compiler.sampling.compiled import dynamo_as_needed
 from mosaic_compiler.sampling.request import Sampling
 from mosaic_compiler.sampling.rules import EOS_RULES, EndTokens
@@ -72,6 +73,7 @@ def generate(
     mask_id: int | None = None,
     eos_token_id: int | None = None,
     eot_token_id: int | None = None,
+    bidirectional: bool = False,
     generator: torch.Generator | None = None,
     stop_at_eos: bool = False,
     memory_budget: int | str | None = None,
@@ -106,6 +108,8 @@ def generate(
         sampler: ``llada``, ``dream`` (logits are shifted by one) or ``auto``: Dream's if ``alg`` is given or the model
             has a ``diffusion_generate`` of its own.
         mask_token_id, mask_id, eos_token_id, eot_token_id: ``None``: from the model's config.
+        bidirectional: every row of the model attends to all others when it is called without a mask: what ``generate``
+            checks, and refuses where it cannot prove it.
         generator: where noise comes from; ``None``: PyTorch's default generator.
         stop_at_eos: end when every sequence has an end token with nothing masked before it; what is behind is filled
             with it.
@@ -158,12 +162,19 @@ def generate(
     )
     sampling.check()
     _check_inputs(input_ids, attention_mask, config, length)
-    check_bidirectional(model)
     drawn = torch.randint(1 << 62, (), generator=generator, device=None if generator is None else generator.device)
+    was_training = model.training
+    model.eval()
+    try:
+        if not bidirectional:
+            check_bidirectional(model, input_ids, sampling.mask)
+        if attention_mask is not None and not bool(attention_mask.bool().all()):
+            check_padding(model, sampling.mask, input_ids.device)
+    finally:
+        model.train(was_training)
     given = {**({} if memory_budget is None else {"memory_budget": memory_budget}), **(options or {})}
     run = Run(model, input_ids, attention_mask, replace(sampling, seed=int(drawn)), given if compile else None)
     history: list[Tensor] = []
-    was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), dynamo_as_needed(), _bar(progress, run) as advance:

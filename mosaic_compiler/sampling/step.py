@@ -73,8 +73,8 @@ class DenoisingStep(nn.Module):
         if self._has_said_eager or not has_given_up():
             return
         reason = (
-            "eager: this step was compiled with too many different options, so Dynamo runs it in eager PyTorch, outside "
-            "of any plan or budget. Compile it once and reuse it, call torch._dynamo.reset(), raise "
+            "eager: this step was compiled with too many different options, so Dynamo runs it in eager PyTorch, "
+            "outside of any plan or budget. Compile it once and reuse it, call torch._dynamo.reset(), raise "
             "torch._dynamo.config.recompile_limit, or use mosaic_compiler.generate(), whose budgets need no compilation"
         )
         if read_settings().strict:

@@ -1,0 +1,108 @@
+"""What opaque ops return, held against what their schemas and fake kernels say.
+
+A plan gives the bytes of what has died to somebody else.  Who died is read from schemas, and a schema can be wrong: a
+custom op that returns its argument where there is nothing to do, say.  Kernels that read raw memory take strides from
+fake tensors, and a fake kernel can be wrong: ``empty_like`` of a transposed tensor where the real one is dense.  So
+what an opaque op returns is looked at: of PyTorch's own ops until it was once in order, of others in every call,
+because they may decide by their data.  A result that lies in other memory than its own, or in another layout, is
+copied, and the op is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from mosaic_compiler.runtime.instructions import Instruction, Slot
+
+_OURS = frozenset({"aten", "prims", "mosaic"})
+
+
+Strides: TypeAlias = "tuple[int, ...] | None"
+Found: TypeAlias = "Callable[[fx.Node, str], None]"
+
+
+def watched(
+    node: fx.Node,
+    run: Instruction,
+    arguments: Any,
+    layouts: Sequence[Strides],
+    taken: tuple[int, int],
+    slots: list[Any],
+    found: Found,
+) -> Instruction:
+    """``run``, and copies of those of its results that are not what a plan takes them for.
+
+    Args:
+        node: the op, whose schema says that its results are memory of their own.
+        arguments: nested, of tensors, slots and what else it is called with.
+        layouts: strides of the results, where they are known when the op is bound.
+        taken: addresses of the arena.
+        found: called with the node and ``undeclared-alias`` or ``undeclared-layout`` where that is not so.
+    """
+    operands = [leaf for leaf in _leaves(arguments) if isinstance(leaf, (torch.Tensor, Slot))]
+    once = isinstance(node.target, OpOverload) and node.target.namespace in _OURS
+    trusted = False
+
+    def instruction() -> Any:
+        nonlocal trusted
+        results = run()
+        if trusted:
+            return results
+        given = [slots[operand.index] if isinstance(operand, Slot) else operand for operand in operands]
+        occupied = [taken, *(_bytes_of(tensor) for tensor in given if isinstance(tensor, torch.Tensor))]
+        is_single = not isinstance(results, (tuple, list))
+        own, is_clean = [], True
+        for result, strides in zip((results,) if is_single else results, layouts, strict=True):
+            if isinstance(result, torch.Tensor) and result.layout == torch.strided and result.numel():
+                problem = _problem(result, strides, occupied)
+                if problem is not None:
+                    found(node, problem)
+                    result, is_clean = _copy(result, strides), False
+                occupied.append(_bytes_of(result))
+            own.append(result)
+        trusted = once and is_clean
+        if is_clean:
+            return results
+        return own[0] if is_single else own
+
+    return instruction
+
+
+def _problem(result: torch.Tensor, strides: Strides, occupied: Sequence[tuple[int, int]]) -> str | None:
+    start = result.data_ptr()
+    if any(low <= start < high for low, high in occupied):
+        return "undeclared-alias"
+    if strides is not None and any(
+        size > 1 and step != expected
+        for size, step, expected in zip(result.shape, result.stride(), strides, strict=True)
+    ):
+        return "undeclared-layout"
+    return None
+
+
+def _copy(result: torch.Tensor, strides: Strides) -> torch.Tensor:
+    layout = result.stride() if strides is None else strides
+    return torch.empty_strided(result.shape, layout, dtype=result.dtype, device=result.device).copy_(result)
+
+
+def _bytes_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's storage."""
+    if tensor.layout != torch.strided:
+        return 0, 0
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
