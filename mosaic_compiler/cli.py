@@ -9,6 +9,7 @@ import json
 import pickle
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -100,7 +101,7 @@ def fit(
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
 ) -> None:
     """Does a model run at so many tokens on such a card?  Needs neither weights nor a GPU."""
-    from mosaic_compiler.report.fit import answer, load_config, longest, traced
+    from mosaic_compiler.report.fit import answer, load_config, longest, name_of, traced
 
     lengths = parse_tokens(tokens)
     card, kept = parse_bytes("--gpu", gpu), parse_bytes("--reserve", reserve)
@@ -115,7 +116,8 @@ def fit(
             raise ConfigError(
                 f"none of these lengths fits, so there is no plan to write to {output}: {answers[-1].problem}"
             )
-        output.write_text(plans[-1].to_json())
+        title = f"{name_of(config)}, {_DTYPES.get(dtype, dtype)}"
+        output.write_text(replace(plans[-1], title=title).to_json())
     if as_json:
         rows = [
             {

@@ -107,7 +107,8 @@ class GraphDump:
 
     def plan(self, plan: MemoryPlan, fallbacks: Sequence[Fallback]) -> None:
         if self._level >= 1:
-            _say(f"plan {dict(plan.symbols)}: height {plan.height}, bound {plan.lower_bound}, peak {plan.peak}")
+            sizes = ", ".join(plan.sizes) or "static sizes"
+            _say(f"plan of {sizes}: height {plan.height}, bound {plan.lower_bound}, peak {plan.peak}")
         if self._folder is not None:
             (self._folder / "plan.json").write_text(replace(plan, fallbacks=tuple(fallbacks)).to_json())
 

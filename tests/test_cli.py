@@ -65,7 +65,12 @@ def test_fit_answers_for_several_lengths_and_remembers_the_trace(run, config, tm
     assert "longest sequence" in out
     assert out.count("yes") >= 2
     assert "bytes" in out, "the length that does not fit says why"
-    assert MemoryPlan.from_json(plan.read_text()).workspace > 0
+    written = MemoryPlan.from_json(plan.read_text())
+    assert written.workspace > 0
+    assert written.title == f"{config.parent.name}, float32"
+    assert written.sizes == ("1,024 tokens", "512 masked rows")
+    assert written.device in ("cpu", "cuda")
+    assert "a step with 204,800 tokens, 102,400 masked rows needs at least" in " ".join(out.split())
     code, out, err = run(*arguments, "--tokens", "2k", "--json")
     assert "tracing" not in err
     answer = json.loads(out)

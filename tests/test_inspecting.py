@@ -56,6 +56,30 @@ def test_explain_reports_plan_passes_and_provenance():
         assert expected in text
 
 
+def test_sizes_are_called_what_they_are_in_the_graph():
+    def step(ids, mask, weight, times):
+        rows = torch.nn.functional.embedding(ids, weight)
+        kept = torch.where((ids == 3).unsqueeze(-1), rows @ weight.T, 0.0)
+        return kept, torch.where(mask, times, 0)
+
+    arguments = (torch.arange(40).view(2, 20) % 5, torch.ones(7) > 0, torch.randn(11, 13), 4)
+    report = mosaic_compiler.explain(step, *arguments)
+    meanings = set(dict(report.plan.meanings).values())
+    assert {"tokens", "sequences", "masked rows", "as size 0 of args[1]", "as size 0 of args[2]"} <= meanings
+    assert "20 tokens, 2 sequences" in str(report)
+    assert "sequences*tokens" in str(report), "the table of computed rows says it in words, too"
+
+
+def test_rows_that_are_not_masked_are_only_called_needed():
+    def step(ids, weight):
+        rows = torch.nn.functional.embedding(ids, weight) @ weight.T
+        return torch.where((ids == 3).logical_not().unsqueeze(-1), rows, 0.0)
+
+    report = mosaic_compiler.explain(step, torch.arange(40).view(2, 20) % 5, torch.randn(11, 13))
+    assert "needed rows" in dict(report.plan.meanings).values()
+    assert "masked rows" not in dict(report.plan.meanings).values()
+
+
 def test_explain_can_be_called_many_times_and_on_compiled_functions():
     block, x = Block().eval(), torch.randn(3, 7, 16)
     for _ in range(12):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import json
 import random
 import time
 from pathlib import Path
@@ -70,6 +72,7 @@ def test_auto_is_never_worse_than_its_parts(buffers):
 @given(lives())
 def test_json_round_trip(buffers):
     plan = make_plan(buffers, schedule(), symbols=[("s0", 8)])
+    plan = dataclasses.replace(plan, title="LLaDA-8B", device="cuda", meanings=(("s0", "tokens"),))
     assert MemoryPlan.from_json(plan.to_json()) == plan
     assert hash(MemoryPlan.from_json(plan.to_json())) == hash(plan)
 
@@ -129,6 +132,22 @@ def test_overlap_names_both_buffers_with_lives_and_offsets():
 def test_bad_plan_files(text, message):
     with pytest.raises(PlanError, match=message):
         MemoryPlan.from_json(text)
+
+
+def test_files_from_before_plans_had_titles_and_meanings_load():
+    plan = make_plan([Buffer("a", "arena", 8, 0, 1)], ("n0",), symbols=[("s0", 8)])
+    body = json.loads(plan.to_json())
+    for key in ("title", "device", "meanings"):
+        del body[key]
+    assert MemoryPlan.from_json(json.dumps(body)) == plan
+
+
+def test_sizes_are_said_in_words_where_their_meaning_is_known():
+    plan = make_plan([], (), symbols=[("s0", 7), ("s1", 65536)])
+    assert plan.sizes == ("s0=7", "s1=65536")
+    assert dataclasses.replace(plan, meanings=(("s1", "masked rows"),)).sizes == ("65,536 masked rows", "s0=7")
+    with pytest.raises(PlanError, match="s2 has a meaning"):
+        dataclasses.replace(plan, meanings=(("s2", "tokens"),))
 
 
 def test_edited_plan_file_is_caught():

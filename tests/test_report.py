@@ -11,10 +11,12 @@ import pytest
 from chrome import Chrome
 
 from mosaic_compiler.planning import Buffer, MemoryPlan, PlannedLoop, make_plan
+from mosaic_compiler.planning.budget import format_bytes
 from mosaic_compiler.planning.plan import Fallback
+from mosaic_compiler.report.layers import layers
 from mosaic_compiler.report.page import html
 from mosaic_compiler.report.picture import picture
-from mosaic_compiler.report.scene import rectangles
+from mosaic_compiler.report.scene import headline, peak, rectangles
 from mosaic_compiler.report.traces import chrome_trace, memory_snapshot
 
 browser = pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium: apt-get install chromium")
@@ -122,6 +124,66 @@ def test_every_buffer_is_a_rectangle_and_none_overlap():
         for b in shapes[i + 1 :]:
             apart = a.buffer.end <= b.buffer.start or b.buffer.end <= a.buffer.start
             assert apart or a.offset + a.buffer.size <= b.offset or b.offset + b.buffer.size <= a.offset
+
+
+def test_the_title_says_model_sizes_budget_and_kernels():
+    plan = replace(plan_of(2), title="LLaDA-8B, bfloat16", device="cuda", meanings=(("N", "tokens"),))
+    title, figures = headline(plan)
+    assert title == "LLaDA-8B, bfloat16: one step of 4,096 tokens"
+    assert f"budget {format_bytes(plan.budget)}" in figures
+    assert "CUDA kernels" in figures
+    assert headline(plan_of(2))[0] == "Memory plan: one step of N=4096", "a symbol without a meaning keeps its name"
+
+
+def test_the_peak_names_the_largest_buffer_there():
+    buffers = [
+        Buffer("x", "arena", 2 * MiB, 0, 3, module="h.0"),
+        Buffer("mm_7", "arena", 3 * MiB, 1, 2, "bfloat16", (1024, 1536), "aten.mm.default", "lm_head"),
+    ]
+    found = peak(make_plan(buffers, ["a", "b", "c"]))
+    assert (found.position, found.nbytes, found.largest.name) == (1, 5 * MiB, "mm_7")
+    assert str(found) == "most live at once: 5.0 MiB; largest there: mm of lm_head (1,024 x 1,536 bfloat16, 3.0 MiB)"
+    assert peak(MemoryPlan((), ())) is None
+
+
+def test_layers_begin_with_their_first_buffer():
+    modules = ["embed", "h.0.attn", "h.0.mlp.experts.0", "h.0.mlp.experts.1", "h.0.mlp.experts.2", "h.1.attn",
+               "h.0.mlp", "h.1.mlp", "norm", "head"]  # fmt: skip
+    buffers = [Buffer(f"b{i}", "arena", 512, i, i + 1, module=module) for i, module in enumerate(modules)]
+    spans = layers(make_plan(buffers, [b.name for b in buffers]))
+    assert [(s.label, s.start, s.end) for s in spans] == [("in", 0, 1), ("0", 1, 5), ("1", 5, 8), ("head", 8, 10)]
+    assert layers(plan_of(1)) == (), "one number says nothing about the order"
+    assert len(layers(plan_of(30))) == 31
+
+
+def test_rotary_tables_belong_to_attention():
+    buffers = [Buffer("cos", "arena", 512, 0, 1, module="model.rotary_emb"),
+               Buffer("x", "arena", 512, 0, 1, module="model.embed_tokens")]  # fmt: skip
+    groups = {shape.buffer.name: shape.group for shape in rectangles(make_plan(buffers, ["a"]))}
+    assert groups == {"cos": "attention", "x": "embedding"}
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_nothing_in_a_picture_overlaps_or_is_cut_off(tmp_path, monkeypatch, wide):
+    from matplotlib.figure import Figure
+
+    plan, drawn = plan_of(40), []
+    if wide:
+        sizes = tuple((f"symbol{i}", 1 << 17) for i in range(6))
+        plan = replace(plan, title="LLaDA-MoE-7B-A1B, float32", symbols=sizes)
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda page, *a, **kw: (drawn.append(page), save(page, *a, **kw)))
+    picture(plan, tmp_path / "plan.png")
+    (page,) = drawn
+    page.draw_without_rendering()  # at its own dpi again
+    axes = page.axes[1]
+    texts = [*page.texts, *page.legends, axes.xaxis.label]
+    labels = [label for label in axes.get_xticklabels(minor=True) if label.get_text()]
+    assert len(labels) <= 18
+    boxes = [item.get_window_extent() for item in (*texts, *labels)]
+    boxes += [a.get_window_extent() for a in page.axes]
+    assert all(box.x0 >= 0 and box.x1 <= page.bbox.x1 and box.y0 >= 0 and box.y1 <= page.bbox.y1 for box in boxes)
+    assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[i + 1 :] if a.padded(-1).overlaps(b.padded(-1))]
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])

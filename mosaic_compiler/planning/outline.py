@@ -48,7 +48,7 @@ class StepOutline:
         loops, flat: lives of the step in loops, and of the flat graph that runs where nothing needs chunks.
         hints: the example's value of every symbol of the inputs.
         selected: the numbers that are known when a step starts.
-        placement, deadline, chunk_rows, guard: see :class:`planner.Planner`.
+        placement, deadline, chunk_rows, guard, meanings: see :class:`planner.Planner`.
     """
 
     loops: StepLives
@@ -59,6 +59,7 @@ class StepOutline:
     deadline: float = DEADLINE
     chunk_rows: int | None = None
     guard: int = 0
+    meanings: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def planner(self) -> Planner:
@@ -78,6 +79,7 @@ class StepOutline:
             deadline=self.deadline,
             chunk_rows=self.chunk_rows,
             guard=self.guard,
+            meanings=self.meanings,
         )
 
     def data(self) -> StepOutline:

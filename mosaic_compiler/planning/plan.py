@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from mosaic_compiler.errors import PlanError
+from mosaic_compiler.planning.words import in_words
 
 SCHEMA = "mosaic.plan"
 SCHEMA_VERSION = 3
@@ -149,6 +150,9 @@ class MemoryPlan:
         loops: the chunk loops, in schedule order.
         budget: the bytes that :attr:`workspace` had to fit; ``None`` if there was no limit.
         fallbacks: what the plan does not fully cover.
+        title: the model it is for, in words; empty if nobody said.
+        device: the device whose kernels it is for, such as ``cuda``; empty if unknown.
+        meanings: of the symbols, as said behind their numbers, such as ``(("s27", "tokens"),)``.
     """
 
     buffers: tuple[Buffer, ...]
@@ -158,9 +162,17 @@ class MemoryPlan:
     loops: tuple[PlannedLoop, ...] = ()
     budget: int | None = None
     fallbacks: tuple[Fallback, ...] = ()
+    title: str = ""
+    device: str = ""
+    meanings: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         self.verify()
+
+    @cached_property
+    def sizes(self) -> tuple[str, ...]:
+        """The sizes it was made for, in words: ``("4,096 tokens", "2,048 masked rows")``."""
+        return tuple(in_words(self.symbols, dict(self.meanings)))
 
     # ------------------------------------------------------------------------------------ figures
     def of_kind(self, *kinds: str) -> tuple[Buffer, ...]:
@@ -225,6 +237,9 @@ class MemoryPlan:
             if buffer.offset is not None and (buffer.offset < 0 or buffer.offset % ALIGNMENT):
                 raise PlanError(f"{buffer.describe()}: offset is not a multiple of {ALIGNMENT}")
         check_overlaps(self.of_kind("arena"))
+        for name, _ in self.meanings:
+            if name not in dict(self.symbols):
+                raise PlanError(f"{name} has a meaning, but is no symbol of this plan")
         for loop in self.loops:
             if not 0 <= loop.start <= loop.end <= len(self.schedule) or not 0 <= loop.chunk <= loop.rows:
                 raise PlanError(f"loop {loop.name}: {loop.chunk} of {loop.rows} rows at [{loop.start}, {loop.end})")
@@ -237,7 +252,10 @@ class MemoryPlan:
             "version": SCHEMA_VERSION,
             "alignment": ALIGNMENT,
             "algorithm": self.algorithm,
+            "title": self.title,
+            "device": self.device,
             "symbols": dict(self.symbols),
+            "meanings": dict(self.meanings),
             "budget": self.budget,
             "summary": {
                 "height": self.height,
@@ -275,6 +293,9 @@ class MemoryPlan:
                 loops=tuple(_loop_from(entry) for entry in body["loops"]),
                 budget=None if body["budget"] is None else int(body["budget"]),
                 fallbacks=tuple(Fallback(**entry) for entry in body["fallbacks"]),
+                title=str(body.get("title", "")),  # files from before there were these three load as well
+                device=str(body.get("device", "")),
+                meanings=tuple((str(k), str(v)) for k, v in body.get("meanings", {}).items()),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"malformed plan: {type(error).__name__}: {error}") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,6 +15,7 @@ from mosaic_compiler.planning.lives import LoopLives, Sizes, StepLives
 from mosaic_compiler.planning.placement import DEADLINE, Interval, height_of, live_totals, place_blocks
 from mosaic_compiler.planning.plan import MemoryPlan, PlannedLoop, live_bytes
 from mosaic_compiler.planning.stack import Stack
+from mosaic_compiler.planning.words import in_words
 
 _TRIES = 8
 
@@ -41,6 +42,7 @@ class Planner:
         placement, deadline: see :func:`make_plan`.
         chunk_rows: force this many rows per chunk.
         guard: bytes to leave behind each arena buffer (poison mode keeps canaries there).
+        meanings: what symbols mean, by their names, kept for the reader (see :class:`MemoryPlan`).
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Planner:
         deadline: float = DEADLINE,
         chunk_rows: int | None = None,
         guard: int = 0,
+        meanings: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.lives, self.placement, self.chunk_rows, self.guard = lives, placement, chunk_rows, guard
         self.deadline = deadline
@@ -60,6 +63,7 @@ class Planner:
         self._stack: Stack | None = None
         self.model = ChunkModel(lives)
         self.symbols = lives.symbols
+        self.meanings = tuple(pair for pair in meanings if pair[0] in map(str, self.symbols))
         self._blocks = {buffer.name: buffer.loop for buffer in lives.buffers if buffer.loop}
         self._loops = [(region.chunk, _described(region)) for region in lives.regions]
 
@@ -150,9 +154,11 @@ class Planner:
         return MemoryPlan(
             buffers,
             self.lives.schedule,
-            symbols=tuple((str(symbol), sizes(symbol)) for symbol in self.symbols),
+            symbols=self._numbers(sizes),
             algorithm=algorithm,
             budget=budget,
+            device=self.lives.device_type,
+            meanings=self.meanings,
             loops=tuple(
                 replace(
                     loop,
@@ -165,6 +171,9 @@ class Planner:
                 for symbol, loop in self._loops
             ),
         )
+
+    def _numbers(self, sizes: Sizes) -> tuple[tuple[str, int], ...]:
+        return tuple((str(symbol), sizes(symbol)) for symbol in self.symbols)
 
     # ---------------------------------------------------------------------------------------- errors
     def longest(self, sizes: Sizes, budget: int) -> int | None:
@@ -184,7 +193,7 @@ class Planner:
         total = live_bytes(live, len(self.lives.schedule))[position]
         worst = max(live, key=lambda b: b.size)
         fits = self.longest(sizes, budget)
-        at = ", ".join(f"{symbol}={sizes(symbol)}" for symbol in self.symbols)
+        at = ", ".join(in_words(self._numbers(sizes), dict(self.meanings)))
         advice = (
             f"; about {fits} tokens (instead of {sizes(self.tokens)}) would fit"
             if fits is not None and self.tokens is not None

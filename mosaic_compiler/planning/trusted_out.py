@@ -14,8 +14,8 @@ from torch._ops import OpOverload
 _ROW_WISE_AND_SUMS = """
     _log_softmax _softmax all.default all.dim all.dims amax amin aminmax any.default any.dim any.dims argmax argmin
     cummax cummin cumprod cumsum glu histc kthvalue logcumsumexp max.default max.dim mean.default mean.dim median.dim
-    min.default min.dim mode nanmedian.dim nansum norm.ScalarOpt_dim norm.ScalarOpt_dim_dtype prod.dim_int renorm sort.default
-    sort.stable sum.dim_IntList topk
+    min.default min.dim mode nanmedian.dim nansum norm.ScalarOpt_dim norm.ScalarOpt_dim_dtype prod.dim_int renorm
+    sort.default sort.stable sum.dim_IntList topk
 """
 
 _PRODUCTS = """

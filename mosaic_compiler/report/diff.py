@@ -23,10 +23,9 @@ def diff(before: MemoryPlan, after: MemoryPlan, count: int = 12) -> Iterator[Ren
         figures.add_row(name.replace("_", " "), format_bytes(old), format_bytes(new), _change(old, new))
     figures.add_row("buffers", str(len(before.buffers)), str(len(after.buffers)), "")
     figures.add_row("placed by", before.algorithm, after.algorithm, "")
-    sizes = {name: [dict(plan.symbols).get(name) for plan in (before, after)] for plan in (before, after) for name, _ in
-             plan.symbols}  # fmt: skip
-    for name, (old, new) in sizes.items():
-        figures.add_row(name, str(old or "-"), str(new or "-"), "")
+    sizes = [{dict(plan.meanings).get(name, name): size for name, size in plan.symbols} for plan in (before, after)]
+    for name in dict.fromkeys([*sizes[0], *sizes[1]]):
+        figures.add_row(name, *(f"{size[name]:,}" if name in size else "-" for size in sizes), "")
     yield figures
     yield Text()
     yield from _loops(before, after)

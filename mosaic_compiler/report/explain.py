@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +88,7 @@ class Report:
             if graph.plan is not None:
                 yield from tables.plan_lines(graph.plan)
             if graph.rows:
-                yield _row_table(graph.rows)
+                yield _row_table(graph.rows, dict(graph.plan.meanings) if graph.plan is not None else {})
                 yield Text()
             for name, choice in graph.projections:
                 yield Text(f"{name}: {choice.kernel} ({choice.reason})")
@@ -99,7 +100,10 @@ class Report:
             yield tables.fallbacks(graph.fallbacks)
 
 
-def _row_table(decisions: tuple[RowDecision, ...]) -> Table:
+def _row_table(decisions: tuple[RowDecision, ...], meanings: Mapping[str, str]) -> Table:
+    def said(expression: str) -> str:
+        return re.sub(r"\b[a-zA-Z]\w*", lambda match: meanings.get(match[0], match[0]), expression)
+
     table = Table(
         title="rows computed (M is known when the step starts)", title_justify="left", box=None, padding=(0, 1)
     )
@@ -107,7 +111,7 @@ def _row_table(decisions: tuple[RowDecision, ...]) -> Table:
         table.add_column(column, overflow="fold")
     for decision in decisions:
         where = decision.module or decision.source
-        table.add_row(decision.node, decision.rows, decision.total, decision.consumer, where)
+        table.add_row(decision.node, said(decision.rows), said(decision.total), decision.consumer, where)
     return table
 
 

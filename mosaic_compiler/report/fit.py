@@ -80,6 +80,12 @@ def load_config(name: str) -> dict[str, Any]:
     return found
 
 
+def name_of(config: str) -> str:
+    """What to call the model behind a config: ``LLaDA-8B``, or the folder of a ``config.json``."""
+    path = Path(config)
+    return config if config in KNOWN else (path.resolve().parent if path.name == "config.json" else path).stem
+
+
 def traced(
     config: Mapping[str, Any],
     dtype: str = "bfloat16",

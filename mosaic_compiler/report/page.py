@@ -10,7 +10,7 @@ from bokeh.colors import RGB
 from bokeh.document import Document
 from bokeh.embed import file_html
 from bokeh.layouts import gridplot
-from bokeh.models import ColumnDataSource, CustomJS, HoverTool, Range1d
+from bokeh.models import ColumnDataSource, CustomJS, FixedTicker, HoverTool, NoOverlap, Range1d
 from bokeh.models.annotations import Span
 from bokeh.plotting import figure
 from bokeh.resources import INLINE
@@ -18,7 +18,21 @@ from jinja2 import Environment
 
 from mosaic_compiler.planning.budget import format_bytes
 from mosaic_compiler.planning.plan import MemoryPlan, PlannedLoop
-from mosaic_compiler.report.scene import COLOURS, HATCHES, LINES, Rectangle, chunks, levels, rectangles, top, unit_of
+from mosaic_compiler.report.layers import layers
+from mosaic_compiler.report.scene import (
+    COLOURS,
+    HATCHES,
+    LINES,
+    MARK,
+    Rectangle,
+    chunks,
+    headline,
+    levels,
+    peak,
+    rectangles,
+    top,
+    unit_of,
+)
 from mosaic_compiler.report.tables import alike
 
 _TEXT = "rgb(26, 26, 26)"  # as the browser writes it: a light page is not painted twice
@@ -35,8 +49,8 @@ def html(plan: MemoryPlan) -> str:
     )
     strip = _figure(shared, "", (0, 1))
     live = _figure(shared, f"live ({unit})", (0, top(plan) / scale))
-    live.xaxis.axis_label = "schedule position"
     live.xaxis.visible = True
+    _label_layers(plan, address, live)
 
     bands = _bands(plan.loops)
     for plot in (address, strip, live):
@@ -66,6 +80,12 @@ def html(plan: MemoryPlan) -> str:
     live.step("position", "live", source=curve, mode="after", line_color="#888888", line_width=1.5)
     felt = live.line("position", "live", source=curve, line_alpha=0)  # a step line has no hover
     live.add_tools(_hover(("position", "node", "bytes"), [felt], "vline"))
+    highest = peak(plan)
+    if highest is not None:
+        live.scatter(
+            [highest.position + 0.5], [highest.nbytes / scale], marker="inverted_triangle", size=10, fill_color=MARK,
+            line_color=None,
+        )  # fmt: skip
     marks = levels(plan)
     for name, value in marks.items():
         colour, dash = LINES[name]
@@ -94,6 +114,9 @@ def html(plan: MemoryPlan) -> str:
         template_variables={
             "plan": plan,
             "bytes": format_bytes,
+            "headline": headline(plan)[0],
+            "peak": highest,
+            "mark": MARK,
             "groups": [(group, COLOURS[group]) for group in COLOURS if any(shape.group == group for shape in shapes)],
             "hatches": HATCHES,
             "marks": [(name, value, *LINES[name], value > top(plan)) for name, value in marks.items()],
@@ -122,6 +145,23 @@ def _figure(x: Range1d, label: str, y: tuple[float, float]) -> figure:
     plot.axis.axis_line_color = plot.axis.major_tick_line_color = _TEXT
     plot.axis.minor_tick_line_color = None
     return plot
+
+
+def _label_layers(plan: MemoryPlan, address: figure, live: figure) -> None:
+    """Layers on the x axis, as many as there is room for; schedule positions if there are none."""
+    spans = layers(plan)
+    live.xaxis.axis_label = "layer" if spans else "schedule position"
+    if not spans:
+        return
+    live.xaxis.ticker = FixedTicker(ticks=[int(span.middle) for span in spans])
+    live.xaxis.major_label_overrides = {int(span.middle): span.label for span in spans}
+    live.xaxis.major_label_policy = NoOverlap(min_distance=4)
+    live.xaxis.major_tick_line_color = None
+    for plot in (address, live):
+        plot.xgrid.ticker = FixedTicker(ticks=[span.start for span in spans])
+        plot.xgrid.visible = True
+        plot.xgrid.grid_line_color = "#808080"
+        plot.xgrid.grid_line_alpha = 0.25
 
 
 def _hover(fields: Sequence[str], renderers: Sequence[Any], mode: Literal["mouse", "vline"] = "mouse") -> HoverTool:
@@ -210,12 +250,12 @@ td { max-width: 300px; overflow-wrap: break-word } .number { text-align: right; 
 {{ bokeh_css | safe }}
 </head>
 <body>
-<h1>Memory plan</h1>
+<h1>{{ headline }}</h1>
 <ul class="row">
 <li>peak <b>{{ bytes(plan.peak) }}</b></li>
 <li>arena <b>{{ bytes(plan.height) }}</b>, placed by {{ plan.algorithm }}</li>
 <li>{{ plan.buffers | length }} buffers</li>
-{% for name, value in plan.symbols %}<li>{{ name }} = {{ value }}</li>{% endfor %}
+{% if plan.device %}<li>{{ plan.device | upper }} kernels</li>{% endif %}
 </ul>
 <ul class="row">
 {% for group, colour in groups %}
@@ -227,6 +267,7 @@ td { max-width: 300px; overflow-wrap: break-word } .number { text-align: right; 
 <li><span class="mark" style="border-top-color: {{ colour }}; border-top-style: {{ dash }}"></span>{{ name }}
 {{ bytes(value) }}{{ ' (above the axis)' if above }}</li>
 {% endfor %}
+{% if peak %}<li><span style="color: {{ mark }}">&#9660;</span> {{ peak }}</li>{% endif %}
 </ul>
 <div id="plot">{{ plot_div | safe }}</div>
 <h2>Largest buffers</h2>

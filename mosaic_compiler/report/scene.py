@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mosaic_compiler.planning.budget import format_bytes
 from mosaic_compiler.planning.plan import Buffer, MemoryPlan
 
 # Paul Tol's "bright" scheme, which the colour-blind can tell apart; grey is outside of the arena.
@@ -29,12 +30,15 @@ LINES = {  # colour and dash
     "arena without reuse": ("#EE3377", "dotted"),
 }
 
+MARK = "#CC3311"
+"""Colour of the peak's marker."""
+
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("bytes", 1))
 _ROLES = (  # for colours only: the first that matches the module path, or the source where there is none
     ("residual and norm", re.compile(r"norm|(layers|blocks|h)\.\d+$")),
-    ("attention", re.compile(r"attn|attention")),
+    ("attention", re.compile(r"attn|attention|rotary")),  # tables of rotary embeddings are for queries and keys
     ("MLP", re.compile(r"mlp|ffn|feed_forward|expert|moe")),
-    ("embedding", re.compile(r"embed|wte|wpe|rotary")),
+    ("embedding", re.compile(r"embed|wte|wpe")),
     ("head and sampling", re.compile(r"head|sampling")),
 )
 
@@ -55,6 +59,45 @@ def rectangles(plan: MemoryPlan) -> list[Rectangle]:
         Rectangle(b, b.offset, _role(b)) if b.offset is not None else Rectangle(b, above[b.name], b.kind)
         for b in plan.buffers
     ]
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The schedule position with the most live bytes, how many those are, and the largest buffer among them."""
+
+    position: int
+    nbytes: int
+    largest: Buffer
+
+    def __str__(self) -> str:
+        b = self.largest
+        made = b.op.split(".")[1] if "." in b.op else b.op or b.name
+        where = f" of {b.module}" if b.module else ""
+        shape = " x ".join(f"{size:,}" for size in b.shape)
+        details = ", ".join(part for part in (f"{shape} {b.dtype}".strip(), format_bytes(b.nbytes)) if part)
+        return f"most live at once: {format_bytes(self.nbytes)}; largest there: {made}{where} ({details})"
+
+
+def peak(plan: MemoryPlan) -> Peak | None:
+    """The first such position; ``None`` if nothing is live anywhere."""
+    if not plan.buffers:
+        return None
+    position = max(range(len(plan.timeline)), key=plan.timeline.__getitem__)
+    live = [b for b in plan.buffers if b.start <= position < b.end]
+    return Peak(position, plan.timeline[position], max(live, key=lambda b: b.size))
+
+
+def headline(plan: MemoryPlan) -> tuple[str, str]:
+    """What the plan is for, and its figures: a title and what stands below it."""
+    title = plan.title or "Memory plan"
+    outside = plan.peak - plan.height
+    split = f" (arena {format_bytes(plan.height)}, outside of it {format_bytes(outside)})" if outside else ""
+    figures = [f"peak {format_bytes(plan.peak)}{split}"]
+    if plan.budget is not None:
+        figures.append(f"budget {format_bytes(plan.budget)}")
+    if plan.device:
+        figures.append(f"{plan.device.upper()} kernels")
+    return f"{title}: one step of {', '.join(plan.sizes)}" if plan.sizes else title, ", ".join(figures)
 
 
 def levels(plan: MemoryPlan) -> dict[str, int]:

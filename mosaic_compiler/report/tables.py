@@ -31,7 +31,7 @@ def summary(plan: MemoryPlan) -> Table:
         ("outside", format_bytes(outside), "outputs, and what opaque ops allocate"),
         ("workspace", format_bytes(plan.workspace), "the peak without outputs: what a memory budget covers"),
         ("peak / average", f"{plan.par:.2f}", "of live bytes over the step"),
-        ("sizes", ", ".join(f"{name}={value}" for name, value in plan.symbols) or "static", ""),
+        ("sizes", ", ".join(plan.sizes) or "static", ""),
     )
     for name, value, remark in rows:
         table.add_row(name, Text(value, style="bold"), Text(remark, style="dim"))

@@ -39,7 +39,7 @@ from mosaic_compiler.runtime.program import bind
 from mosaic_compiler.runtime.programs import Bound, Programs, Variant
 from mosaic_compiler.runtime.prologue import Prologue
 from mosaic_compiler.runtime.rehearsal import Rehearsal
-from mosaic_compiler.runtime.symbols import hints_of, selected_in, symbol_readers
+from mosaic_compiler.runtime.symbols import hints_of, meanings_of, selected_in, symbol_readers
 
 _budget: ContextVar[int | None] = ContextVar("memory_budget", default=None)
 _running = threading.local()
@@ -117,6 +117,7 @@ class CompiledStep:
             deadline=options.placement_deadline,
             chunk_rows=options.chunk_rows,
             guard=GUARD if options.poison else 0,
+            meanings=meanings_of(module),
         )
         self.planner = self.outline.planner
         self._readers = symbol_readers(module, placeholders, self._prologue.symbols)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,11 @@ from mosaic_compiler.planning.outline import Selected
 
 UNKNOWN = 64
 """Stands for the example's value of a size that Dynamo was told to know nothing about (``mark_unbacked``)."""
+
+aten = torch.ops.aten
+
+_SOURCE = re.compile(r"L\['(\w+)'\](.*?)(?:\.(size|stride)\(\)\[(\d+)\])?")
+"""How Dynamo writes where a symbol comes from: ``L['ids'].size()[1]``."""
 
 
 def hints_of(module: fx.GraphModule) -> dict[sympy.Symbol, int]:
@@ -43,6 +49,60 @@ def selected_in(module: fx.GraphModule) -> tuple[Selected, ...]:
                 counted = rows * pages_per_row(row_bytes, page)
             found.append(Selected(node.meta[ir.BINDS], counted, most))
     return tuple(found)
+
+
+def meanings_of(module: fx.GraphModule) -> tuple[tuple[str, str], ...]:
+    """What symbols stand for, as said behind their numbers: ``(("s27", "tokens"), ("s38", "masked rows"))``.
+
+    From structure only: int64 inputs of two dims are sequences of tokens; what the prologue counts is needed rows, or
+    masked ones where it looks for one id; other symbols are sizes of an input.  No two symbols mean the same.
+    """
+    found: dict[str, str] = {}
+
+    def offer(number: Any, *meanings: str) -> None:
+        if isinstance(expr := ir.expr_of(number), sympy.Symbol) and str(expr) not in found:
+            free = [meaning for meaning in meanings if meaning not in found.values()]
+            found.update({str(expr): meaning for meaning in free[:1]})
+
+    for node in module.graph.find_nodes(op="placeholder"):
+        tensor = ir.tensor_of(node)
+        if tensor is not None and tensor.dtype == torch.int64 and tensor.dim() == 2:
+            offer(tensor.shape[1], "tokens")
+            offer(tensor.shape[0], "sequences")
+    mode = ir.fake_mode_of(module)
+    known = {} if mode is None or mode.shape_env is None else mode.shape_env.var_to_sources
+    for symbol in hints_of(module):
+        for source in known.get(symbol, ())[:1]:
+            if (match := _SOURCE.fullmatch(source.name)) is not None:
+                name, rest, what, dim = match.groups()
+                offer(symbol, f"as {what} {dim} of {name}{rest}" if what else f"as {name}{rest}")
+    for node in module.graph.nodes:
+        if ir.BINDS in node.meta:
+            rows = "pages of memory" if node.target is ops.touched_pages else _rows_of(node)
+            offer(node.meta[ir.BINDS], rows, f"{rows} by {node.name}")
+    return tuple(found.items())
+
+
+def _rows_of(node: fx.Node) -> str:
+    """What a ``nonzero`` numbers: rows where ids equal a constant are masked ones, if nothing else may add to them."""
+    before, todo = set[fx.Node](), [node]
+    while todo:
+        found = todo.pop()
+        if found not in before and found.op == "call_function":
+            before.add(found)
+            todo += found.all_input_nodes
+    if {aten.bitwise_not, aten.logical_not, aten.bitwise_or, aten.logical_or} & {_packet(n) for n in before}:
+        return "needed rows"
+    for equal in before:
+        if equal.target is aten.eq.Scalar and type(equal.args[1]) is int:
+            (ids,) = equal.all_input_nodes
+            if ir.only_tensor(ids).dtype == torch.int64:
+                return "masked rows"
+    return "needed rows"
+
+
+def _packet(node: fx.Node) -> Any:
+    return getattr(node.target, "overloadpacket", None)
 
 
 def _read_value(index: int, inputs: Sequence[Any]) -> int:
