@@ -12,6 +12,9 @@ from chrome import Chrome
 
 from mosaic_compiler.planning import Buffer, MemoryPlan, PlannedLoop, make_plan
 from mosaic_compiler.planning.plan import Fallback
+
+pytest.importorskip("bokeh", reason="needs pip install 'mosaic-compiler[report]'")
+pytest.importorskip("matplotlib", reason="needs pip install 'mosaic-compiler[report]'")
 from mosaic_compiler.report.page import html
 from mosaic_compiler.report.picture import picture
 from mosaic_compiler.report.scene import rectangles
