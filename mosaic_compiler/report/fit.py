@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mosaic_compiler.errors import BudgetError, ConfigError
+from mosaic_compiler.errors import BudgetError, CaptureError, ConfigError
 from mosaic_compiler.planning.outline import StepOutline
 from mosaic_compiler.planning.plan import MemoryPlan, lower_bound
 from mosaic_compiler.report.known_models import KNOWN
@@ -97,7 +97,7 @@ def traced(
         cache: folder; ``None``: ``$MOSAIC_CACHE``, or ``mosaic_compiler`` in the user's cache folder.
 
     Raises:
-        ConfigError: if transformers cannot build such a model.
+        ConfigError: if transformers cannot build such a model, or its forward fails.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
@@ -192,7 +192,12 @@ def _trace(config: Mapping[str, Any], dtype: str, device: str, on_trace: Callabl
         torch.empty(1, tokens, dtype=torch.bool, device="meta"),
         torch.empty(1, dtype=torch.int64, device="meta"),
     )
-    captured = capture_step(step, example, {}, device=device)
+    try:
+        captured = capture_step(step, example, {}, device=device)
+    except CaptureError as error:
+        raise ConfigError(
+            f"{config['model_type']}: {error}, or look for a value of the config that is missing or wrong"
+        ) from error
     outline = captured.outline
     eager = find_lives(captured.captured).data()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -19,6 +19,7 @@ from mosaic_compiler.backend import mosaic, observing
 from mosaic_compiler.errors import CaptureError, MosaicError, OptionsError
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.planning.budget import parse_budget
+from mosaic_compiler.report.causes import is_graph_break, what_and_where, without_tracebacks
 from mosaic_compiler.runtime.step import CompiledStep
 
 
@@ -34,7 +35,7 @@ def capture_step(
         device: what meta tensors are planned for.
 
     Raises:
-        CaptureError: if the function is not one graph.
+        CaptureError: if the function is not one graph, or fails.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise CaptureError("planning with a GPU's kernels needs a GPU that torch can use: leave device out")
@@ -47,7 +48,12 @@ def capture_step(
 
     compiled = torch.compile(fresh_caller(), backend=backend, dynamic=True, fullgraph=True)
     try:
-        with _without_memory(fn, args, torch.device(device)) as traced, observing(steps.append), torch.no_grad():
+        with (
+            _without_memory(fn, args, torch.device(device)) as traced,
+            observing(steps.append),
+            without_tracebacks(),
+            torch.no_grad(),
+        ):
             compiled(unwrap(fn), *traced)
     except _Stopped:
         pass
@@ -55,11 +61,16 @@ def capture_step(
         if isinstance(failure.inner_exception, MosaicError):
             raise failure.inner_exception from None
         raise
-    except torch._dynamo.exc.Unsupported as error:
-        reason = str(error).strip().splitlines()[0]
+    except torch._dynamo.exc.TorchDynamoException as error:
+        why = what_and_where(error)
+        if is_graph_break(error):
+            raise CaptureError(
+                f"a plan ahead of running needs the function in one graph, and Dynamo says: {why}: change that line; "
+                "TORCH_LOGS=graph_breaks says more"
+            ) from error
         raise CaptureError(
-            f"a plan ahead of running needs the function in one graph, and Dynamo says: {reason}"
-        ) from None
+            f"the function fails while it is traced: {why}: most likely it does without compiling, too: run it once"
+        ) from error
     if not steps:
         raise CaptureError("nothing was compiled: the function runs no tensor operation")
     return steps[0]
