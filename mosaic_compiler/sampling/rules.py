@@ -5,34 +5,11 @@ Pure modules over rows; each row is proposed by itself.  What is done with propo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from mosaic_compiler.sampling import noise
-
-EOS_RULES = ("code", "logits", "confidence")
-DREAM_ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
-
-
-@dataclass(frozen=True)
-class EndTokens:
-    """How LLaDA's options treat the tokens that end a text.
-
-    Attributes:
-        eos, eot: their ids; ``eot`` may be ``None``.
-        ban: ``logits_eos_inf``: EOS is never proposed.
-        rule: what ``confidence_eos_eot_inf`` does; ``None``: nothing.  ``code``: as the published code does it: behind
-            the choice of the token, EoT's logit (and EOS's too, at temperature 0 only) is -inf in the softmax.
-            ``logits``: both, at any temperature.  ``confidence``: as its documentation says: rows that propose EOS or
-            EoT rank behind all others, whose confidence stays.
-    """
-
-    eos: int
-    eot: int | None = None
-    ban: bool = False
-    rule: str | None = None
+from mosaic_compiler.sampling.request import EndTokens
 
 
 class LLaDARule(nn.Module):
@@ -86,7 +63,7 @@ class DreamRule(nn.Module):
         temperature: at least 0.
         top_p: tokens are kept while the probability before them is not above it; ``None`` or 1: all.
         top_k: this many tokens are kept (and those that equal the last one); ``None``: all.
-        algorithm: one of :data:`DREAM_ALGORITHMS`.
+        algorithm: one of :data:`~mosaic_compiler.sampling.request.DREAM_ALGORITHMS`.
     """
 
     def __init__(self, temperature: float, top_p: float | None, top_k: int | None, algorithm: str) -> None:
