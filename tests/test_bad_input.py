@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import types
 import weakref
 
 import pytest
@@ -447,3 +448,11 @@ def test_a_forecast_of_a_function_that_fails_says_what_and_where(caplog):
         with pytest.raises(CaptureError, match=message):
             mosaic_compiler.max_tokens(fn, (torch.randn(4, 3),), "1MiB")
     assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+
+
+def test_more_tokens_than_the_model_has_positions_are_said(net):
+    example = (torch.randint(0, 50, (1, 9)),)
+    found = mosaic_compiler.max_tokens(net, example, "1MiB")
+    net.config = types.SimpleNamespace(max_position_embeddings=16)
+    with pytest.warns(UserWarning, match="config gives it 16 positions"):
+        assert mosaic_compiler.max_tokens(net, example, "1MiB") == found > 16

@@ -6,6 +6,7 @@ depends on, so that later questions need neither torch nor transformers.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.metadata
 import json
@@ -60,17 +61,20 @@ class Answer:
 
 
 def load_config(name: str) -> dict[str, Any]:
-    """The Hugging Face config behind a known name, a ``config.json``, or a folder that holds one.
+    """The Hugging Face config behind a known name (in any case), a ``config.json``, or a folder that holds one.
 
     Raises:
         ConfigError: if there is none, or it is none.
     """
-    if name in KNOWN:
-        return dict(KNOWN[name])
+    known = {each.lower(): each for each in KNOWN}
+    if name.lower() in known:
+        return dict(KNOWN[known[name.lower()]])
     path = Path(name)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
-        raise ConfigError(f"{name}: no such config; give a config.json, or one of {', '.join(KNOWN)}")
+        near = [known[each] for each in difflib.get_close_matches(name.lower(), known, n=1)]
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(f"{name}: no such config{meant}; give a config.json, or one of {', '.join(KNOWN)}")
     try:
         found = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -78,6 +82,16 @@ def load_config(name: str) -> dict[str, Any]:
     if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
         raise ConfigError(f"{path} is no Hugging Face config: it has no 'model_type'")
     return found
+
+
+def positions(config: Any) -> int | None:
+    """The longest sequence that a config (of JSON, or of transformers) is for; ``None`` if it says nothing."""
+    values = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
+    for name in ("max_position_embeddings", "max_sequence_length", "n_positions"):  # the second: LLaDA's remote code
+        if isinstance(values.get(name), int):
+            return int(values[name])
+    inner = values.get("text_config")
+    return None if inner is None else positions(inner)
 
 
 def traced(

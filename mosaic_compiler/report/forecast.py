@@ -7,6 +7,7 @@ not needed either: parameters and inputs on the meta device are traced as tensor
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from mosaic_compiler.errors import CaptureError, MosaicError, OptionsError
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.planning.budget import parse_budget
 from mosaic_compiler.report.causes import is_graph_break, what_and_where, without_tracebacks
+from mosaic_compiler.report.fit import positions
 from mosaic_compiler.runtime.step import CompiledStep
 
 
@@ -104,7 +106,8 @@ def max_tokens(
         options: of the backend, see :class:`MosaicOptions`.
 
     Returns:
-        The number of tokens; 0 if not even one fits.
+        The number of tokens; 0 if not even one fits.  With a warning if it is more than the positions that the model's
+        config gives it.
 
     Raises:
         OptionsError: for a malformed budget or option.
@@ -115,7 +118,16 @@ def max_tokens(
         raise OptionsError("max_tokens needs a budget: bytes, or a string such as '8GiB'")
     MosaicOptions.parse(options)
     step = capture_step(fn, example, options, device=device)
-    return step.outline.longest(limit, row_share)
+    found = step.outline.longest(limit, row_share)
+    parts = (part for module in _modules_of(fn) for part in module.modules())
+    trained = min(filter(None, (positions(getattr(part, "config", None)) for part in parts)), default=found)
+    if trained < found:
+        warnings.warn(
+            f"{found:,} tokens fit the budget, but the model's config gives it {trained:,} positions: it was not "
+            "trained for more",
+            stacklevel=2,
+        )
+    return found
 
 
 @contextmanager
