@@ -45,4 +45,4 @@ def parse_card(given: str) -> tuple[str, int]:
     try:
         return given, parse_bytes("--gpu", given)
     except OptionsError as error:
-        raise OptionsError(f"{error}; or the name of a card, nearest: {nearest_cards(given)}") from None
+        raise OptionsError(f"{error}; or the name of a card, such as {nearest_cards(given)}") from None

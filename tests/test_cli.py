@@ -205,7 +205,7 @@ def test_doctor_says_what_is_there_and_what_is_missing(run):
         (("diff", "{plan}", "{text}"), "not a plan"),
         (("fit", "--config", "GPT-5"), "no such config"),
         (("fit", "--config", "LLaDA8b"), "did you mean LLaDA-8B?"),
-        (("fit", "--config", "LLaDA-8B", "--gpu", "RTX4091"), "nearest: RTX4090"),
+        (("fit", "--config", "LLaDA-8B", "--gpu", "RTX4091"), "such as RTX4090"),
         (("fit", "--config", "{text}"), "no JSON"),
         (("fit", "--config", "{plan}"), "no 'model_type'"),
         (("fit", "--config", "{alien}"), "does not know model_type 'alien'"),

@@ -33,10 +33,10 @@ def card(name: str) -> tuple[str, int] | None:
 
 
 def nearest_cards(name: str) -> str:
-    """Known names like this one, for an error message."""
+    """Known names like this one, or a few, for an error message."""
     keys = {_key(each): each for each in (*_SPELLINGS, *CARDS)}
     found = [keys[key] for key in difflib.get_close_matches(_key(name), keys, n=3, cutoff=0.5)]
-    return ", ".join(found or CARDS)
+    return ", ".join(found or ("RTX4090", "A100-80GB", "H100"))
 
 
 def _key(name: str) -> str:

@@ -84,7 +84,10 @@ def _family(given: dict[str, Any], config: Any, trusted: bool) -> Any:
         if named.endswith(ending):
             return getattr(hf, f"AutoModel{ending}")
     if type(config) not in (*hf.MODEL_FOR_MASKED_LM_MAPPING, *hf.MODEL_FOR_CAUSAL_LM_MAPPING):
-        raise ValueError(f"{named or type(config).__name__} is neither a masked nor a causal language model")
+        raise ValueError(
+            f"{named or type(config).__name__} is neither a masked nor a causal language model of transformers, so no "
+            "masked diffusion language model, and those are what this runs"
+        )
     return family_of(config)
 
 

@@ -97,5 +97,6 @@ def check_bidirectional(model: nn.Module) -> None:
         where = f"its {causal}" if causal else "its config"
         raise NotADiffusionModelError(
             f"{type(model).__name__} is no diffusion language model: {where} attends causally. If its weights are of "
-            "one, load it with is_causal=False: AutoModelForCausalLM.from_pretrained(path, is_causal=False)"
+            "one, load it with is_causal=False: AutoModelForCausalLM.from_pretrained(path, is_causal=False), or "
+            'put "is_causal": false into its config.json'
         )
