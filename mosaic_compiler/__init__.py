@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mosaic_compiler.registration import register
+
 if TYPE_CHECKING:
     from mosaic_compiler.errors import BudgetError, MosaicError
     from mosaic_compiler.options import MosaicOptions
@@ -47,6 +49,9 @@ _HOME = {
     "max_tokens": "report.forecast",
     "release_memory": "runtime.arena",
 }
+
+
+register(__version__)
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mosaic_compiler.cli_generate import generate
+from mosaic_compiler.cli_values import parse_bytes, parse_card, parse_dtype, parse_tokens
 from mosaic_compiler.errors import ConfigError, MosaicError, OptionsError, PlanError
 from mosaic_compiler.planning.budget import format_bytes
 from mosaic_compiler.planning.plan import MemoryPlan
@@ -30,8 +31,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 _PLAN = Annotated[Path, typer.Argument(help="a plan.json", show_default=False)]
 
@@ -61,34 +60,11 @@ def read_plan(path: Path) -> MemoryPlan:
         raise PlanError(f"{path}: {error}") from None
 
 
-def parse_tokens(given: str) -> list[int]:
-    """``4k,32k,128000`` -> [4096, 32768, 128000] (k is 1,024)."""
-    found = []
-    for part in given.split(","):
-        match = re.fullmatch(r"\s*(\d+)([kKmM]?)\s*", part)
-        if match is None or not int(match[1]):
-            raise OptionsError(f"--tokens {given!r}: write whole numbers such as 4k,32k,131072 (k is 1,024)")
-        found.append(int(match[1]) * {"": 1, "k": 1 << 10, "m": 1 << 20}[match[2].lower()])
-    return found
-
-
-def parse_bytes(option: str, given: str) -> int:
-    """``24GiB`` -> bytes; an error names the option."""
-    from mosaic_compiler.planning.budget import parse_budget
-
-    try:
-        found = parse_budget(int(given) if given.isdigit() else given)
-    except OptionsError as error:
-        raise OptionsError(f"{option} {given!r}: {str(error).partition(': ')[2] or error}") from None
-    assert found is not None
-    return found
-
-
 @app.command()
 def fit(
     config: Annotated[str, typer.Option(help="LLaDA-8B, Dream-7B, LLaDA-MoE-7B-A1B, or a Hugging Face config.json")],
     tokens: Annotated[str, typer.Option(help="length of the sequence; several: 4k,32k,128k (k is 1,024)")] = "32k",
-    gpu: Annotated[str, typer.Option(help="memory of the card")] = "24GiB",
+    gpu: Annotated[str, typer.Option(help="memory of the card, or its name: 24GiB, RTX4090, A100-80GB")] = "24GiB",
     dtype: Annotated[
         str, typer.Option(help="of the weights: bfloat16, float16 or float32 (or bf16, fp16, fp32)")
     ] = "bf16",
@@ -101,22 +77,23 @@ def fit(
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
 ) -> None:
     """Does a model run at so many tokens on such a card?  Needs neither weights nor a GPU."""
-    from mosaic_compiler.report.fit import answer, load_config, longest, name_of, traced
+    from mosaic_compiler.report.fit import answer, load_config, longest, name_of, positions, traced
 
     lengths = parse_tokens(tokens)
-    card, kept = parse_bytes("--gpu", gpu), parse_bytes("--reserve", reserve)
+    (card, memory), kept = parse_card(gpu), parse_bytes("--reserve", reserve)
     described = load_config(config)
-    model = traced(described, _DTYPES.get(dtype, dtype), device, on_trace=_say_tracing)
-    room = card - kept - model.weights
+    model = traced(described, parse_dtype(dtype), device, on_trace=_say_tracing)
+    room = memory - kept - model.weights
     answers = [answer(model, length, room, masked) for length in lengths]
     most, eager = longest(model, room, masked)
+    trained = positions(described)
     plans = [a.plan for a in answers if a.plan is not None]
     if output is not None:
         if not plans:
             raise ConfigError(
                 f"none of these lengths fits, so there is no plan to write to {output}: {answers[-1].problem}"
             )
-        title = f"{name_of(config)}, {_DTYPES.get(dtype, dtype)}"
+        title = f"{name_of(config)}, {parse_dtype(dtype)}"
         output.write_text(replace(plans[-1], title=title).to_json())
     if as_json:
         rows = [
@@ -127,12 +104,12 @@ def fit(
             }
             for a in answers
         ]  # fmt: skip
-        head = {"weights": model.weights, "room": room, "longest": most, "longest_eager": eager}
+        head = {"weights": model.weights, "room": room, "longest": most, "longest_eager": eager, "positions": trained}
         print(json.dumps({**head, "answers": rows}, indent=1))
         return
     console = Console()
     console.print(
-        f"{config}, {dtype}: weights {format_bytes(model.weights)}; {format_bytes(max(room, 0))} of {gpu} are left"
+        f"{config}, {dtype}: weights {format_bytes(model.weights)}; {format_bytes(max(room, 0))} of {card} are left"
     )
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("tokens", "fits", "peak", "rows per chunk", "eager needs", "fits"):
@@ -149,6 +126,11 @@ def fit(
         )
     console.print(table)
     console.print(f"longest sequence: {most:,} tokens with mosaic, {eager:,} in eager PyTorch (predicted)")
+    if trained is not None and trained < max(most, *lengths):
+        console.print(
+            f"the config gives the model {trained:,} positions: more tokens than that may fit in memory, but the model "
+            "was not trained for them"
+        )
     for a in answers:
         if a.plan is None:
             console.print(f"{a.tokens:,} tokens: {a.problem}", style="red")
@@ -244,66 +226,7 @@ def diff(
         console.print(line)
 
 
-@app.command()
-def generate(
-    model: Annotated[
-        Path | None, typer.Option(help="a folder of transformers; the shipped tiny-llada if left out")
-    ] = None,
-    prompt: Annotated[str | None, typer.Option(help="text to begin with")] = None,
-    file: Annotated[Path | None, typer.Option("--file", "-f", help="a file with the text to begin with")] = None,
-    gen_length: Annotated[int, typer.Option(help="new tokens")] = 128,
-    steps: Annotated[int, typer.Option(help="steps in all")] = 32,
-    block_length: Annotated[int | None, typer.Option(help="LLaDA: tokens per block")] = None,
-    budget: Annotated[str | None, typer.Option(help="memory for activations, such as 64MiB")] = None,
-    temperature: Annotated[float, typer.Option(help="0: the most likely tokens")] = 0.0,
-    alg: Annotated[str | None, typer.Option(help="Dream: origin, maskgit_plus, topk_margin or entropy")] = None,
-    threshold: Annotated[float | None, typer.Option(help="Fast-dLLM: commit what is at least this confident")] = None,
-    seed: Annotated[int, typer.Option(help="of the noise")] = 0,
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32")] = "fp32",
-    as_json: Annotated[bool, typer.Option("--json", help="for machines: no live text")] = False,
-) -> None:
-    """Fill in new tokens behind a prompt; the text settles in the terminal."""
-    import time
-
-    from mosaic_compiler.report.live import LiveText
-    from mosaic_compiler.report.load import load_model
-
-    if (prompt is None) == (file is None):
-        raise ConfigError("give the text to begin with: --prompt TEXT, or --file FILE")
-    if file is not None:
-        try:
-            prompt = file.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{file}: {getattr(error, 'strerror', None) or 'no text'}") from None
-    limit = None if budget is None else parse_bytes("--budget", budget)
-    loaded, tokenizer = load_model(model, _DTYPES.get(dtype, dtype))
-    import torch
-
-    from mosaic_compiler.sampling import generate as run
-
-    ids = torch.tensor([tokenizer(prompt).input_ids], dtype=torch.int64, device=next(loaded.parameters()).device)
-    mask = getattr(loaded.config, "mask_token_id", None)
-    streamer = None if as_json or mask is None else LiveText(tokenizer, mask, ids.shape[1])
-    started = time.perf_counter()
-    try:
-        result = run(
-            loaded, ids, gen_length=gen_length, steps=steps, block_length=block_length, memory_budget=limit,
-            temperature=temperature, alg=alg, threshold=threshold, streamer=streamer,
-            generator=torch.Generator().manual_seed(seed),
-        )  # fmt: skip
-    except ValueError as error:
-        raise error if isinstance(error, MosaicError) else ConfigError(str(error)) from None
-    seconds = time.perf_counter() - started
-    new = result.sequences[0, ids.shape[1] :]
-    peak = None if result.plan is None else result.plan.workspace
-    if as_json:
-        print(json.dumps({
-            "text": tokenizer.decode(new), "tokens": new.tolist(), "prompt_tokens": ids.shape[1], "steps": result.steps,
-            "seconds": seconds, "workspace": peak,
-        }))  # fmt: skip
-        return
-    said = f"{len(new)} tokens behind {ids.shape[1]} in {seconds:.1f} s, {result.steps} steps"
-    Console().print(said + ("" if peak is None else f", {format_bytes(peak)} of activations"), style="dim")
+app.command()(generate)
 
 
 @app.command()

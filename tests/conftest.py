@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,24 @@ def _fresh_dynamo(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv("MOSAIC_DISABLE", "fuse")
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """Runs ``mosaic``: exit code, stdout, stderr."""
+    from mosaic_compiler import cli
+
+    monkeypatch.setenv("MOSAIC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mosaic", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        return ended.value.code or 0, said.out, said.err
+
+    return run
 
 
 @pytest.fixture(scope="session")

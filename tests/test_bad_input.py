@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import types
 import weakref
 
 import pytest
@@ -417,5 +418,41 @@ def test_a_forecast_needs_one_graph():
         torch._dynamo.graph_break()
         return x @ x.t()
 
-    with pytest.raises(CaptureError, match="one graph"):
+    with pytest.raises(CaptureError, match=r"one graph.*graph_break.*test_bad_input.py:\d+ in broken"):
         mosaic_compiler.max_tokens(broken, (torch.randn(4, 3),), "1MiB")
+
+
+def test_a_forecast_of_a_function_that_fails_says_what_and_where(caplog):
+    """The innermost error and its line, not what Dynamo was doing; and no log of PyTorch's own."""
+    from mosaic_compiler.errors import CaptureError
+
+    class Failing(nn.Module):
+        def forward(self, x):
+            return x.topk(None).values
+
+    class Raising(nn.Module):
+        def forward(self, x):
+            raise ValueError("no such thing")
+
+    for fn, message in (
+        (
+            Failing(),
+            r"TypeError: topk\(\): argument 'k' .*must be int, not NoneType \(.*test_bad_input.py:\d+ in forward\)",
+        ),
+        (Raising(), r"ValueError\('no such thing'\) \(.*test_bad_input.py:\d+ in forward\)"),
+        (
+            lambda x: x @ torch.ones(7, 7),
+            r"RuntimeError: .* same reduction dim, .* \(.*test_bad_input.py:\d+ in <lambda>",
+        ),
+    ):
+        with pytest.raises(CaptureError, match=message):
+            mosaic_compiler.max_tokens(fn, (torch.randn(4, 3),), "1MiB")
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+
+
+def test_more_tokens_than_the_model_has_positions_are_said(net):
+    example = (torch.randint(0, 50, (1, 9)),)
+    found = mosaic_compiler.max_tokens(net, example, "1MiB")
+    net.config = types.SimpleNamespace(max_position_embeddings=16)
+    with pytest.warns(UserWarning, match="config gives it 16 positions"):
+        assert mosaic_compiler.max_tokens(net, example, "1MiB") == found > 16

@@ -237,7 +237,9 @@ def test_callbacks_streamer_history_and_early_stop(capsys):
     assert len(streamer.drafts) == len(result.history) == 4
     assert torch.equal(streamer.drafts[-1], result.sequences)
     assert streamer.ended
-    assert "tokens" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "tokens" in said.err
+    assert not said.out
     always = Scores(0)
     always.table[:, EOS] = 1e4
     always.mixer.zero_()
@@ -246,6 +248,13 @@ def test_callbacks_streamer_history_and_early_stop(capsys):
     )
     assert stopped.steps < 8
     assert (stopped.sequences[:, 5:] == EOS).all()
+
+
+def test_what_is_no_streamer_is_refused_before_the_first_step():
+    model, seen = Scores(0), []
+    with pytest.raises(TypeError, match="list has no put and no end"):
+        mosaic_compiler.generate(model, prompt_of(1, 5, 1), gen_length=4, streamer=seen, on_step=seen.append)
+    assert not seen
 
 
 def test_noise_is_the_same_for_any_part_of_it_and_looks_uniform():
@@ -266,7 +275,7 @@ def test_noise_is_the_same_for_any_part_of_it_and_looks_uniform():
 
 def test_a_budget_that_is_too_small_is_refused_before_the_first_step():
     model, calls = LLaDALike(), []
-    with pytest.raises(BudgetError, match="needs at least"):
+    with pytest.raises(BudgetError, match=r"no length fits it, .*: raise the budget to at least \d+ bytes"):
         mosaic_compiler.generate(
             model, prompt_of(1, 64, 0), gen_length=8, steps=2, memory_budget=20_000, on_step=lambda *a: calls.append(a)
         )
@@ -297,6 +306,8 @@ class Causal(Scores):
         ({"alg": "entropy", "top_k": 0}, "top_k must be"),
         ({"alg": "best"}, "alg must be one of"),
         ({"alg": "entropy", "eps": 1.0}, "eps must be"),
+        ({"alg": "entropy", "threshold": 0.9}, "cfg_scale and threshold are LLaDA's"),
+        ({"top_k": 5}, "top_p and top_k are Dream's"),
         ({"sampler": "gpt"}, "sampler must be"),
         ({"eos_rule": "paper"}, "eos_rule must be"),
         ({"attention_mask": torch.ones(2, 2)}, "attention_mask must be"),
@@ -315,12 +326,18 @@ def test_bad_models_and_prompts():
         mosaic_compiler.generate(Causal(), prompt)
     nameless = Scores(0)
     nameless.config = types.SimpleNamespace()
-    with pytest.raises(ValueError, match="which token is the mask"):
+    with pytest.raises(ValueError, match=r"Scores has no mask token .* no masked diffusion .*--mask-id"):
         mosaic_compiler.generate(nameless, prompt)
     with pytest.raises(ValueError, match="which token ends a text"):
         mosaic_compiler.generate(nameless, prompt, mask_id=5, stop_at_eos=True)
+    with pytest.raises(ValueError, match="mask_token_id -7 is no token"):
+        mosaic_compiler.generate(nameless, prompt, mask_id=-7)
     with pytest.raises(ValueError, match="int64"):
         mosaic_compiler.generate(Scores(0), prompt.float())
+    with pytest.warns(UserWarning, match="pad on the left"):
+        mosaic_compiler.generate(
+            LLaDALike(), prompt, attention_mask=torch.tensor([[1, 1, 1, 0]]), gen_length=4, steps=1, compile=False
+        )
     short = Scores(0)
     short.config.max_position_embeddings = 8
     with pytest.warns(UserWarning, match="more than the 8 positions"):

@@ -220,8 +220,7 @@ def test_never_below_the_optimum_and_mostly_at_it(spans):
 
 
 def optimum(lives):
-    from ortools.sat.python import cp_model
-
+    cp_model = pytest.importorskip("ortools.sat.python.cp_model", reason="needs pip install 'mosaic-compiler[test]'")
     model, most = cp_model.CpModel(), sum(size for _, _, size in lives)
     tops, times, places = [], [], []
     for index, (start, end, size) in enumerate(lives):

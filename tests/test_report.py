@@ -14,6 +14,9 @@ from mosaic_compiler.planning import Buffer, MemoryPlan, PlannedLoop, make_plan
 from mosaic_compiler.planning.budget import format_bytes
 from mosaic_compiler.planning.plan import Fallback
 from mosaic_compiler.report.layers import layers
+
+pytest.importorskip("bokeh", reason="needs pip install 'mosaic-compiler[report]'")
+pytest.importorskip("matplotlib", reason="needs pip install 'mosaic-compiler[report]'")
 from mosaic_compiler.report.page import html
 from mosaic_compiler.report.picture import picture
 from mosaic_compiler.report.scene import headline, peak, rectangles

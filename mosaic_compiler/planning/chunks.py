@@ -270,12 +270,9 @@ def longest(model: ChunkModel, sizes: Sizes, tokens: Sequence[sympy.Symbol], mai
 
     The other ``tokens`` symbols (numbers of computed rows) grow in proportion.  0 if not even one token fits.
     """
-    now = max(sizes(main), 1)
 
     def fits(count: int) -> bool:
-        scaled = {symbol: -(-sizes(symbol) * count // now) for symbol in tokens}
-        evaluation = model.at(Sizes(sizes.symbols | scaled | {main: count}))
-        return evaluation.peak(evaluation.smallest()) <= budget
+        return least(model, sizes, tokens, main, count) <= budget
 
     if not fits(1):
         return 0
@@ -288,3 +285,10 @@ def longest(model: ChunkModel, sizes: Sizes, tokens: Sequence[sympy.Symbol], mai
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def least(model: ChunkModel, sizes: Sizes, tokens: Sequence[sympy.Symbol], main: sympy.Symbol, count: int) -> int:
+    """Bytes that the smallest chunks need if ``main`` is ``count``; see :func:`longest`."""
+    scaled = {symbol: -(-sizes(symbol) * count // max(sizes(main), 1)) for symbol in tokens}
+    evaluation = model.at(Sizes(sizes.symbols | scaled | {main: count}))
+    return evaluation.peak(evaluation.smallest())

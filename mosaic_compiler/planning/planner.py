@@ -10,7 +10,7 @@ import sympy
 
 from mosaic_compiler.errors import BudgetError
 from mosaic_compiler.planning.budget import format_bytes
-from mosaic_compiler.planning.chunks import ChunkModel, Evaluation, Shortfall, longest
+from mosaic_compiler.planning.chunks import ChunkModel, Evaluation, Shortfall, least, longest
 from mosaic_compiler.planning.lives import LoopLives, Sizes, StepLives
 from mosaic_compiler.planning.placement import DEADLINE, Interval, height_of, live_totals, place_blocks
 from mosaic_compiler.planning.plan import MemoryPlan, PlannedLoop, live_bytes
@@ -192,16 +192,17 @@ class Planner:
         live = [b for b in buffers if b.kind != "output" and b.start <= position < b.end]
         total = live_bytes(live, len(self.lives.schedule))[position]
         worst = max(live, key=lambda b: b.size)
-        fits = self.longest(sizes, budget)
+        main, fits = self.tokens, self.longest(sizes, budget)
         at = ", ".join(in_words(self._numbers(sizes), dict(self.meanings)))
-        advice = (
-            f"; about {fits} tokens (instead of {sizes(self.tokens)}) would fit"
-            if fits is not None and self.tokens is not None
-            else ""
-        )
+        advice = "raise the budget or shorten the sequence"
+        if main is not None and fits:
+            advice += f"; about {fits} tokens (instead of {sizes(main)}) would fit"
+        elif main is not None:  # shorter sequences do not help
+            one = least(self.model, sizes, self.counted, main, 1)
+            advice = f"no length fits it, even one token needs {one}: raise the budget to at least {needed} bytes"
         return BudgetError(
             f"a step with {at or 'these sizes'} needs at least {needed} bytes ({format_bytes(needed)}), its memory "
-            f"budget is {budget} ({format_bytes(budget)}): raise the budget or shorten the sequence{advice}. The "
+            f"budget is {budget} ({format_bytes(budget)}): {advice}. The "
             f"bottleneck, {format_bytes(worst.nbytes)} of {format_bytes(total)} live at the worst moment, is "
             f"{worst.describe()}",
             needed,

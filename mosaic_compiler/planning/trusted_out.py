@@ -25,8 +25,8 @@ _PRODUCTS = """
 _MOVES = """
     _chunk_cat bucketize.Tensor cat col2im complex diag floor_divide gather hardswish im2col index.Tensor index_add
     index_copy index_reduce index_select isin.Scalar_Tensor isin.Tensor_Scalar isin.Tensor_Tensor log_sigmoid
-    multinomial narrow_copy nll_loss2d_forward nll_loss_forward polar scatter.reduce scatter.src scatter.value scatter.value_reduce
-    scatter_add scatter_reduce.two searchsorted.Scalar searchsorted.Tensor stack take tril triu
+    multinomial narrow_copy nll_loss2d_forward nll_loss_forward polar scatter.reduce scatter.src scatter.value
+    scatter.value_reduce scatter_add scatter_reduce.two searchsorted.Scalar searchsorted.Tensor stack take tril triu
 """
 
 _IMAGES = """

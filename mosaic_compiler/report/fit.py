@@ -6,6 +6,7 @@ depends on, so that later questions need neither torch nor transformers.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.metadata
 import json
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mosaic_compiler.errors import BudgetError, ConfigError
+from mosaic_compiler.errors import BudgetError, CaptureError, ConfigError
 from mosaic_compiler.planning.outline import StepOutline
 from mosaic_compiler.planning.plan import MemoryPlan, lower_bound
 from mosaic_compiler.report.known_models import KNOWN
@@ -60,17 +61,20 @@ class Answer:
 
 
 def load_config(name: str) -> dict[str, Any]:
-    """The Hugging Face config behind a known name, a ``config.json``, or a folder that holds one.
+    """The Hugging Face config behind a known name (in any case), a ``config.json``, or a folder that holds one.
 
     Raises:
         ConfigError: if there is none, or it is none.
     """
-    if name in KNOWN:
-        return dict(KNOWN[name])
+    known = {each.lower(): each for each in KNOWN}
+    if name.lower() in known:
+        return dict(KNOWN[known[name.lower()]])
     path = Path(name)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
-        raise ConfigError(f"{name}: no such config; give a config.json, or one of {', '.join(KNOWN)}")
+        near = [known[each] for each in difflib.get_close_matches(name.lower(), known, n=1)]
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(f"{name}: no such config{meant}; give a config.json, or one of {', '.join(KNOWN)}")
     try:
         found = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -84,6 +88,16 @@ def name_of(config: str) -> str:
     """What to call the model behind a config: ``LLaDA-8B``, or the folder of a ``config.json``."""
     path = Path(config)
     return config if config in KNOWN else (path.resolve().parent if path.name == "config.json" else path).stem
+
+
+def positions(config: Any) -> int | None:
+    """The longest sequence that a config (of JSON, or of transformers) is for; ``None`` if it says nothing."""
+    values = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
+    for name in ("max_position_embeddings", "max_sequence_length", "n_positions"):  # the second: LLaDA's remote code
+        if isinstance(values.get(name), int):
+            return int(values[name])
+    inner = values.get("text_config")
+    return None if inner is None else positions(inner)
 
 
 def traced(
@@ -103,7 +117,7 @@ def traced(
         cache: folder; ``None``: ``$MOSAIC_CACHE``, or ``mosaic_compiler`` in the user's cache folder.
 
     Raises:
-        ConfigError: if transformers cannot build such a model.
+        ConfigError: if transformers cannot build such a model, or its forward fails.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
@@ -198,7 +212,12 @@ def _trace(config: Mapping[str, Any], dtype: str, device: str, on_trace: Callabl
         torch.empty(1, tokens, dtype=torch.bool, device="meta"),
         torch.empty(1, dtype=torch.int64, device="meta"),
     )
-    captured = capture_step(step, example, {}, device=device)
+    try:
+        captured = capture_step(step, example, {}, device=device)
+    except CaptureError as error:
+        raise ConfigError(
+            f"{config['model_type']}: {error}, or look for a value of the config that is missing or wrong"
+        ) from error
     outline = captured.outline
     eager = find_lives(captured.captured).data()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())

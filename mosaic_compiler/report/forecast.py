@@ -7,6 +7,7 @@ not needed either: parameters and inputs on the meta device are traced as tensor
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,8 @@ from mosaic_compiler.backend import mosaic, observing
 from mosaic_compiler.errors import CaptureError, MosaicError, OptionsError
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.planning.budget import parse_budget
+from mosaic_compiler.report.causes import is_graph_break, what_and_where, without_tracebacks
+from mosaic_compiler.report.fit import positions
 from mosaic_compiler.runtime.step import CompiledStep
 
 
@@ -34,7 +37,7 @@ def capture_step(
         device: what meta tensors are planned for.
 
     Raises:
-        CaptureError: if the function is not one graph.
+        CaptureError: if the function is not one graph, or fails.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise CaptureError("planning with a GPU's kernels needs a GPU that torch can use: leave device out")
@@ -47,7 +50,12 @@ def capture_step(
 
     compiled = torch.compile(fresh_caller(), backend=backend, dynamic=True, fullgraph=True)
     try:
-        with _without_memory(fn, args, torch.device(device)) as traced, observing(steps.append), torch.no_grad():
+        with (
+            _without_memory(fn, args, torch.device(device)) as traced,
+            observing(steps.append),
+            without_tracebacks(),
+            torch.no_grad(),
+        ):
             compiled(unwrap(fn), *traced)
     except _Stopped:
         pass
@@ -55,11 +63,16 @@ def capture_step(
         if isinstance(failure.inner_exception, MosaicError):
             raise failure.inner_exception from None
         raise
-    except torch._dynamo.exc.Unsupported as error:
-        reason = str(error).strip().splitlines()[0]
+    except torch._dynamo.exc.TorchDynamoException as error:
+        why = what_and_where(error)
+        if is_graph_break(error):
+            raise CaptureError(
+                f"a plan ahead of running needs the function in one graph, and Dynamo says: {why}: change that line; "
+                "TORCH_LOGS=graph_breaks says more"
+            ) from error
         raise CaptureError(
-            f"a plan ahead of running needs the function in one graph, and Dynamo says: {reason}"
-        ) from None
+            f"the function fails while it is traced: {why}: most likely it does without compiling, too: run it once"
+        ) from error
     if not steps:
         raise CaptureError("nothing was compiled: the function runs no tensor operation")
     return steps[0]
@@ -93,7 +106,8 @@ def max_tokens(
         options: of the backend, see :class:`MosaicOptions`.
 
     Returns:
-        The number of tokens; 0 if not even one fits.
+        The number of tokens; 0 if not even one fits.  With a warning if it is more than the positions that the model's
+        config gives it.
 
     Raises:
         OptionsError: for a malformed budget or option.
@@ -104,7 +118,16 @@ def max_tokens(
         raise OptionsError("max_tokens needs a budget: bytes, or a string such as '8GiB'")
     MosaicOptions.parse(options)
     step = capture_step(fn, example, options, device=device)
-    return step.outline.longest(limit, row_share)
+    found = step.outline.longest(limit, row_share)
+    parts = (part for module in _modules_of(fn) for part in module.modules())
+    trained = min(filter(None, (positions(getattr(part, "config", None)) for part in parts)), default=found)
+    if trained < found:
+        warnings.warn(
+            f"{found:,} tokens fit the budget, but the model's config gives it {trained:,} positions: it was not "
+            "trained for more",
+            stacklevel=2,
+        )
+    return found
 
 
 @contextmanager

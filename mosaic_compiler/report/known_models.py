@@ -15,17 +15,17 @@ KNOWN: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "LLaDA-8B": {
             "model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32,
             "num_key_value_heads": 32, "intermediate_size": 12288, "vocab_size": 126464, "rope_theta": 500000.0,
-            "mask_token_id": 126336,
+            "mask_token_id": 126336, "max_position_embeddings": 4096,
         },
         "Dream-7B": {
             "model_type": "qwen2", "num_hidden_layers": 28, "hidden_size": 3584, "num_attention_heads": 28,
             "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064, "rope_theta": 1000000.0,
-            "mask_token_id": 151666,
+            "mask_token_id": 151666, "max_position_embeddings": 131072,
         },
         "LLaDA-MoE-7B-A1B": {
             "model_type": "olmoe", "num_hidden_layers": 16, "hidden_size": 2048, "num_attention_heads": 16,
             "num_key_value_heads": 16, "intermediate_size": 1024, "num_experts": 64, "num_experts_per_tok": 8,
-            "vocab_size": 157184, "rope_theta": 50000.0, "mask_token_id": 156895,
+            "vocab_size": 157184, "rope_theta": 50000.0, "mask_token_id": 156895, "max_position_embeddings": 8192,
         },
     }
 )  # fmt: skip

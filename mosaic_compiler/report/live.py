@@ -38,7 +38,7 @@ class LiveText:
         text, run = Text(), list[int]()
         for token in [*ids.tolist(), None]:
             if token is None or token == self.mask:
-                text.append(self.tokenizer.decode(run))
+                text.append(self.tokenizer.decode(run, skip_special_tokens=True))
                 run = []
             if token == self.mask:
                 text.append(HIDDEN, style="dim")

@@ -46,7 +46,8 @@ def check_bidirectional(model: nn.Module, ids: Tensor, mask: int) -> None:
     if (causal := _causal_part(model)) is not None:
         raise NotADiffusionModelError(
             f"{type(model).__name__} is no diffusion language model: {causal} attends causally. If its weights are of "
-            "one, load it with is_causal=False: AutoModelForCausalLM.from_pretrained(path, is_causal=False)"
+            "one, load it with is_causal=False: AutoModelForCausalLM.from_pretrained(path, is_causal=False), "
+            'or put "is_causal": false into its config.json'
         )
     problem = _block_causal_sign(model) or _trial(model, ids, mask)
     if problem is not None:

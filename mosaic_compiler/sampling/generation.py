@@ -15,8 +15,7 @@ from mosaic_compiler.planning.plan import Fallback, MemoryPlan
 from mosaic_compiler.sampling.bidirectional import check_bidirectional, check_padding
 from mosaic_compiler.sampling.calls import is_dream_like
 from mosaic_compiler.sampling.compiled import dynamo_as_needed
-from mosaic_compiler.sampling.request import Sampling
-from mosaic_compiler.sampling.rules import EOS_RULES, EndTokens
+from mosaic_compiler.sampling.request import EOS_RULES, EndTokens, Sampling
 from mosaic_compiler.sampling.run import Run
 
 
@@ -103,7 +102,7 @@ def generate(
         threshold: Fast-dLLM: commit every token of at least this confidence, at least one; as many steps as it takes.
         logits_eos_inf, confidence_eos_eot_inf, eos_rule: LLaDA's options for the tokens that end a text; ``eos_rule``
             is ``code`` (as published code does it; the default), ``logits`` or ``confidence`` (as documented); see
-            :class:`~mosaic_compiler.sampling.rules.EndTokens`.
+            :class:`~mosaic_compiler.sampling.request.EndTokens`.
         alg, alg_temp, top_p, top_k, eps: Dream's options: ``origin``, ``maskgit_plus``, ``topk_margin``, ``entropy``.
         sampler: ``llada``, ``dream`` (logits are shifted by one) or ``auto``: Dream's if ``alg`` is given or the model
             has a ``diffusion_generate`` of its own.
@@ -117,11 +116,12 @@ def generate(
         compile: ``False``: run the same in eager PyTorch.
         on_step: called with the number of forward passes and the ids after each.
         streamer: gets the draft after each step, in transformers' manner.
-        progress: show a progress bar.
+        progress: show a progress bar, on stderr.
         output_history: keep the ids after each step.
 
     Raises:
         ValueError: for options that make no sense, a model that attends causally, or no known mask token.
+        TypeError: for a streamer that is none.
         BudgetError: before the first step, if it does not fit.
     """
     config = getattr(model, "config", None)
@@ -145,7 +145,7 @@ def generate(
         length=length,
         steps=steps,
         block_length=length if block_length is None else block_length,
-        mask=_mask_of(model, mask_token_id if mask_token_id is not None else mask_id),
+        mask=mask_of(model, mask_token_id if mask_token_id is not None else mask_id),
         temperature=temperature,
         guidance=cfg_scale,
         remasking=remasking,
@@ -162,22 +162,18 @@ def generate(
     )
     sampling.check()
     _check_inputs(input_ids, attention_mask, config, length)
+    _check_streamer(streamer)
     drawn = torch.randint(1 << 62, (), generator=generator, device=None if generator is None else generator.device)
-    was_training = model.training
-    model.eval()
-    try:
+    with _in_eval_mode(model):
         if not bidirectional:
             check_bidirectional(model, input_ids, sampling.mask)
         if attention_mask is not None and not bool(attention_mask.bool().all()):
             check_padding(model, sampling.mask, input_ids.device)
-    finally:
-        model.train(was_training)
     given = {**({} if memory_budget is None else {"memory_budget": memory_budget}), **(options or {})}
     run = Run(model, input_ids, attention_mask, replace(sampling, seed=int(drawn)), given if compile else None)
     history: list[Tensor] = []
-    model.eval()
     try:
-        with torch.no_grad(), dynamo_as_needed(), _bar(progress, run) as advance:
+        with _in_eval_mode(model), torch.no_grad(), dynamo_as_needed(), _bar(progress, run) as advance:
             for ids in run.ids_by_step():
                 if output_history:
                     history.append(ids.clone())
@@ -187,10 +183,19 @@ def generate(
                     streamer.put(ids.cpu())
                 advance(ids)
     finally:
-        model.train(was_training)
         if streamer is not None:
             streamer.end()
     return Generation(run.ids, run.forwards, run.plan, tuple(history), run.fallbacks)
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 @contextmanager
@@ -199,12 +204,13 @@ def _bar(shown: bool, run: Run) -> Iterator[Callable[[Tensor], None]]:
     if not shown:
         yield lambda ids: None
         return
+    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     mask = run.sampling.mask
     total = int((run.ids == mask).sum())
     text = TextColumn("{task.completed}/{task.total} tokens")
-    with Progress(BarColumn(), text, TimeElapsedColumn()) as bar:
+    with Progress(BarColumn(), text, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=total)
         yield lambda ids: bar.update(task, completed=total - int((ids == mask).sum()))
 
@@ -218,12 +224,34 @@ def _first(*values: Any) -> int | None:
     return None
 
 
-def _mask_of(model: nn.Module, given: int | None) -> int:
-    configs = (getattr(model, "config", None), getattr(model, "generation_config", None))
-    found = _first(given, *(getattr(config, "mask_token_id", None) for config in configs))
+def mask_of(model: nn.Module, given: int | None = None, fallback: int | None = None) -> int:
+    """The mask token: the one that is given, the config's, or the fallback.
+
+    Raises:
+        ValueError: if there is none, or the model has no such token.
+    """
+    config = getattr(model, "config", None)
+    configs = (config, getattr(model, "generation_config", None))
+    found = _first(given, *(getattr(each, "mask_token_id", None) for each in configs), fallback)
     if found is None:
-        raise ValueError("which token is the mask? give mask_token_id: the model's config has none")
+        raise ValueError(
+            f"{type(model).__name__} has no mask token (its config has no mask_token_id), so it is no masked diffusion "
+            "language model, and those are what this runs. If it is one, say which token is the mask: mask_token_id "
+            "(--mask-id), from its tokenizer's mask_token_id or the model's card"
+        )
+    size = getattr(config, "vocab_size", None)
+    if found < 0 or (isinstance(size, int) and found >= size):
+        raise ValueError(f"mask_token_id {found} is no token of the model" + (f": it has {size}" if size else ""))
     return found
+
+
+def _check_streamer(streamer: Any) -> None:
+    missing = [name for name in ("put", "end") if not callable(getattr(streamer, name, None))]
+    if streamer is not None and missing:
+        raise TypeError(
+            f"a streamer needs put(ids) and end(), as those of transformers have; {type(streamer).__name__} has no "
+            f"{' and no '.join(missing)}. To be called after each step only: on_step"
+        )
 
 
 def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None, config: Any, length: int) -> None:
@@ -232,6 +260,12 @@ def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None, config: Any,
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask must be [B, P] like input_ids {list(input_ids.shape)}, got {list(attention_mask.shape)}"
+        )
+    if attention_mask is not None and not bool(attention_mask[:, -1:].all()):
+        warnings.warn(
+            "a prompt is padded on the right, and what is generated would stand behind the padding: pad on the left "
+            "(tokenizer.padding_side = 'left')",
+            stacklevel=3,
         )
     most = getattr(config, "max_position_embeddings", None)
     if isinstance(most, int) and input_ids.shape[1] + length > most:

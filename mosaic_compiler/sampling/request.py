@@ -1,37 +1,60 @@
-"""``Sampling``: everything that a sampler can be told, checked."""
+"""``Sampling``: everything that a sampler can be told, checked.
+
+Without torch: the command line checks what it was given before it loads anything.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+EOS_RULES = ("code", "logits", "confidence")
+DREAM_ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
 
-from mosaic_compiler.sampling.rules import DREAM_ALGORITHMS, DreamRule, EndTokens, LLaDARule, Numbers
+
+@dataclass(frozen=True)
+class EndTokens:
+    """How LLaDA's options treat the tokens that end a text.
+
+    Attributes:
+        eos, eot: their ids; ``eot`` may be ``None``.
+        ban: ``logits_eos_inf``: EOS is never proposed.
+        rule: what ``confidence_eos_eot_inf`` does; ``None``: nothing.  ``code``: as the published code does it: behind
+            the choice of the token, EoT's logit (and EOS's too, at temperature 0 only) is -inf in the softmax.
+            ``logits``: both, at any temperature.  ``confidence``: as its documentation says: rows that propose EOS or
+            EoT rank behind all others, whose confidence stays.
+    """
+
+    eos: int
+    eot: int | None = None
+    ban: bool = False
+    rule: str | None = None
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Everything that a sampler can be told; see :func:`generate`."""
+    """Everything that a sampler can be told; see :func:`generate`.
+
+    Before there is a model, which decides it, ``sampler`` is ``auto`` and ``mask`` -1.
+    """
 
     sampler: str
     length: int
     steps: int
     block_length: int
-    mask: int
     temperature: float
     guidance: float
     remasking: str
     threshold: float | None
-    ends: EndTokens | None
-    eos: int | None
-    stop_at_eos: bool
     algorithm: str
-    algorithm_temperature: float | None
     top_p: float | None
     top_k: int | None
-    eps: float
-    seed: int
+    mask: int = -1
+    algorithm_temperature: float | None = None
+    ends: EndTokens | None = None
+    eos: int | None = None
+    stop_at_eos: bool = False
+    eps: float = 1e-3
+    seed: int = 0
 
     def check(self) -> None:
         """Raise :class:`ValueError` for what makes no sense."""
@@ -54,7 +77,11 @@ class Sampling:
                 raise ValueError(f"alg must be one of {', '.join(DREAM_ALGORITHMS)}, got {self.algorithm!r}")
             if not 0 <= self.eps < 1:
                 raise ValueError(f"eps must be at least 0 and below 1, got {self.eps}")
+            if self.guidance or self.threshold is not None:
+                raise ValueError("cfg_scale and threshold are LLaDA's: leave them out, or take sampler='llada'")
             return
+        if self.sampler == "llada" and (self.top_p is not None or self.top_k is not None):
+            raise ValueError("top_p and top_k are Dream's: leave them out, or give alg (one of Dream's)")
         if self.remasking not in ("low_confidence", "random"):
             raise ValueError(f"remasking must be low_confidence or random, got {self.remasking!r}")
         if self.block_length < 1 or self.length % self.block_length:
@@ -70,29 +97,6 @@ class Sampling:
             )
 
     @property
-    def rule(self) -> nn.Module:
-        """The rule for proposals."""
-        is_hot = self.temperature > 0
-        if self.sampler == "dream":
-            return DreamRule(is_hot, self._has_top_p, self.top_k is not None, self.algorithm)
-        return LLaDARule(is_hot, self.ends, wide=self.threshold is not None)
-
-    @property
-    def numbers(self) -> Numbers:
-        """What the rule and guidance are told in each call."""
-        found: dict[str, Tensor | int] = {}
-        dream = self.sampler == "dream"
-        for name, value, used in (
-            ("temperature", self.temperature, self.temperature > 0),
-            ("top_p", self.top_p, dream and self._has_top_p),
-            ("guidance", self.guidance, self.guidance > 0),
-        ):
-            if used:
-                found[name] = torch.tensor(value, dtype=torch.float64)
-        if dream and self.top_k is not None:
-            found["top_k"] = self.top_k
-        return found
-
-    @property
-    def _has_top_p(self) -> bool:
+    def has_top_p(self) -> bool:
+        """It leaves tokens out."""
         return self.top_p is not None and self.top_p < 1

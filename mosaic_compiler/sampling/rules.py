@@ -6,41 +6,41 @@ Pure modules over rows; each row is proposed by itself.  What is done with propo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from mosaic_compiler.sampling import noise
+from mosaic_compiler.sampling.request import EndTokens, Sampling
 
-EOS_RULES = ("code", "logits", "confidence")
-DREAM_ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
-
-
-Numbers: TypeAlias = Mapping[str, "Tensor | int"]
+Numbers: TypeAlias = Mapping[str, Any]
 """What a sampler is told that changes from call to call, by name: ``temperature``, ``top_p`` and ``guidance`` as
 float64 tensors without dims, ``top_k`` as a number.  They are inputs of the compiled proposal, so that another
 temperature compiles nothing; a rule only knows which of them there are."""
 
 
-@dataclass(frozen=True)
-class EndTokens:
-    """How LLaDA's options treat the tokens that end a text.
+def rule_of(sampling: Sampling) -> nn.Module:
+    """The rule of a sampler."""
+    is_hot = sampling.temperature > 0
+    if sampling.sampler == "dream":
+        return DreamRule(is_hot, sampling.has_top_p, sampling.top_k is not None, sampling.algorithm)
+    return LLaDARule(is_hot, sampling.ends, wide=sampling.threshold is not None)
 
-    Attributes:
-        eos, eot: their ids; ``eot`` may be ``None``.
-        ban: ``logits_eos_inf``: EOS is never proposed.
-        rule: what ``confidence_eos_eot_inf`` does; ``None``: nothing.  ``code``: as the published code does it: behind
-            the choice of the token, EoT's logit (and EOS's too, at temperature 0 only) is -inf in the softmax.
-            ``logits``: both, at any temperature.  ``confidence``: as its documentation says: rows that propose EOS or
-            EoT rank behind all others, whose confidence stays.
-    """
 
-    eos: int
-    eot: int | None = None
-    ban: bool = False
-    rule: str | None = None
+def numbers_of(sampling: Sampling) -> Numbers:
+    """What the rule and guidance are told in each call."""
+    found: dict[str, Any] = {}
+    for name, value, is_used in (
+        ("temperature", sampling.temperature, sampling.temperature > 0),
+        ("top_p", sampling.top_p, sampling.has_top_p),
+        ("guidance", sampling.guidance, sampling.guidance > 0),
+    ):
+        if is_used:
+            found[name] = torch.tensor(value, dtype=torch.float64)
+    if sampling.top_k is not None:
+        found["top_k"] = sampling.top_k
+    return found
 
 
 class LLaDARule(nn.Module):
@@ -94,7 +94,7 @@ class DreamRule(nn.Module):
         is_hot: the temperature is above 0.
         has_top_p: tokens are kept while the probability before them is not above ``top_p``.
         has_top_k: ``top_k`` tokens are kept (and those that equal the last one); not more than there are.
-        algorithm: one of :data:`DREAM_ALGORITHMS`.
+        algorithm: one of :data:`~mosaic_compiler.sampling.request.DREAM_ALGORITHMS`.
     """
 
     def __init__(self, is_hot: bool, has_top_p: bool, has_top_k: bool, algorithm: str) -> None:
@@ -108,7 +108,7 @@ class DreamRule(nn.Module):
         if self.has_top_p:
             logits = _keep_top_p(logits, numbers["top_p"])
         if self.has_top_k:
-            last = logits.topk(min(int(numbers["top_k"]), logits.shape[-1])).values[:, -1:]
+            last = logits.topk(min(numbers["top_k"], logits.shape[-1])).values[:, -1:]
             logits = torch.where(logits < last, torch.finfo(logits.dtype).min, logits)
         probability = torch.softmax(logits, -1)
         if self.is_hot:
@@ -126,7 +126,7 @@ class DreamRule(nn.Module):
         return probability.gather(-1, token.unsqueeze(-1)).squeeze(-1)
 
 
-def _keep_top_p(logits: Tensor, top_p: Tensor | int) -> Tensor:
+def _keep_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     mass = torch.softmax(ordered, -1).cumsum(-1)
     before = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], -1)

@@ -15,6 +15,7 @@ from mosaic_compiler.sampling.calls import call_for
 from mosaic_compiler.sampling.compiled import Proposer
 from mosaic_compiler.sampling.loop import transfer_counts
 from mosaic_compiler.sampling.request import Sampling
+from mosaic_compiler.sampling.rules import numbers_of, rule_of
 
 
 class Run:
@@ -41,8 +42,8 @@ class Run:
         if attention_mask is not None and not bool(attention_mask.bool().all()):
             self.real = torch.cat([attention_mask.bool().to(prompt.device), torch.ones_like(new, dtype=torch.bool)], 1)
         self.forwards = self._room = 0
-        self._numbers = sampling.numbers
-        self._proposer = Proposer(model, call_for(model, self.real is not None), sampling.rule, options)
+        self._numbers = numbers_of(sampling)
+        self._proposer = Proposer(model, call_for(model, self.real is not None), rule_of(sampling), options)
 
     @property
     def plan(self) -> MemoryPlan | None:

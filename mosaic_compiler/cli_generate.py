@@ -1,0 +1,107 @@
+"""``mosaic generate``: text on stdout, everything that is said about it on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from mosaic_compiler.cli_values import parse_bytes, parse_dtype
+from mosaic_compiler.errors import ConfigError, MosaicError
+from mosaic_compiler.planning.budget import format_bytes
+
+
+def generate(
+    model: Annotated[
+        Path | None, typer.Option(help="a folder of transformers; the shipped tiny-llada if left out")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="text to begin with")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="a file with the text to begin with")] = None,
+    gen_length: Annotated[int, typer.Option(help="new tokens")] = 128,
+    steps: Annotated[int, typer.Option(help="steps in all")] = 32,
+    block_length: Annotated[int | None, typer.Option(help="LLaDA: tokens per block")] = None,
+    budget: Annotated[str | None, typer.Option(help="memory for activations, such as 64MiB")] = None,
+    temperature: Annotated[float, typer.Option(help="0: the most likely tokens")] = 0.0,
+    cfg: Annotated[float, typer.Option(help="LLaDA: scale of the guidance")] = 0.0,
+    remasking: Annotated[str, typer.Option(help="LLaDA: low_confidence or random")] = "low_confidence",
+    threshold: Annotated[float | None, typer.Option(help="Fast-dLLM: commit what is at least this confident")] = None,
+    alg: Annotated[str | None, typer.Option(help="Dream: origin, maskgit_plus, topk_margin or entropy")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Dream: keep the likeliest tokens of this probability")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Dream: keep this many of the likeliest tokens")] = None,
+    mask_id: Annotated[int | None, typer.Option(help="the mask token, where config and tokenizer name none")] = None,
+    eos: Annotated[int | None, typer.Option(help="stop at this token; otherwise all new tokens are filled in")] = None,
+    seed: Annotated[int, typer.Option(help="of the noise")] = 0,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32")] = "fp32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto (a GPU where there is one)")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run Python code that is in the model's folder")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="for machines: no live text")] = False,
+) -> None:
+    """Fill in new tokens behind a prompt; the text settles in the terminal."""
+    import time
+
+    from mosaic_compiler.sampling.request import Sampling
+
+    if (prompt is None) == (file is None):
+        raise ConfigError("give the text to begin with: --prompt TEXT, or --file FILE")
+    if file is not None:
+        try:
+            prompt = file.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file}: {getattr(error, 'strerror', None) or 'no text'}") from None
+    limit = None if budget is None else parse_bytes("--budget", budget)
+    try:  # what can be known to be wrong without a model, before one is loaded
+        Sampling(
+            sampler="auto" if alg is None else "dream", length=gen_length, steps=steps,
+            block_length=gen_length if block_length is None else block_length, temperature=temperature, guidance=cfg,
+            remasking=remasking, threshold=threshold, algorithm=alg or "origin", top_p=top_p, top_k=top_k,
+        ).check()  # fmt: skip
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+    out = Console(file=sys.stdout)
+    live = out.is_terminal and not as_json
+    with redirect_stdout(sys.stderr):  # what a model's own code prints is not its text
+        from mosaic_compiler.report.load import load_model
+
+        loaded, tokenizer = load_model(model, parse_dtype(dtype), device=device, trust_remote_code=trust_remote_code)
+        import torch
+
+        from mosaic_compiler.report.live import LiveText
+        from mosaic_compiler.sampling.generation import generate as run
+        from mosaic_compiler.sampling.generation import mask_of
+
+        ids = torch.tensor([tokenizer(prompt).input_ids], dtype=torch.int64, device=next(loaded.parameters()).device)
+        started = time.perf_counter()
+        try:
+            mask = mask_of(loaded, mask_id, tokenizer.mask_token_id)
+            result = run(
+                loaded, ids, gen_length=gen_length, steps=steps, block_length=block_length, memory_budget=limit,
+                temperature=temperature, cfg_scale=cfg, remasking=remasking, threshold=threshold, alg=alg,
+                top_p=top_p, top_k=top_k, mask_token_id=mask, eos_token_id=eos, stop_at_eos=eos is not None,
+                streamer=LiveText(tokenizer, mask, ids.shape[1], out) if live else None,
+                progress=sys.stderr.isatty() and not live and not as_json,
+                generator=torch.Generator().manual_seed(seed),
+            )  # fmt: skip
+        except ValueError as error:
+            raise error if isinstance(error, MosaicError) else ConfigError(str(error)) from None
+    seconds = time.perf_counter() - started
+    new = result.sequences[0, ids.shape[1] :]
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    peak = None if result.plan is None else result.plan.workspace
+    if as_json:
+        print(json.dumps({
+            "text": text, "tokens": new.tolist(), "prompt_tokens": ids.shape[1], "steps": result.steps,
+            "seconds": seconds, "workspace": peak,
+        }))  # fmt: skip
+        return
+    if not live:
+        print(text)
+    said = f"{len(new)} tokens behind {ids.shape[1]} in {seconds:.1f} s, {result.steps} steps"
+    Console(stderr=True).print(said + ("" if peak is None else f", {format_bytes(peak)} of activations"), style="dim")
