@@ -23,6 +23,7 @@ from mosaic_compiler.dump import GraphDump
 from mosaic_compiler.errors import GradientError
 from mosaic_compiler.ir import fake_mode_of
 from mosaic_compiler.kernels.fused import start_workers
+from mosaic_compiler.methods import watch_methods
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.needed_rows import STATIC, settle_sizes
 from mosaic_compiler.passes.pipeline import PassRecord, passes_for, run_passes, without_loops
@@ -33,6 +34,7 @@ from mosaic_compiler.settings import read_settings
 from mosaic_compiler.true_masks import drop_true_masks
 
 _observers = threading.local()
+watch_methods()
 
 
 def mosaic(

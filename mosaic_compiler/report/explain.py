@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -65,6 +66,17 @@ class Report:
         return max(plans, key=lambda plan: plan.peak)
 
     @property
+    def peak(self) -> int:
+        """Bytes that all graphs need together, at the most: they run one after another, in one arena, and what a graph
+        returns may live as long as any behind it."""
+        most = kept = 0
+        for graph in self.graphs:
+            if graph.plan is not None:
+                most = max(most, kept + graph.plan.peak)
+                kept += sum(buffer.nbytes for buffer in graph.plan.of_kind("output"))
+        return most
+
+    @property
     def fallbacks(self) -> tuple[Fallback, ...]:
         return tuple(fallback for graph in self.graphs for fallback in graph.fallbacks)
 
@@ -83,6 +95,10 @@ class Report:
         return capture.get()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if len(self.graphs) > 1:
+            yield Text(
+                f"{len(self.graphs)} graphs; peak of all together: at most {format_bytes(self.peak)}", style="bold"
+            )
         for number, graph in enumerate(self.graphs):
             yield Text(f"graph {number + 1} of {len(self.graphs)}", style="bold underline")
             if graph.plan is not None:
@@ -133,6 +149,7 @@ def _pass_table(passes: tuple[PassRecord, ...]) -> Table:
 def explain(
     fn: Callable[..., Any],
     *args: Any,
+    kwargs: Mapping[str, Any] | None = None,
     tokens: int | None = None,
     row_share: float = 1.0,
     device: str = "cpu",
@@ -143,6 +160,8 @@ def explain(
     Args:
         fn: a function or module (already compiled ones are unwrapped).
         args: its arguments; tensor sizes become symbols.
+        kwargs: its keyword arguments.  Those that are called like none of these and like no option may as well be
+            given as they are: ``explain(model, ids, attention_mask=mask)``.
         tokens: plan for a sequence of this length instead, and run nothing.  Weights and arguments may then be on the
             meta device.
         row_share: with ``tokens``: the share of rows that masks select (1.0: every row's logits are computed).
@@ -157,9 +176,11 @@ def explain(
         BudgetError: if the step does not fit ``memory_budget``.
         CaptureError: with ``tokens``, if the function cannot be captured as one graph.
     """
+    own, options = _divided(fn, options)
+    own.update(kwargs or {})
     parsed = MosaicOptions.parse(options)  # a clear error before anything is traced
     if tokens is not None:
-        step = capture_step(fn, args, options, device=device)
+        step = capture_step(fn, args, options, kwargs=own, device=device)
         return Report((_graph_report(step, step.outline.plan_for(tokens, row_share, parsed.budget).plan),), None)
     steps: list[CompiledStep] = []
 
@@ -168,8 +189,21 @@ def explain(
 
     compiled = torch.compile(fresh_caller(), backend=backend, dynamic=True)
     with observing(steps.append), torch.no_grad():
-        result = compiled(unwrap(fn), *args)
+        result = compiled(unwrap(fn), *args, **own)
     return Report(tuple(_graph_report(step, step.plan) for step in steps), result)
+
+
+def _divided(fn: Callable[..., Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keyword arguments that are the function's own, and the backend's options."""
+    names = {field.name for field in fields(MosaicOptions)}
+    unwrapped = unwrap(fn)
+    called = unwrapped.forward if isinstance(unwrapped, torch.nn.Module) else unwrapped
+    try:
+        formal = inspect.signature(called).parameters
+    except (TypeError, ValueError):  # written in C
+        formal = {}
+    own = {name: value for name, value in given.items() if name in formal and name not in names}
+    return own, {name: value for name, value in given.items() if name not in own}
 
 
 def _graph_report(step: CompiledStep, plan: MemoryPlan | None) -> GraphReport:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,9 +26,14 @@ from mosaic_compiler.runtime.step import CompiledStep
 
 
 def capture_step(
-    fn: Callable[..., Any], args: Sequence[Any], options: dict[str, Any], *, device: str = "cpu"
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    options: dict[str, Any],
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    device: str = "cpu",
 ) -> CompiledStep:
-    """Compile ``fn`` for ``args`` without running it.
+    """Compile ``fn`` for ``args`` (and ``kwargs``) without running it.
 
     Args:
         fn: a function or module; the modules that it is, is bound to or closes over may be on the meta device.
@@ -51,12 +56,12 @@ def capture_step(
     compiled = torch.compile(fresh_caller(), backend=backend, dynamic=True, fullgraph=True)
     try:
         with (
-            _without_memory(fn, args, torch.device(device)) as traced,
+            _without_memory(fn, args, kwargs or {}, torch.device(device)) as (traced, named),
             observing(steps.append),
             without_tracebacks(),
             torch.no_grad(),
         ):
-            compiled(unwrap(fn), *traced)
+            compiled(unwrap(fn), *traced, **named)
     except _Stopped:
         pass
     except torch._dynamo.exc.BackendCompilerFailed as failure:
@@ -131,12 +136,14 @@ def max_tokens(
 
 
 @contextmanager
-def _without_memory(fn: Callable[..., Any], args: Sequence[Any], device: torch.device) -> Iterator[tuple[Any, ...]]:
-    """``args`` and the parameters of ``fn`` with meta tensors as tensors of ``device`` that have no memory."""
+def _without_memory(
+    fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Arguments and the parameters of ``fn`` with meta tensors as tensors of ``device`` that have no memory."""
     modules = _modules_of(fn)
     tensors = [t for module in modules for t in itertools.chain(module.parameters(), module.buffers())]
-    if not any(t.is_meta for t in (*tensors, *(a for a in args if isinstance(a, Tensor)))):
-        yield tuple(args)
+    if not any(t.is_meta for t in (*tensors, *(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)))):
+        yield tuple(args), dict(kwargs)
         return
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes: dict[int, Tensor] = {}
@@ -157,7 +164,8 @@ def _without_memory(fn: Callable[..., Any], args: Sequence[Any], device: torch.d
         for held, name, tensor in replaced:
             held[name] = fake(tensor)
         with mode:
-            yield tuple(fake(a) if isinstance(a, Tensor) else a for a in args)
+            faked = tuple(fake(a) if isinstance(a, Tensor) else a for a in args)
+            yield faked, {name: fake(a) if isinstance(a, Tensor) else a for name, a in kwargs.items()}
     finally:
         for held, name, tensor in replaced:
             held[name] = tensor
@@ -182,7 +190,7 @@ def fresh_caller() -> Callable[..., Any]:
     so any number of reports can be made of one function."""
     import types
 
-    def call(fn: Callable[..., Any], *args: Any) -> Any:
-        return fn(*args)
+    def call(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return fn(*args, **kwargs)
 
     return types.FunctionType(call.__code__.replace(), call.__globals__, "explained")
