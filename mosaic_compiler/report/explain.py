@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -198,10 +199,9 @@ def _divided(fn: Callable[..., Any], given: Mapping[str, Any]) -> tuple[dict[str
     names = {field.name for field in fields(MosaicOptions)}
     unwrapped = unwrap(fn)
     called = unwrapped.forward if isinstance(unwrapped, torch.nn.Module) else unwrapped
-    try:
+    formal: Mapping[str, Any] = {}
+    with suppress(TypeError, ValueError):  # written in C
         formal = inspect.signature(called).parameters
-    except (TypeError, ValueError):  # written in C
-        formal = {}
     own = {name: value for name, value in given.items() if name in formal and name not in names}
     return own, {name: value for name, value in given.items() if name not in own}
 
