@@ -52,6 +52,18 @@ def test_strides_count():
     assert arena.tensor(0, torch.float32, [0, 3], [3, 1], 0).shape == (0, 3)
 
 
+@pytest.mark.parametrize("kind", [HostArena, lambda: PlainArena(torch.device("cpu"))])
+def test_a_tensor_has_a_storage_of_its_own_bytes(kind):
+    arena = kind()
+    arena.ensure(4096)
+    tensor = arena.tensor(1024, torch.float32, [3, 5], [5, 1], 4096)
+    assert (tensor.storage_offset(), tensor.untyped_storage().nbytes()) == (0, 60)
+    tensor.fill_(2)
+    assert torch.as_strided(tensor, (2,), (5,), 0).tolist() == [2, 2]
+    assert arena.find_other(0, 1024, 0) is None or kind is not HostArena
+    assert arena.tensor(1024, torch.float32, [15], [1], 4096).tolist() == [2] * 15
+
+
 def test_a_plan_larger_than_the_machine_says_so():
     arena = HostArena(1 << 20)
     with pytest.raises(ArenaError, match="shorter sequences"):

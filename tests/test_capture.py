@@ -20,7 +20,69 @@ def rows(q):
     return (positions(q) + 0)[None, None, :, None]
 
 
+def ones(q):
+    return torch.ones(q.shape[2], q.shape[2], dtype=torch.bool)
+
+
+def written(write):
+    """A mask of ones, written by a function that may return another one."""
+
+    def mask(q):
+        made = ones(q)
+        return made if (found := write(made)) is None else found
+
+    return mask
+
+
+def set_corner(mask):
+    mask[:3, 3:] = False
+
+
+def set_through_a_view(mask):
+    mask.t()[3:].fill_(False)
+
+
+def set_before_it_is_viewed(mask):
+    view = mask[None, None].expand(1, 1, -1, -1)
+    mask.tril_()
+    return view
+
+
+def and_in_place(mask):
+    mask &= torch.ones_like(mask).tril()
+    return mask
+
+
+def written_out(mask):
+    torch.logical_and(mask, torch.ones_like(mask).tril(), out=mask)
+
+
+def moved(q, by):
+    rows = torch.arange(q.shape[2])
+    rows += by
+    return (rows >= 0).expand(q.shape[2], -1)
+
+
 MASKS = {
+    "set": (written(set_corner), False),
+    "set through a view": (written(set_through_a_view), False),
+    "set before it is viewed": (written(set_before_it_is_viewed), False),
+    "tril_": (written(torch.Tensor.tril_), False),
+    "and in place": (written(and_in_place), False),
+    "out=": (written(written_out), False),
+    "logical_and, other=": (lambda q: torch.logical_and(ones(q), other=ones(q).tril()), False),
+    "logical_and of ones": (lambda q: torch.logical_and(input=ones(q), other=ones(q)), True),
+    "full, fill_value=": (lambda q: torch.full(size=(q.shape[2], q.shape[2]), fill_value=True), True),
+    "full of False": (lambda q: torch.full((q.shape[2], q.shape[2]), fill_value=False).logical_not(), False),
+    "full_like": (lambda q: torch.full_like(ones(q), fill_value=True), True),
+    "new_ones": (lambda q: ones(q).new_ones(q.shape[2], q.shape[2]), True),
+    "arange, end=": (lambda q: (torch.arange(end=q.shape[2]) >= 0).expand(q.shape[2], -1), True),
+    "arange, start=": (lambda q: (torch.arange(start=0, end=q.shape[2]) >= 0).expand(q.shape[2], -1), True),
+    "ge, other=": (lambda q: torch.ge(torch.arange(q.shape[2]), other=0).expand(q.shape[2], -1), True),
+    "method ge": (lambda q: torch.arange(q.shape[2]).ge(other=0).expand(q.shape[2], -1), True),
+    "moved up in place": (lambda q: moved(q, 2), True),
+    "moved down in place": (lambda q: moved(q, -1), False),
+    "wraps around": (lambda q: (torch.arange(q.shape[2], dtype=torch.int8) + 124 >= 0).expand(q.shape[2], -1), False),
     "bidirectional": (lambda q: (rows(q) >= 0).expand(q.shape[0], -1, q.shape[2], q.shape[2]), True),
     "shifted": (lambda q: (rows(q) + 2 >= 1).expand(q.shape[0], -1, q.shape[2], q.shape[2]), True),
     "ones": (lambda q: torch.ones(q.shape[2], q.shape[2], dtype=torch.bool), True),
@@ -48,11 +110,14 @@ def test_mask(name):
 
     q = torch.randn(2, 3, 9, 8)
     with torch.no_grad():
-        expected = step(q)
+        expected, unmasked = step(q), F.scaled_dot_product_attention(q, q, q)
         assert torch.allclose(torch.compile(step, backend=spy, dynamic=True)(q), expected, atol=1e-6)
         report = mosaic_compiler.explain(step, q)
     assert seen == [dropped]
     torch.testing.assert_close(report.result, expected, equal_nan=True)
+    assert (
+        name in ("wraps around", "full of False") or dropped or not torch.allclose(expected, unmasked, equal_nan=True)
+    )
     assert not dropped or not [b for b in report.plan.buffers if b.shape[-2:] == (9, 9)]
 
 

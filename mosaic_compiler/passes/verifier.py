@@ -108,6 +108,8 @@ class Verifier:
                 continue
             got = self._fake_run(mode, node)
             known = self._see(ir.value_of(node)).layout
+            if got is not None and ir.alias_base(node) is None:
+                got, known = _without_offsets(got), _without_offsets(known)
             if got is not None and not ir.equal_layouts(got, known):
                 yield f"{node.name} is {known}, a fake run gives {got}"
 
@@ -204,6 +206,14 @@ class _Seen:
 
         numbers = filter(ir.is_symbolic_number, ir.numbers_in(value))
         return cls(value, ir.layout_of(value), any(map(free_unbacked_symbols, numbers)))
+
+
+def _without_offsets(layout: Any) -> Any:
+    """A layout (of several tensors) in storage of its own, where it is planned to begin at 0: some fake kernels place a
+    result where their operand lies in its own storage (``slice_scatter``)."""
+    if isinstance(layout, tuple) and len(layout) == 5 and isinstance(layout[0], str):
+        return layout[:4]
+    return tuple(map(_without_offsets, layout)) if isinstance(layout, tuple) else layout
 
 
 def _is_effect_in_body(node: fx.Node) -> bool:
