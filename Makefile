@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu lint docs format bench bench-gpu clean
+.PHONY: help setup demo test test-all test-gpu fuzz lint docs format bench bench-gpu clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -28,6 +28,9 @@ test-all: setup ## Run the tests and the slow ones
 
 test-gpu: setup ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+fuzz: setup ## Run 10,000 random programs against eager PyTorch; goes on where it was cut off
+	$(BIN)/python -m tests.fuzz --workers $(WORKERS) $(FUZZ)
 
 lint: setup ## Check formatting, lint and types
 	$(BIN)/ruff check .

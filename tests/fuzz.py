@@ -1,12 +1,12 @@
 """Random toy programs against eager PyTorch: ``make fuzz``, or ``python -m tests.fuzz --count 100``.
 
 A program is a few lines of ordinary PyTorch code, made from a seed: views of views, writes in place (into views, masks
-and inputs), ``as_strided``, keyword arguments, whole numbers that wrap around, attention with masks, and custom ops whose
-schema or fake kernel is wrong.  Dynamo captures it once; what it captured is compiled as it is for users, in poison mode
-and in chunks of rows, and each of them has to return what eager PyTorch returns, at two lengths.
+and inputs), ``as_strided``, keyword arguments, whole numbers that wrap around, attention with masks, and custom ops
+whose schema or fake kernel is wrong.  Dynamo captures it once; what it captured is compiled as it is for users, in
+poison mode and in chunks of rows, and each of them has to return what eager PyTorch returns, at two lengths.
 
-A program that ``aot_eager`` gets wrong as well is not ours.  Seeds that are done are kept in a file, so a run that was cut
-off goes on where it was.
+A program that ``aot_eager`` gets wrong as well is not ours.  Seeds that are done are kept in a file, so a run that was
+cut off goes on where it was.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from mosaic_compiler.backend import _decompositions, compile_aten
 from mosaic_compiler.capture import forget_floats, specialize_floats
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.true_masks import drop_true_masks
+
+sys.path.insert(0, str(Path(__file__).parent))
+from fuzz_lines import MADE, MASKS, SQUARES, WHOLE, WRITES
 
 WIDTH = 4
 LENGTHS = (6, 9)
@@ -57,56 +60,6 @@ def _define() -> None:
 
 
 _define()
-
-# What may stand in a line: a, b are matrices of numbers, s a square one, m a mask, i whole numbers, k a small number.
-MADE = [
-    "{a} * 2 + {b}", "{a} - {a}.mean(dim=-1, keepdim=True)", "torch.relu({a}) * {b}", "{a} @ w", "({a} @ w).tanh()",
-    "{a} @ {b}.t()", "torch.softmax({a}, dim=-1)", "torch.where({a} > 0, {a}, {b})", "{a}.t()", "{a}[1:]", "{a}[:, 1:]",
-    "{a}[::2]", "{a}.flatten()", "{a}.reshape(-1, 2)", "{a}.unsqueeze(0)", "{a}.expand(2, -1, -1)", "{a}.diagonal()",
-    "{a}.clone()", "{a}.contiguous()", "torch.cat([{a}, {b}], dim=0)", "torch.cat(tensors=[{a}, {b}], dim=-1)",
-    "torch.add(input={a}, other={b}, alpha=2)", "torch.sub({a}, other={b})", "{a}.mul(other=3)",
-    "torch.as_strided({a}, (3, 2), (2, 1))", "torch.as_strided({a}, (3, 2), (1, 2), 1)",
-    "torch.as_strided({a}.clone(), (2, 2), (2, 1), 0)", "{a}.as_strided(size=(4,), stride=(2,), storage_offset=0)",
-    "torch.zeros_like({a})", "torch.full_like({a}, fill_value=0.5)", "{a}.roll(1, 0)", "{a}.flip(0)", "{a}.sum(0)",
-    "{a}.sum(-1)", "{a}.cumsum(0)", "{a}.sort(-1).values", "{a}.max(-1).values", "{a}.split(2, -1)[1]",
-    "torch.unsafe_chunk({a}, 2, -1)[0]", "torch.unsafe_split({a}, 2, -1)[1]", "{a}.unbind(-1)[0]", "{a}.chunk(2, 0)[0]",
-    "torch.unsafe_split_with_sizes({a}, [1, 3], -1)[1]", "torch.ops.fuzz.same({a} + 1)", "torch.ops.fuzz.part({a} + 1)",
-    "torch.ops.fuzz.twice({a})[0]", "torch.ops.fuzz.twice({a})[1]", "torch.ops.fuzz.dense({a}.t())",
-    "torch.ops.fuzz.sometimes({a} - 0.5)", "{a}.index_select(dim=0, index={i} % {a}.shape[0])", "{a}[{i} % {a}.shape[0]]",
-    "{a}.gather(0, ({i} % {a}.shape[0]).unsqueeze(-1))", "{a}.masked_fill(mask={a} > 0, value=-1.0)",
-    "F.layer_norm({a}, ({a}.shape[-1],))", "{a}.masked_select({a} > 0.1).sum()", "torch.tril({s})",
-    "{s} @ {a}", "{s}.softmax(-1) @ {a}", "torch._neg_view({a})", "{a}.to(torch.float32).to({a}.dtype)",
-    "{a}.index_fill(0, {i} % {a}.shape[0], 0.25)", "{a}.scatter(0, ({i} % {a}.shape[0]).unsqueeze(-1), 1.5)",
-    "{a}.movedim(0, 1)", "{a}.squeeze(0)", "{a}.repeat(2, 1)", "{a}.view({a}.shape)", "torch.lerp({a}, {b}, 0.25)",
-    "F.scaled_dot_product_attention({q}, {q}, {q}, attn_mask={m})[0, 0]",
-    "F.scaled_dot_product_attention(query={q}, key={q}, value={q}, attn_mask=torch.logical_and({m}, other={m}))[0, 0]",
-    "F.scaled_dot_product_attention({q}, {q}, {q}, is_causal=True)[0, 0]",
-    "F.scaled_dot_product_attention({q}, {q}, {q})[0, 0]",
-]  # fmt: skip
-SQUARES = ["{a} @ {a}.t()", "{s} * 0.5", "{s}.t()", "{s} + {s}.t()", "{s}.triu()", "{s}.clone()"]
-MASKS = [
-    "torch.ones(n, n, dtype=torch.bool)", "torch.full((n, n), fill_value=True)", "torch.full(size=(n, n), fill_value=False)",
-    "(torch.arange(n) >= 0).expand(n, n)", "(torch.arange(start=0, end=n) >= 0).expand(n, n)",
-    "torch.ge(torch.arange(n), other=k).expand(n, n)", "{m} & {m}", "torch.logical_and({m}, other={m})", "{m} | {m}",
-    "{m}.tril()", "{m}.clone()", "{m}.t()", "torch.ones_like({m})", "{i}[:, None] >= {i}[None]",
-    "(torch.arange(n, dtype=torch.int8) + 100 >= 0).expand(n, n)", "torch.arange(n).add(1).ge(other=0).expand(n, n)",
-    "(torch.arange(n) // 2)[:, None] >= (torch.arange(n) // 2)[None]", "{m}.view(n, n)", "{m}[:, :n]", "{m}.expand(n, n)",
-]  # fmt: skip
-WHOLE = [
-    "torch.arange(n)", "torch.arange(end=n)", "torch.arange(0, n, 1)", "{i} * 3 + 1", "{i} // 2", "{i} % 3", "{i}.flip(0)",
-    "{i}.to(torch.int8).to(torch.int64)", "{i}.clamp(min=1, max=5)", "{i}.cumsum(0)", "{i} + k", "{i}.clone()",
-    "({i}.to(torch.uint8) * 100).long()", "{i} ^ 3", "{i}.sort(descending=True).values", "-{i}",
-]  # fmt: skip
-WRITES = [
-    "{a}.add_(1)", "{a}.mul_({b})", "{a}[1:].add_(2)", "{a}[:, 0] = 3", "{a}[k:, :k] = {a}.sum()", "{a}.t().mul_(2)",
-    "{a}.diagonal().fill_(0.5)", "{a}.flatten()[::2].zero_()", "{a}.view(-1)[1:].mul_(0.5)", "{a}.copy_({b})",
-    "{a}.masked_fill_({a} > 0, 0.25)", "{a}.clamp_(min=-1)", "{a}.sub_(other={b}, alpha=2)", "torch.mul({a}, 2, out={b})",
-    "torch.as_strided({a}, (2, 2), (2, 1)).mul_(2)", "{a}.index_add_(0, {i} % {a}.shape[0], torch.ones_like({a}[{i} % {a}.shape[0]]))",
-    "{a} += 1", "{a} *= {b}", "{a}[{i} % {a}.shape[0]] = 0.75", "{a}.relu_()", "{a}.fill_(0.125)", "{s}.tril_()",
-    "{m}[:k, k:] = False", "{m}.tril_()", "{m}.logical_and_({m})", "{m} &= {m}", "{m}.t()[k:] = True", "{m}.fill_(True)",
-    "{i} += 2", "{i}.mul_(3)", "{i}[:k] = 1", "{i}.neg_()", "{a}.exp_()", "{a}.sigmoid_()", "{a}.index_fill_(0, {i} % {a}.shape[0], 0.1)",
-    "{a}.zero_()", "{a}.unsqueeze(0).squeeze(0).add_(1)", "{a}.chunk(2, 0)[0].add_(3)", "{a}.transpose_(0, 1)", "{a}.t_()",
-]  # fmt: skip
 
 
 def program_of(seed: int) -> str:
@@ -165,7 +118,7 @@ def inputs_of(seed: int, n: int) -> tuple:
     return x, y, whole, torch.randn(WIDTH, WIDTH, dtype=torch.float64, generator=generator), 1 + seed % 3
 
 
-class Wrong(AssertionError):
+class WrongResultError(AssertionError):
     """A compiled program and eager PyTorch disagree."""
 
 
@@ -204,11 +157,11 @@ def _compare(function, seed: int, backend) -> None:
 def same_all(got, expected, where: str) -> None:
     for position, (one, other) in enumerate(zip(got, expected, strict=True)):
         if one.shape != other.shape or one.dtype != other.dtype:
-            raise Wrong(
+            raise WrongResultError(
                 f"{where}, value {position}: {one.dtype} {list(one.shape)}, not {other.dtype} {list(other.shape)}"
             )
         if not torch.allclose(one, other, rtol=1e-5, atol=1e-6, equal_nan=True):
-            raise Wrong(f"{where}, value {position}: off by {(one - other).abs().max()}")
+            raise WrongResultError(f"{where}, value {position}: off by {(one - other).abs().max()}")
 
 
 def _backend_of_all(fuse: bool):

@@ -98,7 +98,7 @@ def test_kernels_read_the_layout_that_they_were_compiled_for():
 
 
 def test_it_is_an_error_in_strict_mode():
-    with pytest.raises(Exception, match="strict mode: .*same"):
+    with pytest.raises(Exception, match=r"strict mode: .*same"):
         check(returns_its_argument, strict=True)
 
 

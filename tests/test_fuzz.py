@@ -1,0 +1,32 @@
+"""Random programs against eager PyTorch: a minute of ``make fuzz``."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from fuzz import check, program_of
+
+SECONDS = 30  # in each of two workers
+PROGRAMS = 60
+
+
+@pytest.mark.parametrize("first", [0, 1_000_000])
+def test_random_programs_return_what_eager_pytorch_returns(first):
+    started, outcomes = time.monotonic(), []
+    for seed in range(first, first + PROGRAMS):
+        outcomes.append(check(seed))
+        if time.monotonic() - started > SECONDS:
+            break
+    assert len(outcomes) >= 10
+    assert outcomes.count("ok") >= 0.8 * len(outcomes)
+
+
+@pytest.mark.fuse
+def test_random_programs_with_kernels():
+    assert [check(seed, fuse=True) for seed in (0, 2, 5)] == ["ok"] * 3
+
+
+def test_a_program_says_what_it_is_made_from():
+    assert program_of(3) == program_of(3)
+    assert program_of(3).startswith("def f(x, y, i, w, k):\n    n = x.shape[0]\n")
