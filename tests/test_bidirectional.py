@@ -107,14 +107,21 @@ BAD = {
 
 @pytest.mark.parametrize("name", GOOD)
 def test_proven(name):
-    check_bidirectional(GOOD[name]().eval(), PROMPT, MASK)
+    check_bidirectional(GOOD[name]().eval(), PROMPT, MASK, 100)
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_refused(name):
     make, reason = BAD[name]
     with pytest.raises(ValueError, match=reason):
-        mosaic_compiler.generate(make(), PROMPT, gen_length=4, steps=2, compile=False)
+        mosaic_compiler.generate(make(), PROMPT, gen_length=64, steps=2, compile=False)
+
+
+def test_a_longer_sequence_is_tried_again():
+    model = Attends(lambda q, k: q // 32 >= k // 32)
+    assert mosaic_compiler.generate(model, PROMPT, gen_length=4, steps=2, compile=False).steps == 2  # within one block
+    with pytest.raises(ValueError, match="not proven to be bidirectional"):
+        mosaic_compiler.generate(model, PROMPT, gen_length=64, steps=2, compile=False)
 
 
 def test_whoever_knows_better_says_so():

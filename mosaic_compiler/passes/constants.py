@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from typing import TypeAlias
 
 import torch
@@ -43,13 +45,26 @@ def constant_of(node: fx.Node) -> Scalar | None:
     """
     value = _constant(node)
     tensor = ir.tensor_of(node)
-    if value is None or tensor is None or tensor.dtype.is_complex:
+    return None if value is None or tensor is None else _held(value, tensor.dtype)
+
+
+def _held(value: Scalar, dtype: torch.dtype) -> Scalar | None:
+    """A number as a dtype holds it: whole numbers wrap around, small ones become 0; ``None`` where nobody can say."""
+    if dtype == torch.bool:
+        return bool(value)
+    if dtype.is_complex or not math.isfinite(value):
         return None
-    try:  # as the dtype holds it: whole numbers wrap around, small ones become 0
-        held: Scalar = torch.full((), value, dtype=tensor.dtype).item()
-    except (RuntimeError, OverflowError):
+    if dtype.is_floating_point:
+        code = {torch.float64: "d", torch.float16: "e"}.get(dtype, "f")  # bfloat16 has float32's exponents
+        try:
+            held: float = struct.unpack(code, struct.pack(code, float(value)))[0]
+        except OverflowError:
+            return None
+        return held
+    if int(value) != value:
         return None
-    return held
+    limits = torch.iinfo(dtype)
+    return (int(value) - limits.min) % (1 << limits.bits) + limits.min
 
 
 def _constant(node: fx.Node) -> Scalar | None:

@@ -23,25 +23,28 @@ _BLOCKS = ("block_size", "block_length", "bd_size", "canvas_length", "diffusion_
 _TELLING = frozenset({*_BLOCKS, "store_kv", "decoder_input_ids"})
 _METHODS = ("forward", "generate", "diffusion_generate")
 _TOKENS = 66
-"""Of a trial: more than two blocks of 32."""
+"""Of a trial, if the sequence is that long: more than two blocks of 32."""
 
 
 class NotADiffusionModelError(ValueError):
     """The model attends causally, or may do so."""
 
 
-_tried: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_tried: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+"""Models that were found to be bidirectional, and the number of tokens of the trial."""
 
 
-def check_bidirectional(model: nn.Module, ids: Tensor, mask: int) -> None:
+def check_bidirectional(model: nn.Module, ids: Tensor, mask: int, total: int) -> None:
     """Raise :class:`NotADiffusionModelError` unless every row of a model attends to all others.
 
     Args:
         model: in eval mode.
         ids: int64 [B, P], a prompt.
         mask: id of the mask token.
+        total: tokens of the sequences that it is to be called on.
     """
-    if model in _tried:
+    tokens = min(total, _TOKENS)
+    if _tried.get(model, 0) >= tokens:
         return
     if (causal := _causal_part(model)) is not None:
         raise NotADiffusionModelError(
@@ -49,14 +52,14 @@ def check_bidirectional(model: nn.Module, ids: Tensor, mask: int) -> None:
             "one, load it with is_causal=False: AutoModelForCausalLM.from_pretrained(path, is_causal=False), "
             'or put "is_causal": false into its config.json'
         )
-    problem = _block_causal_sign(model) or _trial(model, ids, mask)
+    problem = _block_causal_sign(model) or _trial(model, ids, mask, tokens)
     if problem is not None:
         raise NotADiffusionModelError(
             f"{type(model).__name__} is not proven to be bidirectional: {problem}. Block-causal models (LLaDA2.x, "
             "SDAR, Fast-dLLM v2) are called with masks that generate() does not make: their results would be wrong. If "
             "each row of yours attends to all others when the model is called without a mask, pass bidirectional=True"
         )
-    _tried.add(model)
+    _tried[model] = tokens
 
 
 def check_padding(model: nn.Module, mask: int, device: torch.device) -> None:
@@ -108,10 +111,8 @@ def _makes_causal_mask(name: str) -> bool:
     return "causal" in name and ("prepare_4d" in name or name.startswith("create_"))
 
 
-def _trial(model: nn.Module, ids: Tensor, mask: int) -> str | None:
+def _trial(model: nn.Module, ids: Tensor, mask: int, length: int) -> str | None:
     call = call_for(model, padded=False)
-    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    length = min(_TOKENS, most) if isinstance(most, int) else _TOKENS
     tokens = torch.full((1, length), mask, device=ids.device)
     some = ids.flatten()[:length]
     tokens[0, : len(some)] = some

@@ -166,7 +166,7 @@ def generate(
     drawn = torch.randint(1 << 62, (), generator=generator, device=None if generator is None else generator.device)
     with _in_eval_mode(model):
         if not bidirectional:
-            check_bidirectional(model, input_ids, sampling.mask)
+            check_bidirectional(model, input_ids, sampling.mask, input_ids.shape[1] + length)
         if attention_mask is not None and not bool(attention_mask.bool().all()):
             check_padding(model, sampling.mask, input_ids.device)
     given = {**({} if memory_budget is None else {"memory_budget": memory_budget}), **(options or {})}
