@@ -68,7 +68,7 @@ _SAME_ELEMENTS = frozenset(
 
 def drop_true_masks(module: fx.GraphModule) -> fx.GraphModule:
     """Remove masks that are True everywhere from the graph's attention calls (in place)."""
-    changed = False
+    dropped: list[fx.Node] = []
     for node in module.graph.nodes:
         arguments = _arguments(node) if node.target is _ATTENTION else None
         mask = None if arguments is None else arguments.get("attn_mask")
@@ -79,11 +79,24 @@ def drop_true_masks(module: fx.GraphModule) -> fx.GraphModule:
                 node.update_arg(3, None)
             else:
                 node.update_kwarg("attn_mask", None)
-            changed = True
-    if changed:
-        module.graph.eliminate_dead_code()
+            dropped.append(mask)
+    if dropped:
+        _erase_unread(module.graph, dropped)
         module.recompile()
     return module
+
+
+def _erase_unread(graph: fx.Graph, masks: list[fx.Node]) -> None:
+    """Erase masks that nobody reads any more, and what only they were made from.  (What else nobody reads may be a
+    write: fx's own elimination of dead code would erase it.)"""
+    todo = list(masks)
+    while todo:
+        node = todo.pop()
+        is_known = node.op in ("call_function", "call_method") and (_only_reads(node) or _viewed(node) is not None)
+        if not node.users and is_known and _target(node) is not operator.iadd:
+            todo += node.all_input_nodes
+            graph.erase_node(node)
+            todo = [other for other in todo if other is not node]
 
 
 def _has_own_shape(attention: fx.Node) -> bool:

@@ -164,6 +164,14 @@ def same_all(got, expected, where: str) -> None:
             raise WrongResultError(f"{where}, value {position}: off by {(one - other).abs().max()}")
 
 
+def _copy(tensor):
+    """A tensor of the same layout in a copy of its whole storage."""
+    return torch.as_strided(
+        torch.tensor([], dtype=tensor.dtype).set_(tensor.untyped_storage().clone()),
+        tensor.shape, tensor.stride(), tensor.storage_offset(),
+    )  # fmt: skip
+
+
 def _backend_of_all(fuse: bool):
     """A backend that compiles one captured graph in every variant, and holds all of them against the first."""
     disable = () if fuse else ("fuse",)
@@ -175,7 +183,7 @@ def _backend_of_all(fuse: bool):
             steps = [compile_aten(graph, MosaicOptions(disable=disable, **v), static) for v in VARIANTS]
 
             def call(given):
-                copies = [[g.clone() if isinstance(g, torch.Tensor) else g for g in given] for _ in steps[1:]]
+                copies = [[_copy(g) if isinstance(g, torch.Tensor) else g for g in given] for _ in steps[1:]]
                 first = steps[0](list(given))
                 for step, copy, variant in zip(steps[1:], copies, VARIANTS[1:], strict=True):
                     results = [v for v in (*step(list(copy)), *copy) if isinstance(v, torch.Tensor)]

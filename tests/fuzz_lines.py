@@ -53,7 +53,7 @@ torch.ops.fuzz.same({a} + 1)
 torch.ops.fuzz.part({a} + 1)
 torch.ops.fuzz.twice({a})[0]
 torch.ops.fuzz.twice({a})[1]
-torch.ops.fuzz.dense({a}.t())
+torch.ops.fuzz.dense({a}.t()).sum(0)
 torch.ops.fuzz.sometimes({a} - 0.5)
 {a}.index_select(dim=0, index={i} % {a}.shape[0])
 {a}[{i} % {a}.shape[0]]

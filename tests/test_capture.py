@@ -198,3 +198,36 @@ def test_nan_and_infinite_floats_of_inner_modules():
         for factor in (float("nan"), float("inf"), -0.0, 0.0, 1.5):
             module.scaled[0].factor = factor
             torch.testing.assert_close(step(x), module(x), equal_nan=True, rtol=0, atol=0)
+
+
+def test_writes_that_nobody_reads_stay_where_a_mask_is_dropped():
+    """Seed 288 of the fuzzer."""
+
+    def step(q, ids):
+        mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool)
+        seen = F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+        ids.neg_()
+        ids[1:].add_(5)
+        return seen, ids * 2
+
+    q, mine, theirs = torch.randn(1, 2, 9, 8), torch.arange(9), torch.arange(9)
+    with torch.no_grad():
+        got = torch.compile(step, backend="mosaic", dynamic=True)(q, mine)
+        torch.testing.assert_close(got, step(q, theirs))
+    assert torch.equal(mine, theirs)
+
+
+def test_a_mask_that_repeats_the_queries_stays():
+    """It has more batches than the queries, and so has the result."""
+
+    def step(q):
+        mask = torch.ones(2, 1, q.shape[2], q.shape[2], dtype=torch.bool)
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+    q = torch.randn(1, 2, 9, 8)
+    with torch.no_grad():
+        try:
+            expected = step(q)
+        except RuntimeError:
+            return  # this version of PyTorch does not broadcast them
+        assert torch.compile(step, backend="mosaic", dynamic=True)(q).shape == expected.shape

@@ -119,13 +119,3 @@ def test_a_step_that_dynamo_gave_up_says_so(monkeypatch):
         monkeypatch.setenv("MOSAIC_STRICT", "1")
         with pytest.raises(FallbackError, match="strict mode"):
             run("62MiB")
-
-
-def test_steps_have_recompile_limits_of_their_own():
-    arguments = torch.full((1, 24), 3), block_window(24, 0, 24), torch.tensor([4])
-    with torch._dynamo.config.patch(recompile_limit=2), torch.no_grad():
-        for seed in range(4):
-            steps = []
-            with observing(steps.append):
-                torch.compile(DenoisingStep(model(seed), 3), backend="mosaic", dynamic=True)(*arguments)
-            assert len(steps) == 1

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import sympy
 import torch
 from torch import fx
 from torch._ops import OpOverload
@@ -141,8 +142,14 @@ def _drop_noop_view(rewriter: _Rewriter, node: fx.Node) -> bool:
         return False
     if ir.expr_of(before.storage_offset()) != ir.expr_of(after.storage_offset()):
         return False
+    if _is_returned(node) and (_is_returned(source) or source.op in ("placeholder", "get_attr")):
+        return False  # callers get two tensors, and may resize one
     rewriter.replace(node, source)
     return True
+
+
+def _is_returned(node: fx.Node) -> bool:
+    return any(user.op == "output" for user in node.users)
 
 
 def _drop_noop_copy(rewriter: _Rewriter, node: fx.Node) -> bool:
@@ -187,6 +194,51 @@ def _spell_convert(rewriter: _Rewriter, node: fx.Node) -> bool:
         return False
     source, dtype = node.args
     node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": dtype}
+    return True
+
+
+def _spell_squeeze(rewriter: _Rewriter, node: fx.Node) -> bool:
+    """``squeeze`` of the dims that have size 1 for every length.  The others do not go where there is one row by
+    chance: the last of a loop, say."""
+    if node.target not in (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims):
+        return False
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    before, after = ir.only_tensor(source), ir.only_tensor(node)
+    given: Any = range(before.dim()) if node.target is aten.squeeze.default else node.args[1]
+    dims = sorted({dim % max(before.dim(), 1) for dim in ((given,) if isinstance(given, int) else given)})
+    gone = [dim for dim in dims if dim < before.dim() and ir.expr_of(before.shape[dim]) == 1]
+    if len(gone) != before.dim() - after.dim():
+        return False  # a size that only the data knows
+    if gone:
+        node.target, node.args = aten.squeeze.dims, (source, gone)
+    else:
+        rewriter.replace(node, source)
+    return not gone
+
+
+def _spell_as_strided(rewriter: _Rewriter, node: fx.Node) -> bool:
+    """``as_strided`` of a view -> of what it is a view of: it counts from where the storage begins, and a loop that
+    keeps the view would give it a storage of its own."""
+    if not isinstance(node.target, OpOverload) or not ir.reads_storage(node.target):
+        return False
+    view = node.args[0]
+    assert isinstance(view, fx.Node)
+    offset = ir.argument(node, "storage_offset")
+    if offset is None:
+        offset = ir.expr_of(ir.only_tensor(view).storage_offset())
+        if not offset.is_Integer:
+            return False
+    source = view
+    while (base := ir.alias_base(source)) is not None and ir.is_view(source) and ir.tensor_of(base) is not None:
+        source = base
+    is_scatter = node.target is aten.as_strided_scatter.default  # its result has the layout of the operand
+    if source is view or is_scatter or ir.only_tensor(source).dtype != ir.only_tensor(node).dtype:
+        return False
+    if isinstance(offset, sympy.Integer):
+        offset = int(offset)
+    size, stride = ir.argument(node, "size"), ir.argument(node, "stride")
+    rewriter.replace(node, rewriter.emit(node, node.target, source, size, stride, offset))
     return True
 
 
@@ -412,6 +464,8 @@ _RULES: Sequence[Callable[[_Rewriter, fx.Node], bool]] = (
     _spell_unsafe_view,
     _spell_convert,
     _spell_scalar_product,
+    _spell_squeeze,
+    _spell_as_strided,
     _spell_embedding,
     _spell_masked_select,
     _split_into_slices,
@@ -452,6 +506,6 @@ def _merge_common_subexpressions(graph: fx.Graph) -> None:
             continue
         key = (node.target, _hashable(node.args), _hashable(dict(node.kwargs)))
         known = first.setdefault(key, node)
-        if known is not node:
+        if known is not node and not (_is_returned(known) and _is_returned(node)):
             node.replace_all_uses_with(known, propagate_meta=False)
             graph.erase_node(node)

@@ -31,7 +31,8 @@ _FILL_ARGUMENT = {
 }
 _SAME_VALUE = frozenset(
     {
-        aten.view.default, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim, aten.slice.Tensor,
+        aten.view.default, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims,
+        aten.slice.Tensor,
         aten.permute.default, aten.transpose.int, aten.clone.default, aten._to_copy.default, aten.alias.default,
         aten.select.int,
     }

@@ -54,8 +54,12 @@ def kept_dims(node: fx.Node, dims: int) -> int:
 def row_index(node: fx.Node) -> fx.Node | None:
     """The index of a gather that is the same for every feature: an expand of [rows..., 1]."""
     index, dim = node.args[2], node.args[1]
-    rank = len(rows.shape_of(node.args[0]))
+    source = rows.shape_of(node.args[0])
+    rank = len(source)
     at = rows.normal_dim(dim, rank)  # type: ignore[arg-type]
+    features = zip(source[at + 1 :], rows.shape_of(node)[at + 1 :], strict=True)
+    if any(ir.expr_of(of) != ir.expr_of(found) for of, found in features):
+        return None  # some features of the rows, not the rows
     if not isinstance(index, fx.Node):
         return None
     narrow = index.args[0] if index.target is aten.expand.default else index

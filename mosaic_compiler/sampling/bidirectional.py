@@ -132,13 +132,14 @@ def _trial(model: nn.Module, ids: Tensor, mask: int, length: int) -> str | None:
 def _differ(
     model: nn.Module, call: ModelCall, ids: Tensor, changed: int, row: int, real: Tensor | None = None
 ) -> float:
-    """How much a row's logits change, as a share of the largest, when one token is another."""
+    """How much a row's logits change, as a share of the median one (some may be -inf, or as good as), when one token is
+    another."""
     other = ids.clone()
     other[0, changed] = ids[0, changed] - 1 if ids[0, changed] > 0 else 1
     with torch.no_grad():
         first, second = (call(model, given, real)[0, row].float() for given in (ids, other))
-    scale = float(first.abs().max())
-    return float((first - second).abs().max()) / scale if scale else 0.0
+    scale = float(first.abs().median())
+    return float((first - second).abs().nan_to_num().max()) / scale if scale else 0.0
 
 
 def _configs(config: Any) -> Iterator[Any]:

@@ -6,7 +6,6 @@ Written so that the graph shows which rows are read: everything behind the logit
 
 from __future__ import annotations
 
-import types
 import warnings
 
 import torch
@@ -39,9 +38,6 @@ class DenoisingStep(nn.Module):
         self.mask_token_id = mask_token_id
         self._says = said_to(model)
         self._has_said_eager = False
-        # Dynamo counts how often a code object was compiled, and runs the ninth setting eagerly: each step has its own
-        own = types.FunctionType(type(self).forward.__code__.replace(), type(self).forward.__globals__, "forward")
-        self.forward = types.MethodType(own, self)  # type: ignore[method-assign]
 
     def forward(self, input_ids: Tensor, window: Tensor, count: Tensor) -> Tensor:
         """Denoise once.
