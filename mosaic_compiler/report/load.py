@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mosaic_compiler.errors import ConfigError
+from mosaic_compiler.report import remote_code
 from mosaic_compiler.report.fit import DTYPES, family_of, first_line, load_config
 
 SHIPPED = Path(__file__).parent.parent.parent / "examples" / "tiny-llada"
@@ -56,10 +57,15 @@ def load_model(
         )
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     trust = {"trust_remote_code": trust_remote_code}
+    kept = {"dtype": getattr(torch, dtype)}
     failures = (Exception,) if trust_remote_code else (OSError, ValueError, KeyError)  # code of others raises anything
     try:
-        family = _family(config, hf.AutoConfig.from_pretrained(path, **trust), trust_remote_code)
-        model = family.from_pretrained(path, dtype=getattr(torch, dtype), **trust).eval().requires_grad_(False)
+        family = _family(config, trust_remote_code)
+        if trust_remote_code and "auto_map" in config:
+            model = remote_code.load(family, str(path), **kept)
+        else:
+            model = getattr(hf, family).from_pretrained(path, **kept, **trust)
+        model = model.eval().requires_grad_(False)
         tokenizer = hf.AutoTokenizer.from_pretrained(path, **trust)
     except failures as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
@@ -70,7 +76,7 @@ def load_model(
     return model.to(device), tokenizer
 
 
-def _family(given: dict[str, Any], config: Any, trusted: bool) -> Any:
+def _family(given: dict[str, Any], trusted: bool) -> str:
     """The automatic class that loads the language model of a folder."""
     import transformers as hf
 
@@ -78,17 +84,18 @@ def _family(given: dict[str, Any], config: Any, trusted: bool) -> Any:
         found = next((name for name in _REMOTE if name in given["auto_map"]), None)
         if found is None:
             raise ValueError(f"its auto_map names no language model (one of {', '.join(_REMOTE)})")
-        return getattr(hf, found)
+        return found
     named = str((given.get("architectures") or [""])[0])
     for ending in ("ForCausalLM", "ForMaskedLM"):
         if named.endswith(ending):
-            return getattr(hf, f"AutoModel{ending}")
+            return f"AutoModel{ending}"
+    config = hf.AutoConfig.for_model(given["model_type"])
     if type(config) not in (*hf.MODEL_FOR_MASKED_LM_MAPPING, *hf.MODEL_FOR_CAUSAL_LM_MAPPING):
         raise ValueError(
             f"{named or type(config).__name__} is neither a masked nor a causal language model of transformers, so no "
             "masked diffusion language model, and those are what this runs"
         )
-    return family_of(config)
+    return str(family_of(config).__name__)
 
 
 def _own_files(config: dict[str, Any]) -> str:
