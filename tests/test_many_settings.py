@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from remote_models import BreaksLike
 
 import mosaic_compiler
 from mosaic_compiler.backend import observing
@@ -87,6 +88,17 @@ def test_models_of_one_architecture_have_results_of_their_own():
         result = generated(one, prompt(), **LLADA)
         assert torch.equal(result.sequences, generated(one, prompt(), compile=False, **LLADA).sequences)
         assert result.plan is not None
+
+
+def test_rows_are_picked_in_front_of_the_head_of_every_model_that_breaks():
+    for seed in range(2):
+        made, given = BreaksLike(seed), torch.randint(6, 61, (1, 40), generator=torch.Generator().manual_seed(1))
+        first = generated(made, given, **LLADA)  # its first step finds out that there are several graphs
+        again = generated(made, given, **LLADA)
+        assert torch.equal(again.sequences, generated(made, given, compile=False, **LLADA).sequences)
+        wide = [[b.shape[0] for b in result.plan.buffers if b.shape[-1:] == (61,)] for result in (first, again)]
+        assert max(wide[1]) <= 32, "logits for the masked rows only"
+        assert max(wide[0]) == 56, "the plan with the highest peak is that of the first step"
 
 
 def test_where_nothing_ran_it_is_said():

@@ -1,0 +1,110 @@
+"""What users are told: one log line per compiled function, methods that run uncompiled, all graphs of a function."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import mosaic_compiler
+from mosaic_compiler.errors import OptionsError
+
+
+@pytest.fixture
+def lines(caplog):
+    caplog.set_level(logging.INFO, "mosaic_compiler")
+    return lambda: [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "mosaic_compiler"]
+
+
+def broken(x, *, mask=None, k=2):
+    y = x @ x.t() * k
+    torch._dynamo.graph_break()
+    z = torch.relu(y) @ x
+    torch._dynamo.graph_break()
+    return z + 1 if mask is None else z + mask
+
+
+def test_a_function_of_several_graphs_is_one_line(lines):
+    fast = torch.compile(broken, backend="mosaic", dynamic=True)
+    for n in (6, 9):
+        x = torch.randn(n, 4)
+        torch.testing.assert_close(fast(x), broken(x))
+    ((level, text),) = lines()
+    assert level == "WARNING"
+    assert text.startswith("mosaic: broken (tests/test_graph_log.py:")
+    assert ": 3 graphs, because a graph break at tests/test_graph_log.py:" in text
+    assert text.count("a graph break at") == 2
+
+
+def test_a_function_of_one_graph_is_no_warning(lines):
+    torch.compile(lambda x: x * 2, backend="mosaic", dynamic=True)(torch.randn(6))
+    ((level, text),) = lines()
+    assert level == "INFO"
+    assert text.endswith(": 1 graph")
+
+
+def test_functions_behind_a_broken_one_have_lines_of_their_own(lines):
+    torch.compile(broken, backend="mosaic", dynamic=True)(torch.randn(6, 4))
+    torch.compile(lambda x: x * 2, backend="mosaic", dynamic=True)(torch.randn(6))
+    assert [level for level, _ in lines()] == ["WARNING", "INFO"]
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.head(self.embed(x))
+
+    def diffusion_generate(self, x):
+        return self(x).argmax(-1)
+
+    def get_input_embeddings(self):
+        return self.embed
+
+
+OPTIONS = {"needed_rows": "before_masked", "mask_token_id": 3}
+
+
+def test_a_method_that_runs_the_uncompiled_model_says_so(lines):
+    compiled = torch.compile(Model().eval(), backend="mosaic", dynamic=True, options=OPTIONS)
+    ids = torch.full((1, 8), 3)
+    with torch.no_grad(), pytest.warns(UserWarning, match=r"model.compile\(backend='mosaic'"):
+        compiled.diffusion_generate(ids)
+    assert [text for _, text in lines() if "eager: diffusion_generate() of a compiled model" in text]
+
+
+def test_other_methods_and_other_backends_say_nothing():
+    ids = torch.full((1, 8), 3)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        compiled = torch.compile(Model().eval(), backend="mosaic", dynamic=True, options=OPTIONS)
+        assert compiled.get_input_embeddings() is compiled._orig_mod.embed
+        torch.compile(Model().eval(), backend="eager").diffusion_generate(ids)
+        model = Model().eval()
+        model.compile(backend="mosaic", dynamic=True, options=OPTIONS)
+        assert model.diffusion_generate(ids).shape == (1, 8)
+
+
+def test_explain_takes_the_functions_own_keyword_arguments():
+    x, mask = torch.randn(6, 4), torch.ones(6, 4)
+    report = mosaic_compiler.explain(broken, x, mask=mask, k=3, poison=True)
+    torch.testing.assert_close(report.result, broken(x, mask=mask, k=3))
+    assert torch.equal(mosaic_compiler.explain(broken, x, kwargs={"mask": mask, "k": 3}).result, report.result)
+    with pytest.raises(OptionsError, match="did you mean 'poison'"):
+        mosaic_compiler.explain(broken, x, posion=True)
+    ahead = mosaic_compiler.explain(lambda x, y: x @ x.t() + y, torch.randn(6, 4), y=torch.randn(6, 6), tokens=64)
+    assert ahead.plan.peak >= 64 * 64 * 4
+
+
+def test_explain_has_one_peak_of_all_graphs():
+    report = mosaic_compiler.explain(broken, torch.randn(64, 4))
+    assert len(report.graphs) == 3
+    outputs = [sum(b.nbytes for b in graph.plan.of_kind("output")) for graph in report.graphs]
+    peaks = [graph.plan.peak for graph in report.graphs]
+    assert report.peak == max(peaks[0], outputs[0] + peaks[1], outputs[0] + outputs[1] + peaks[2])
+    assert str(report).startswith("3 graphs; peak of all together: at most ")
