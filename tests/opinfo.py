@@ -38,7 +38,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from mosaic_compiler.backend import _decompositions, compile_aten
-from mosaic_compiler.errors import MosaicError
+from mosaic_compiler.errors import CanaryError, InvariantError, MosaicError, PlanError, StaleGraphError
 from mosaic_compiler.options import MosaicOptions
 
 NOT_OURS = {
@@ -63,6 +63,9 @@ TOLERANCES = {
 }
 """Relative and absolute; all others are compared exactly.  BLAS rounds differently where operands lie elsewhere."""
 
+BROKEN = (InvariantError, PlanError, CanaryError, StaleGraphError)
+"""Errors of ours that no sample should see."""
+
 SEED = 42
 """The one that PyTorch's samples set themselves before they draw, which no graph has in it."""
 
@@ -73,7 +76,10 @@ _NUMBERS = frozenset(
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the sweep: samples ``[start, stop)`` of every operator, in these dtypes, in one way."""
+    """A part of the sweep: samples ``[start, stop)`` of every operator, in these dtypes, in one way.
+
+    ``fuse`` takes one of them, the first with more than one number: there is nothing to fuse around a single one.
+    """
 
     way: str
     dtypes: Sequence[str] = ("float32",)
@@ -88,7 +94,7 @@ PARTS = {
     "float32-rest": Part("traced", start=64),
     "inplace": Part("inplace", stop=2),
     "dtypes": Part("traced", OTHER_DTYPES, stop=2),
-    "fuse": Part("fuse", ("float32", "bfloat16"), stop=1),
+    "fuse": Part("fuse", ("float32", "bfloat16"), stop=16),
 }
 
 
@@ -111,7 +117,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Verdict:
-    """``ok``, ``not ours``, ``refused`` (a :class:`MosaicError`), ``wrong`` or ``crash``."""
+    """``ok``, ``not ours``, ``wrong``, ``crash``, ``refused`` (a :class:`MosaicError` that says what cannot be) or
+    ``broken`` (one that says that a pass or a plan was wrong)."""
 
     kind: str
     reason: str = ""
@@ -119,7 +126,7 @@ class Verdict:
 
     @property
     def is_failure(self) -> bool:
-        return self.kind in ("wrong", "crash")
+        return self.kind in ("wrong", "crash", "broken")
 
 
 class DiffersError(Exception):
@@ -164,8 +171,16 @@ def samples_of(part: Part, name: str) -> Iterator[Sample]:
             found = samples(name, dtype, part.start, part.stop, variant)
         except Exception:
             continue  # PyTorch cannot make its own samples
+        if part.way == "fuse":
+            found = [sample for sample in found if _largest(sample) > 1][:1] or found[:1]
         for sample in found:
             yield sample if part.way in ("traced", "inplace") else replace(sample, variant=part.way)
+
+
+def _largest(sample: Sample) -> int:
+    """How many numbers its largest tensor has."""
+    leaves = tree_leaves((sample.args, sample.kwargs))
+    return max((leaf.numel() for leaf in leaves if isinstance(leaf, torch.Tensor)), default=0)
 
 
 # ------------------------------------------------------------------------------------------ functions to compile
@@ -237,7 +252,9 @@ def judge(sample: Sample, seconds: float = 20) -> Verdict:
             return Verdict("not ours", f"aot_eager: {_line(error)}; ours: {_line(problem)}")
     if isinstance(problem, DiffersError):
         return Verdict("wrong", _line(problem), trace)
-    return Verdict("refused" if _is_ours(problem) else "crash", _line(problem), trace)
+    ours = _ours(problem)
+    kind = "crash" if ours is None else "broken" if isinstance(ours, BROKEN) else "refused"
+    return Verdict(kind, _line(problem), trace)
 
 
 def _run_traced(sample: Sample, backend: str | None) -> list[Any]:
@@ -320,7 +337,7 @@ def _boxed(call: Callable[[list[Any]], Any]) -> Callable[..., Any]:
         torch.manual_seed(SEED)
         return call(values)
 
-    boxed._boxed_call = True  # type: ignore[attr-defined]
+    boxed._boxed_call = True
     return boxed
 
 
@@ -383,13 +400,11 @@ def time_limit(seconds: float) -> Iterator[None]:
             signal.setitimer(signal.ITIMER_REAL, max(0.01, left - (time.monotonic() - began)), interval)
 
 
-def _is_ours(error: BaseException | None) -> bool:
-    """A :class:`MosaicError`, or one that such an error caused."""
-    if error is None:
-        return False
-    return (
-        isinstance(error, MosaicError) or _is_ours(getattr(error, "inner_exception", None)) or _is_ours(error.__cause__)
-    )
+def _ours(error: BaseException | None) -> MosaicError | None:
+    """The :class:`MosaicError` that this is, or that caused it."""
+    if error is None or isinstance(error, MosaicError):
+        return error
+    return _ours(getattr(error, "inner_exception", None)) or _ours(error.__cause__)
 
 
 def _line(error: BaseException) -> str:
