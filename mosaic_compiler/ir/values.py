@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.functions import FloorDiv
 
 
 def value_of(node: fx.Node) -> Any:
@@ -49,8 +51,22 @@ def is_symbolic_number(value: object) -> bool:
 def expr_of(size: Any) -> sympy.Expr:
     """The sympy expression of an int or SymInt, after the shape environment's replacements."""
     if is_symbolic_number(size):
-        return size.node.expr
+        return exact(size.node.expr)
     return sympy.Integer(size) if type(size) is int else sympy.sympify(size)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def exact(expr: sympy.Expr) -> sympy.Expr:
+    """Without floor divisions that leave no remainder: ``(s**2)//s``, as fake kernels write the length of ``[s, s]`` rows
+    that were flat, is ``s``."""
+    if not expr.has(FloorDiv):
+        return expr
+
+    def divided(base: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr:
+        numerator, denominator = sympy.fraction(sympy.cancel(base / divisor))
+        return numerator if denominator == 1 else FloorDiv(base, divisor)
+
+    return expr.replace(FloorDiv, divided)
 
 
 def own_strides(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -296,6 +296,8 @@ class _Analysis:
         mask = ir.tensor_of(indices[0])
         if not isinstance(source, fx.Node) or mask is None or mask.dtype != torch.bool or indices[0] not in self.early:
             return False
+        if not mask.dim():
+            return False  # a number has no rows
         tensor = ir.tensor_of(source)
         assert tensor is not None
         layout, space = rows.leading_layout(tensor, mask.dim())

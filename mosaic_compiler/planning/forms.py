@@ -236,6 +236,8 @@ def _destination(node: fx.Node) -> Emit | None:
     if op in _COPIES:
         return _emit_copy
     if op in _EMPTIES:
+        if any(stride == 0 for stride in ir.only_tensor(node).stride()):
+            return None  # elements that share a place, as asked for
         return _emit_nothing
     if op in _FILLS:
         return functools.partial(_emit_fill, _FILLS[op])

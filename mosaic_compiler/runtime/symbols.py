@@ -117,13 +117,17 @@ def _read_stride(index: int, dim: int, inputs: Sequence[Any]) -> int:
     return int(inputs[index].stride(dim))
 
 
+def _read_offset(index: int, inputs: Sequence[Any]) -> int:
+    return int(inputs[index].storage_offset())
+
+
 def symbol_readers(
     module: fx.GraphModule, placeholders: Sequence[fx.Node], bound: Sequence[sympy.Symbol]
 ) -> tuple[tuple[sympy.Symbol, Callable[[Sequence[Any]], int]], ...]:
     """For every symbol of the graph that the prologue does not bind, where in the inputs its value stands.
 
     Raises:
-        CaptureError: if a symbol is no input's size, stride or value.
+        CaptureError: if a symbol is no input's size, stride, storage offset or value.
     """
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
@@ -141,6 +145,8 @@ def symbol_readers(
             assert tensor is not None
             offer(tensor.shape[dim], functools.partial(_read_size, index, dim))
             offer(tensor.stride(dim), functools.partial(_read_stride, index, dim))
+        if tensor is not None:
+            offer(tensor.storage_offset(), functools.partial(_read_offset, index))
     for node in module.graph.nodes:
         for number in ir.numbers_in(ir.value_of(node)):
             if not ir.is_symbolic_number(number) or free_unbacked_symbols(number):
