@@ -57,8 +57,8 @@ def expr_of(size: Any) -> sympy.Expr:
 
 @functools.lru_cache(maxsize=1 << 14)
 def exact(expr: sympy.Expr) -> sympy.Expr:
-    """Without floor divisions that leave no remainder: ``(s**2)//s``, as fake kernels write the length of ``[s, s]`` rows
-    that were flat, is ``s``."""
+    """Without floor divisions that leave no remainder: ``(s**2)//s``, as fake kernels write the length of ``[s, s]``
+    rows that were flat, is ``s``."""
     if not expr.has(FloorDiv):
         return expr
 

@@ -293,7 +293,7 @@ def _spell_masked_select(rewriter: _Rewriter, node: fx.Node) -> bool:
     before, chosen = ir.tensor_of(source), ir.tensor_of(mask)
     assert before is not None
     assert chosen is not None
-    if [ir.expr_of(s) for s in before.shape] != [ir.expr_of(s) for s in chosen.shape]:
+    if not before.dim() or [ir.expr_of(s) for s in before.shape] != [ir.expr_of(s) for s in chosen.shape]:
         return False
     node.target, node.args = aten.index.Tensor, (source, [mask])
     return True
