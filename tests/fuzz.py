@@ -166,10 +166,9 @@ def same_all(got, expected, where: str) -> None:
 
 def _copy(tensor):
     """A tensor of the same layout in a copy of its whole storage."""
-    return torch.as_strided(
-        torch.tensor([], dtype=tensor.dtype).set_(tensor.untyped_storage().clone()),
-        tensor.shape, tensor.stride(), tensor.storage_offset(),
-    )  # fmt: skip
+    whole = torch.tensor([], dtype=tensor.dtype).set_(tensor.untyped_storage().clone())
+    copy = torch.as_strided(whole, tensor.shape, tensor.stride(), tensor.storage_offset())
+    return torch._neg_view(copy) if tensor.is_neg() else copy
 
 
 def _backend_of_all(fuse: bool):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import mosaic_compiler
+from mosaic_compiler.errors import CaptureError
 
 library = torch.library.Library("watched", "FRAGMENT")
 saved: list[torch.Tensor] = []
@@ -34,6 +35,8 @@ define("in_two(Tensor[] x) -> Tensor[]", lambda x: [x[0], x[1] * 2], lambda x: [
 define("if_positive(Tensor x) -> Tensor", lambda x: x if float(x.sum()) > 0 else x.clone(), torch.empty_like)
 define("dense(Tensor x) -> Tensor", lambda x: (x * 2).contiguous(), torch.empty_like)
 define("saves(Tensor x) -> Tensor", _saves, torch.empty_like)
+
+define("flat(Tensor x) -> Tensor", lambda x: (x * 2).flatten(), torch.empty_like)
 
 ops = torch.ops.watched
 
@@ -95,6 +98,11 @@ def test_it_is_copied_and_named(function, poison):
 @pytest.mark.fuse
 def test_kernels_read_the_layout_that_they_were_compiled_for():
     check(returns_another_layout)
+
+
+def test_a_fake_kernel_that_is_wrong_about_dims_is_an_error():
+    with pytest.raises(CaptureError, match=r"watched.flat.*fake kernel says 2 dims"):
+        check(lambda x: ops.flat(x @ x) + 1)
 
 
 def test_it_is_an_error_in_strict_mode():

@@ -231,6 +231,8 @@ def _spell_as_strided(rewriter: _Rewriter, node: fx.Node) -> bool:
             return False
     source = view
     while (base := ir.alias_base(source)) is not None and ir.is_view(source) and ir.tensor_of(base) is not None:
+        if ir.lazy_bits(ir.only_tensor(base)) != ir.lazy_bits(ir.only_tensor(view)):
+            break
         source = base
     is_scatter = node.target is aten.as_strided_scatter.default  # its result has the layout of the operand
     if source is view or is_scatter or ir.only_tensor(source).dtype != ir.only_tensor(node).dtype:

@@ -72,7 +72,7 @@ def listed() -> dict[OpOverload, str]:
     """All ops that stand here, with ``out`` or ``in place``."""
     found: dict[OpOverload, str] = {}
     for names, way in ((_OUT, "out"), (_IN_PLACE, "in place")):
-        for name in names:
+        for name in sorted(names):
             packet, _, overload = name.partition(".")
             found[getattr(getattr(torch.ops.aten, packet), overload)] = way
     return found

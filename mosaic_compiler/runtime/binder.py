@@ -212,12 +212,14 @@ class Binder:
         self.instructions.append(store_all(self.shared.slots, [slot.index for slot in slots], run))
 
     def _known_strides(self, node: fx.Node) -> list[tuple[int, ...] | None]:
-        """Strides of each result, as fake tensors say; ``None`` where only the data knows."""
+        """Strides of each result, as fake tensors say; ``None`` where only the data knows, or nobody reads it."""
+        is_one = not isinstance(ir.value_of(node), (tuple, list))
+        read = {user.args[1] for user in node.users if user.target is operator.getitem}
         strides: list[tuple[int, ...] | None] = []
-        for tensor in self.scope.facts_of(node).outputs:
+        for index, tensor in enumerate(self.scope.facts_of(node).outputs):
             numbers = () if tensor is None else tensor.strides
             is_known = tensor is not None and all(n.free_symbols <= self.sizes.symbols.keys() for n in numbers)
-            strides.append(tuple(map(self.sizes, numbers)) if is_known else None)
+            strides.append(tuple(map(self.sizes, numbers)) if is_known and (is_one or index in read) else None)
         return strides
 
     def _function_of(self, node: fx.Node) -> Callable[..., Any]:

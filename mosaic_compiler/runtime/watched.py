@@ -17,6 +17,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from mosaic_compiler.errors import CaptureError
 from mosaic_compiler.runtime.instructions import Instruction, Slot
 
 _OURS = frozenset({"aten", "prims", "mosaic"})
@@ -43,6 +44,8 @@ def watched(
         layouts: strides of the results, where they are known when the op is bound.
         taken: addresses of the arena.
         found: called with the node and ``undeclared-alias`` or ``undeclared-layout`` where that is not so.
+
+    The call raises :class:`CaptureError` where a fake kernel is wrong about the number of dims.
     """
     operands = [leaf for leaf in _leaves(arguments) if isinstance(leaf, (torch.Tensor, Slot))]
     once = isinstance(node.target, OpOverload) and node.target.namespace in _OURS
@@ -59,6 +62,11 @@ def watched(
         own, is_clean = [], True
         for result, strides in zip((results,) if is_single else results, layouts, strict=True):
             if isinstance(result, torch.Tensor) and result.layout == torch.strided and result.numel():
+                if strides is not None and len(strides) != result.dim():
+                    raise CaptureError(
+                        f"{node.target} returns {list(result.shape)}, where its fake kernel says {len(strides)} dims: "
+                        "mend the fake kernel (torch.library.register_fake)"
+                    )
                 problem = _problem(result, strides, occupied)
                 if problem is not None:
                     found(node, problem)
