@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod
 
 from mosaic_compiler.backend import compile_aten, observing
+from mosaic_compiler.ir.values import exact
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes import trace
 from mosaic_compiler.passes.sizes import is_readable, parts_of
@@ -190,3 +191,20 @@ def test_sizes_are_computed_from_the_inputs(size, first, second):
     assert is_readable(size, inputs)
     assert value(size) == size.xreplace({n: sympy.Integer(first), m: sympy.Integer(second)})
     assert not is_readable(size + sympy.Symbol("u0"), inputs)
+
+
+@pytest.mark.parametrize(
+    ("size", "simple"),
+    [
+        (FloorDiv(n**2, n), n), (FloorDiv(n * m, m) + 1, n + 1), (FloorDiv(4 * n, 2), 2 * n),
+        (FloorDiv(n + 1, 2), FloorDiv(n + 1, 2)), (n - FloorDiv(n + 1, 2), n - FloorDiv(n + 1, 2)),
+        (FloorDiv(6 * n, 4), FloorDiv(3 * n, 2)), (FloorDiv(FloorDiv(n, 2) * m, m), FloorDiv(n, 2)),
+        (FloorDiv(n * m + n, m + 1), n), (FloorDiv(n, n + 1), FloorDiv(n, n + 1)),
+    ],
+    ids=str,
+)  # fmt: skip
+@given(st.integers(2, 300), st.integers(2, 300))
+def test_exact_floor_divisions_are_spelt_without(size, simple, first, second):
+    inputs = {n: sympy.Integer(first), m: sympy.Integer(second)}
+    assert exact(size) == simple
+    assert exact(size).xreplace(inputs) == size.xreplace(inputs)

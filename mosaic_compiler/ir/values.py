@@ -63,7 +63,7 @@ def exact(expr: sympy.Expr) -> sympy.Expr:
         return expr
 
     def divided(base: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr:
-        numerator, denominator = sympy.fraction(sympy.cancel(base / divisor))
+        numerator, denominator = sympy.cancel(base / divisor).as_numer_denom()
         return numerator if denominator == 1 else FloorDiv(base, divisor)
 
     return expr.replace(FloorDiv, divided)
