@@ -8,9 +8,11 @@ one (or, where nothing is left to compile behind the last cut, when the process 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import re
 import threading
+import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -56,10 +58,11 @@ _open = _Open()
 
 def compiled(fallbacks: Sequence[Fallback]) -> None:
     """Dynamo has just compiled a graph in this thread, with these fallbacks."""
-    found, _open.told = _breaks_since(_open.told)
+    code = _code_of_frame()
+    found, _open.told = _breaks_since(_open.told, code)
     function = _open.function
     if function is None:
-        function = _Function(_name_of_frame())
+        function = _Function(_name_of(code))
     function.graphs += 1
     function.breaks += found
     function.fallbacks += fallbacks
@@ -79,13 +82,19 @@ def _write_what_is_open() -> None:
         _write(_open.function)
 
 
-def _breaks_since(told: int) -> tuple[list[str], int]:
-    """Reasons of the graph breaks behind the first ``told``, and how many there are now."""
+def _breaks_since(told: int, code: types.CodeType | None) -> tuple[list[str], int]:
+    """Reasons of the graph breaks of a function behind the first ``told`` (others may be of functions that other
+    backends compiled), and how many there are now."""
     from torch._dynamo.utils import graph_break_reasons
 
     if told > len(graph_break_reasons):  # they were reset
         told = 0
-    return [_in_a_line(reason) for reason in graph_break_reasons[told:]], len(graph_break_reasons)
+    found = [
+        _in_a_line(reason)
+        for reason in graph_break_reasons[told:]
+        if code is not None and reason.user_stack and reason.user_stack[0].filename == code.co_filename
+    ]
+    return found, len(graph_break_reasons)
 
 
 def _in_a_line(found: object) -> str:
@@ -96,13 +105,19 @@ def _in_a_line(found: object) -> str:
     return f"a graph break{where}: {first[0][:160]}"
 
 
-def _name_of_frame() -> str:
+def _code_of_frame() -> types.CodeType | None:
     """The function that Dynamo traces."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    try:
-        code = InstructionTranslator.current_tx().f_code
-    except (AttributeError, LookupError):  # not called by Dynamo
+    with contextlib.suppress(AttributeError, LookupError):  # not called by Dynamo
+        code: types.CodeType = InstructionTranslator.current_tx().f_code
+        return code
+    return None
+
+
+def _name_of(code: types.CodeType | None) -> str:
+    """``forward (model.py:12)``; the rest of a function that was cut is called like the function."""
+    if code is None:
         return "a function"
     name = re.sub(r"^torch_dynamo_resume_in_(.*)_at_\d+$", r"\1", code.co_name)
     return f"{name} ({'/'.join(code.co_filename.split('/')[-2:])}:{code.co_firstlineno})"

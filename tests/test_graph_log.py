@@ -108,3 +108,11 @@ def test_explain_has_one_peak_of_all_graphs():
     peaks = [graph.plan.peak for graph in report.graphs]
     assert report.peak == max(peaks[0], outputs[0] + peaks[1], outputs[0] + outputs[1] + peaks[2])
     assert str(report).startswith("3 graphs; peak of all together: at most ")
+
+
+def test_breaks_of_other_backends_are_not_ours(lines):
+    torch.compile(broken, backend="eager")(torch.ones(6, 4))
+    scope = {"torch": torch}
+    exec(compile("def f(x):\n    return x * 2", "elsewhere.py", "exec"), scope)
+    torch.compile(scope["f"], backend="mosaic", dynamic=True)(torch.ones(6))
+    assert lines() == [("INFO", "mosaic: f (elsewhere.py:1): 1 graph")]

@@ -82,7 +82,8 @@ class DenoisingStep(nn.Module):
 
 def has_given_up() -> bool:
     """Dynamo runs the caller's frame in eager PyTorch although it was compiled: it has reached its limit."""
-    return torch._C._dynamo.eval_frame.get_eval_frame_callback() is False
+    ask = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)
+    return ask() is False
 
 
 def rank_of(score: Tensor) -> Tensor:
