@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mosaic_compiler.passes import CanonicalizePass, InPlacePass, run_passes, trace
+from mosaic_compiler.passes.constants import constant_of
 
 aten = torch.ops.aten
 
@@ -181,3 +182,45 @@ def test_in_place_alone_on_a_toy_graph():
     module = InPlacePass()(trace(lambda x: (x * 2 + 1).sin(), X))
     assert targets(module) == [aten.mul.Tensor, aten.add.out, aten.sin.out]
     assert torch.equal(module(X), (X * 2 + 1).sin())
+
+
+def ranked(x):
+    """Positions among 8, as a mixture of experts ranks them."""
+    return x.topk(2, -1).indices
+
+
+RANGES = {
+    "topk": (lambda x: ranked(x) >= 8, False),
+    "sorted": (lambda x: ranked(x).flatten().sort().values.unsqueeze(-1) >= 8, False),
+    "below": (lambda x: ranked(x).int() < 8, True),
+    "not below 0": (lambda x: x.argmax(-1, keepdim=True) >= 0, True),
+    "equal to none": (lambda x: x.argsort(-1)[:, :1] == 8, False),
+    "another one": (lambda x: x.max(-1, keepdim=True).indices != -1, True),
+    "one of them": (lambda x: ranked(x) == 3, None),
+    "too large": (lambda x: ranked(x) >= 7, None),
+    "along rows": (lambda x: x.topk(2, 0).indices >= 8, None),
+    "of values": (lambda x: x.topk(2, -1).values.long() >= 8, None),
+    "wraps around": (lambda x: (ranked(x) * 100).to(torch.int8) >= 0, None),
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_comparisons_that_the_range_of_positions_decides(name):
+    function, known = RANGES[name]
+    module = trace(function, torch.randn(6, 8), dynamic=[(0,)])
+    (result,) = module.graph.output_node().all_input_nodes
+    assert constant_of(result) is known
+    if known is not None:
+        assert bool((function(torch.randn(50, 8)) == known).all())
+
+
+def test_a_fill_under_a_mask_that_is_false_everywhere_goes():
+    def f(x, y):
+        mask = (ranked(x).sort(-1).values >= 8).any(-1, keepdim=True)
+        narrow = ranked(x)[:, :1] >= 8
+        return (y * 2).masked_fill(narrow, 0.0) + 1, (y * 3).masked_fill(mask, 0.0)
+
+    x, y = torch.randn(6, 8), torch.randn(6, 4)
+    module = CanonicalizePass()(trace(f, x, y, dynamic=[(0,), (0,)]))
+    assert [n.target for n in module.graph.nodes].count(torch.ops.aten.masked_fill.Scalar) == 1
+    torch.testing.assert_close(module(x, y), f(x, y))

@@ -33,7 +33,7 @@ class CanonicalizePass:
     - matrix products over a single element -> ``mul``;
     - ``cat`` of one tensor with empty ones (an empty key/value cache): that tensor;
     - copies that only reorder the memory of an attention's keys or values;
-    - attention masks that are provably all-true (or all-zero), removed;
+    - attention masks that are provably all-true (or all-zero), and fills under masks that are all-false, removed;
     - keys and values repeated for grouped-query attention: the attention kernels that take fewer
       key/value heads than query heads get the un-repeated ones.
 
@@ -358,6 +358,19 @@ def _drop_true_mask(rewriter: _Rewriter, node: fx.Node) -> bool:
     return False  # other rules may still apply to this node
 
 
+def _drop_masked_nothing(rewriter: _Rewriter, node: fx.Node) -> bool:
+    """``masked_fill`` with a mask that is False everywhere: its operand."""
+    if node.target not in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        return False
+    source, mask = node.args[:2]
+    if not isinstance(source, fx.Node) or not isinstance(mask, fx.Node) or constant_of(mask) is not False:
+        return False
+    if not ir.same_layout(ir.only_tensor(source), ir.only_tensor(node)) or not rewriter.may_share(node, source):
+        return False
+    rewriter.replace(node, source)
+    return True
+
+
 _GROUPED_ATTENTION = frozenset(
     {
         aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -473,6 +486,7 @@ _RULES: Sequence[Callable[[_Rewriter, fx.Node], bool]] = (
     _split_into_slices,
     _drop_empty_cat,
     _drop_true_mask,
+    _drop_masked_nothing,
     _drop_relayout,
     _fold_repeated_heads,
     _spell_outer_product,

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from mosaic_compiler import ir
+from mosaic_compiler.passes.ranges import compared
 
 aten = torch.ops.aten
 
@@ -86,6 +87,8 @@ def _constant(node: fx.Node) -> Scalar | None:
         return _absorb(node, absorbing=False)
     if node.target in (aten.bitwise_or.Tensor, aten.logical_or.default):
         return _absorb(node, absorbing=True)
+    if (known := compared(node)) is not None:
+        return known
     if node.target is aten.where.self and all(isinstance(a, fx.Node) for a in node.args):
         condition, yes, no = (constant_of(a) for a in node.args)  # type: ignore[arg-type]
         if condition is not None:
