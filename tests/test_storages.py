@@ -131,6 +131,7 @@ def test_an_input_gets_lazy_bits_after_it_was_compiled():
 SCALARS = {
     "index_select": lambda x: torch.index_select(x.sum(), 0, torch.tensor([0])) * 2,
     "gather": lambda x: torch.gather(x.sum(), 0, torch.tensor(0)) * 2,
+    "gather by a number": lambda x: torch.gather(x.sum(-1), 0, torch.tensor(1)) * 2,
     "take_along_dim": lambda x: torch.take_along_dim(x.sum(), torch.tensor([0])) * 2,
     "index": lambda x: x.sum()[None][torch.tensor([0])] * 2,
     "index_add": lambda x: x.sum().index_add(0, torch.tensor([0]), x[0, 0]) * 2,

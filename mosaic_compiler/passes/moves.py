@@ -57,8 +57,8 @@ def row_index(node: fx.Node) -> fx.Node | None:
     source = rows.shape_of(node.args[0])
     rank = len(source)
     at = rows.normal_dim(dim, rank)  # type: ignore[arg-type]
-    features = zip(source[at + 1 :], rows.shape_of(node)[at + 1 :], strict=True)
-    if any(ir.expr_of(of) != ir.expr_of(found) for of, found in features):
+    features, found = source[at + 1 :], rows.shape_of(node)[at + 1 :]
+    if list(map(ir.expr_of, features)) != list(map(ir.expr_of, found)):
         return None  # some features of the rows, not the rows
     if not isinstance(index, fx.Node):
         return None

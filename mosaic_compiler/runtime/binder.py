@@ -213,6 +213,8 @@ class Binder:
 
     def _known_strides(self, node: fx.Node) -> list[tuple[int, ...] | None]:
         """Strides of each result, as fake tensors say; ``None`` where only the data knows, or nobody reads it."""
+        if node.target is torch.ops.aten.empty_strided.default:
+            return [None]  # as asked for, also where elements share a place
         is_one = not isinstance(ir.value_of(node), (tuple, list))
         read = {user.args[1] for user in node.users if user.target is operator.getitem}
         strides: list[tuple[int, ...] | None] = []
