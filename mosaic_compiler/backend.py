@@ -107,7 +107,7 @@ def compile_aten(module: fx.GraphModule, options: MosaicOptions, static_inputs: 
         flat = without_loops(stages, final, options.disable)
     step = CompiledStep(final, options, records, static_inputs, on_plan=dump.plan, flat=flat, captured=module)
     dump.compiled(step)
-    graph_log.compiled(step.fallbacks)
+    step.end_at(graph_log.compiled(step.fallbacks))
     for notify in getattr(_observers, "stack", ()):
         notify(step)
     return step

@@ -35,7 +35,10 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Dream: keep this many of the likeliest tokens")] = None,
     mask_id: Annotated[int | None, typer.Option(help="the mask token, where config and tokenizer name none")] = None,
     eos: Annotated[int | None, typer.Option(help="stop at this token; otherwise all new tokens are filled in")] = None,
-    seed: Annotated[int, typer.Option(help="of the noise")] = 0,
+    bidirectional: Annotated[
+        bool, typer.Option("--bidirectional", help="every token attends to all others, although that is not proven")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="of the noise", min=0, max=(1 << 63) - 1)] = 0,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32")] = "fp32",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto (a GPU where there is one)")] = "auto",
     trust_remote_code: Annotated[
@@ -84,7 +87,8 @@ def generate(
             result = run(
                 loaded, ids, gen_length=gen_length, steps=steps, block_length=block_length, memory_budget=limit,
                 temperature=temperature, cfg_scale=cfg, remasking=remasking, threshold=threshold, alg=alg,
-                top_p=top_p, top_k=top_k, mask_token_id=mask, eos_token_id=eos, stop_at_eos=eos is not None,
+                top_p=top_p, top_k=top_k, bidirectional=bidirectional, mask_token_id=mask, eos_token_id=eos,
+                stop_at_eos=eos is not None,
                 streamer=LiveText(tokenizer, mask, ids.shape[1], out) if live else None,
                 progress=sys.stderr.isatty() and not live and not as_json,
                 generator=torch.Generator().manual_seed(seed),

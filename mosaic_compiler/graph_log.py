@@ -1,8 +1,8 @@
 """One line in the log for each compiled function: how many graphs it is, and what is not as one would want it.
 
-Where Dynamo cuts a function, it compiles the first part, runs it, and compiles the rest when it gets there.  So the
-graph behind a cut belongs to the same function, and the line is written when a graph is compiled that ends without
-one (or, where nothing is left to compile behind the last cut, when the process ends).
+Where Dynamo cuts a function, it compiles the first part, runs it, and compiles the rest when it gets there, under a
+name that says what it is the rest of.  So the line is written when a graph of the function is compiled that ends without
+a cut (or, where nothing is left to compile behind the last cut, when the process ends).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
-import re
 import threading
 import types
 from collections.abc import Sequence
@@ -19,6 +18,9 @@ from dataclasses import dataclass, field
 from mosaic_compiler.planning.plan import Fallback
 
 logger = logging.getLogger("mosaic_compiler")
+
+_REST = "torch_dynamo_resume_in_"
+"""How Dynamo's names for the rest of a function begin."""
 
 NAMED = ("all-rows", "undeclared-alias", "undeclared-layout", "data-dependent-size")
 """Fallbacks that are worth a line."""
@@ -46,29 +48,39 @@ class _Function:
 
 
 class _Open(threading.local):
-    """What this thread is compiling, and how many of Dynamo's graph breaks have been told."""
+    """Functions that this thread has compiled parts of, and how many of Dynamo's graph breaks have been told."""
 
     def __init__(self) -> None:
-        self.function: _Function | None = None
+        self.functions: list[_Function] = []
         self.told = 0
+        _all.append(self.functions)
 
 
+_all: list[list[_Function]] = []
 _open = _Open()
 
 
-def compiled(fallbacks: Sequence[Fallback]) -> None:
-    """Dynamo has just compiled a graph in this thread, with these fallbacks."""
+def compiled(fallbacks: Sequence[Fallback]) -> tuple[str, ...]:
+    """Dynamo has just compiled a graph in this thread, with these fallbacks.
+
+    Returns:
+        Why it ends where it does, if Dynamo has cut the function there.
+    """
     code = _code_of_frame()
     found, _open.told = _breaks_since(_open.told, code)
-    function = _open.function
+    name = _name_of(code)
+    rest = code is not None and code.co_name.startswith(_REST)
+    function = next((f for f in reversed(_open.functions) if rest and f.name == name), None)
     if function is None:
-        function = _Function(_name_of(code))
+        function = _Function(name)
+        _open.functions.append(function)
     function.graphs += 1
     function.breaks += found
     function.fallbacks += fallbacks
-    _open.function = function if found else None
     if not found:
+        _open.functions.remove(function)
         _write(function)
+    return tuple(found)
 
 
 def _write(function: _Function) -> None:
@@ -78,8 +90,8 @@ def _write(function: _Function) -> None:
 
 @atexit.register
 def _write_what_is_open() -> None:
-    if _open.function is not None:
-        _write(_open.function)
+    for function in [function for functions in _all for function in functions]:
+        _write(function)
 
 
 def _breaks_since(told: int, code: types.CodeType | None) -> tuple[list[str], int]:
@@ -116,8 +128,10 @@ def _code_of_frame() -> types.CodeType | None:
 
 
 def _name_of(code: types.CodeType | None) -> str:
-    """``forward (model.py:12)``; the rest of a function that was cut is called like the function."""
+    """``forward (remote/model.py)``; the rest of a function that was cut is called like the function."""
     if code is None:
         return "a function"
-    name = re.sub(r"^torch_dynamo_resume_in_(.*)_at_\d+$", r"\1", code.co_name)
-    return f"{name} ({'/'.join(code.co_filename.split('/')[-2:])}:{code.co_firstlineno})"
+    name = code.co_name
+    if name.startswith(_REST):  # ..._at_LINE, of a function that began in front of it
+        name = name.removeprefix(_REST).rpartition("_at_")[0]
+    return f"{name} ({'/'.join(code.co_filename.split('/')[-2:])})"

@@ -39,6 +39,8 @@ class _Entry:
             def locate_file(_, path: Any) -> Any:  # noqa: N805
                 raise FileNotFoundError(f"{PACKAGE} is not installed: there is no {path}")
 
+        if context is not None and list(context.path) != sys.path:
+            return  # asked for what is in some folder
         wanted = getattr(context, "name", None)
         if wanted is None or str(wanted).lower().replace("_", "-") == PACKAGE:
             yield Imported()

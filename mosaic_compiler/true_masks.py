@@ -20,6 +20,7 @@ from torch import fx
 
 Bounds: TypeAlias = "tuple[int, int]"
 """No element is below the first or above the second."""
+Known: TypeAlias = "dict[fx.Node, Bounds | None]"
 
 _ATTENTION = torch._C._nn.scaled_dot_product_attention
 _LONGEST = 1 << 48
@@ -69,12 +70,13 @@ _SAME_ELEMENTS = frozenset(
 def drop_true_masks(module: fx.GraphModule) -> fx.GraphModule:
     """Remove masks that are True everywhere from the graph's attention calls (in place)."""
     dropped: list[fx.Node] = []
+    known: Known = {}
     for node in module.graph.nodes:
         arguments = _arguments(node) if node.target is _ATTENTION else None
         mask = None if arguments is None else arguments.get("attn_mask")
         if not isinstance(mask, fx.Node) or (arguments or {}).get("is_causal") or not _has_own_shape(node):
             continue
-        if is_always_true(mask):
+        if is_always_true(mask, known):
             if len(node.args) > 3:
                 node.update_arg(3, None)
             else:
@@ -108,14 +110,19 @@ def _has_own_shape(attention: fx.Node) -> bool:
     return [str(size) for size in query.shape[:-1]] == [str(size) for size in result.shape[:-1]]
 
 
-def is_always_true(node: Any) -> bool:
-    """Whether every element of a boolean tensor is provably True, for every size, whenever it is read."""
+def is_always_true(node: Any, known: Known | None = None) -> bool:
+    """Whether every element of a boolean tensor is provably True, for every size, whenever it is read.
+
+    Args:
+        known: what was found out of the graph's nodes already.
+    """
+    known = {} if known is None else known
     tensor = _tensor(node)
     if tensor is None or tensor.dtype != torch.bool:
         return False
     source = _viewed(node)
     if source is not None:
-        return is_always_true(source)
+        return is_always_true(source, known)
     if _writes(node) != []:
         return False
     target, arguments = _target(node), _arguments(node)
@@ -125,15 +132,24 @@ def is_always_true(node: Any) -> bool:
         value = arguments.get("fill_value")
         return isinstance(value, (bool, int, float)) and bool(value)
     if target in _BOTH:
-        return is_always_true(arguments.get("input")) and is_always_true(arguments.get("other"))
+        return all(is_always_true(arguments.get(name), known) for name in ("input", "other"))
     if target in _NOT_BELOW:
-        left, right = bounds(arguments.get("input")), bounds(arguments.get("other"))
+        left, right = (bounds(arguments.get(name), known) for name in ("input", "other"))
         return left is not None and right is not None and left[0] >= right[1]
     return False
 
 
-def bounds(value: Any) -> Bounds | None:
+def bounds(value: Any, known: Known) -> Bounds | None:
     """Bounds of a number, or of the elements of an int64 tensor at any time; ``None`` if they are not provable."""
+    if not isinstance(value, fx.Node):
+        return _bounds(value, known)
+    if value not in known:
+        known[value] = None  # while they are looked for: a tensor that is added to itself in place has none
+        known[value] = _bounds(value, known)
+    return known[value]
+
+
+def _bounds(value: Any, known: Known) -> Bounds | None:
     if isinstance(value, fx.Node) and isinstance(value.meta.get("example_value"), torch.SymInt):
         value = value.meta["example_value"]
     if isinstance(value, torch.SymInt):
@@ -145,18 +161,19 @@ def bounds(value: Any) -> Bounds | None:
         return None
     source = _viewed(value)
     if source is not None:
-        return bounds(source)
+        return bounds(source, known)
     target, arguments = _target(value), _arguments(value)
     if target is torch.arange:
-        found = _bounds_of_range(value)
+        found = _bounds_of_range(value, known)
     elif target in _SUMS and arguments.get("alpha", 1) == 1:
-        found = _sum(bounds(arguments.get("input")), bounds(arguments.get("other")))
+        found = _sum(bounds(arguments.get("input"), known), bounds(arguments.get("other"), known))
     else:
         return None
     writes = _writes(value)
     if writes is None:
         return None
-    for added in map(bounds, writes):  # each may be seen or not
+    for write in writes:  # each may be seen or not
+        added = bounds(write, known)
         found = _sum(found, None if added is None else (min(added[0], 0), max(added[1], 0)))
     return found
 
@@ -168,14 +185,14 @@ def _bounds_of_symbol(number: torch.SymInt) -> Bounds | None:
     return None if low is None else (low, _LONGEST if high is None or high > _LONGEST else high)
 
 
-def _bounds_of_range(node: fx.Node) -> Bounds | None:
+def _bounds_of_range(node: fx.Node, known: Known) -> Bounds | None:
     """Of ``arange([start], end, [step])`` with a step of 1."""
     count = len(node.args)
     names = ("end",) if count == 1 else ("start", "end", "step")
     arguments = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     if count > 3 or "out" in arguments or arguments.get("step", 1) != 1 or arguments.get("end") is None:
         return None
-    start = bounds(arguments.get("start", 0))
+    start = bounds(arguments.get("start", 0), known)
     return None if start is None else _sum(start, (0, _LONGEST))
 
 

@@ -34,8 +34,7 @@ def test_a_function_of_several_graphs_is_one_line(lines):
         torch.testing.assert_close(fast(x), broken(x))
     ((level, text),) = lines()
     assert level == "WARNING"
-    assert text.startswith("mosaic: broken (tests/test_graph_log.py:")
-    assert ": 3 graphs, because a graph break at tests/test_graph_log.py:" in text
+    assert text.startswith("mosaic: broken (tests/test_graph_log.py): 3 graphs, because a graph break at tests/")
     assert text.count("a graph break at") == 2
 
 
@@ -50,6 +49,25 @@ def test_functions_behind_a_broken_one_have_lines_of_their_own(lines):
     torch.compile(broken, backend="mosaic", dynamic=True)(torch.randn(6, 4))
     torch.compile(lambda x: x * 2, backend="mosaic", dynamic=True)(torch.randn(6))
     assert [level for level, _ in lines()] == ["WARNING", "INFO"]
+
+
+def test_a_function_with_nothing_behind_its_last_break_takes_no_other_along(lines):
+    def f(x):
+        y = x * 2
+        torch._dynamo.graph_break()
+        return y
+
+    torch.compile(f, backend="mosaic", dynamic=True)(torch.randn(6))
+    torch.compile(lambda x: x * 2, backend="mosaic", dynamic=True)(torch.randn(6))
+    ((level, text),) = lines()
+    assert (level, text.endswith(": 1 graph")) == ("INFO", True)
+
+
+def test_breaks_are_fallbacks_and_strict_mode_refuses_them():
+    report = mosaic_compiler.explain(broken, torch.randn(6, 4))
+    assert [fallback.name for fallback in report.fallbacks] == ["graph-break"] * 2
+    with pytest.raises(Exception, match="strict mode: graph-break"):
+        mosaic_compiler.explain(broken, torch.randn(6, 4), strict=True)
 
 
 class Model(nn.Module):
@@ -115,4 +133,4 @@ def test_breaks_of_other_backends_are_not_ours(lines):
     scope = {"torch": torch}
     exec(compile("def f(x):\n    return x * 2", "elsewhere.py", "exec"), scope)
     torch.compile(scope["f"], backend="mosaic", dynamic=True)(torch.ones(6))
-    assert lines() == [("INFO", "mosaic: f (elsewhere.py:1): 1 graph")]
+    assert lines() == [("INFO", "mosaic: f (elsewhere.py): 1 graph")]

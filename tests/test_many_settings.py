@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import threading
 import warnings
 
 import pytest
@@ -11,7 +13,7 @@ from remote_models import BreaksLike
 
 import mosaic_compiler
 from mosaic_compiler.backend import observing
-from mosaic_compiler.errors import BudgetError, FallbackError
+from mosaic_compiler.errors import BudgetError, FallbackError, OptionsError
 from mosaic_compiler.sampling import DenoisingStep, block_window
 
 LLADA = {"steps": 4, "gen_length": 16}
@@ -99,6 +101,38 @@ def test_rows_are_picked_in_front_of_the_head_of_every_model_that_breaks():
         wide = [[b.shape[0] for b in result.plan.buffers if b.shape[-1:] == (61,)] for result in (first, again)]
         assert max(wide[1]) <= 32, "logits for the masked rows only"
         assert max(wide[0]) == 56, "the plan with the highest peak is that of the first step"
+
+
+def test_threads_take_turns_with_the_head_of_a_model():
+    made, given = BreaksLike(0), torch.randint(6, 61, (1, 40), generator=torch.Generator().manual_seed(1))
+    expected = generated(made, given, **LLADA).sequences
+    results = {}
+
+    def run(number):
+        results[number] = generated(made, given, memory_budget=(64 + number) << 20, **LLADA).sequences
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 3
+    assert all(torch.equal(result, expected) for result in results.values())
+    assert not made.head._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": math.nan}, {"cfg_scale": math.inf}, {"alg": "entropy", "alg_temp": -1}]
+)
+def test_numbers_that_are_none(wrong):
+    with pytest.raises(ValueError, match="must be a number from 0"):
+        generated(model(), prompt(), compile=False, **wrong)
+
+
+def test_options_are_looked_at_without_compiling_too():
+    for wrong in ({"memory_budget": "garbage"}, {"options": {"nope": 1}}):
+        with pytest.raises(OptionsError):
+            generated(model(), prompt(), compile=False, **wrong)
 
 
 def test_where_nothing_ran_it_is_said():

@@ -38,6 +38,13 @@ define("saves(Tensor x) -> Tensor", _saves, torch.empty_like)
 
 define("flat(Tensor x) -> Tensor", lambda x: (x * 2).flatten(), torch.empty_like)
 
+define("negated(Tensor x) -> Tensor", lambda x: torch._neg_view(x * 2), torch.empty_like)
+define(
+    "nested(Tensor x) -> (Tensor, Tensor[])",
+    lambda x: (x * 2, [x + 1, x + 2]),
+    lambda x: (torch.empty_like(x), [torch.empty_like(x), torch.empty_like(x)]),
+)
+
 ops = torch.ops.watched
 
 
@@ -93,6 +100,21 @@ def check(function, **options):
 def test_it_is_copied_and_named(function, poison):
     report = check(function, poison=poison)
     assert CASES[function] in [fallback.name for fallback in report.fallbacks]
+
+
+@pytest.mark.fuse
+def test_results_that_are_to_be_negated_when_they_are_read():
+    report = check(lambda x: ops.negated(x * 2).exp() + 1)
+    assert "undeclared-layout" in [fallback.name for fallback in report.fallbacks]
+
+
+def test_a_list_among_other_results_is_an_error():
+    def f(x):
+        one, (two, three) = ops.nested(x @ x)
+        return one + two + three
+
+    with pytest.raises(Exception, match="returns a list among other results"):
+        check(f)
 
 
 @pytest.mark.fuse

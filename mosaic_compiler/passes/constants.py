@@ -57,12 +57,19 @@ def _held(value: Scalar, dtype: torch.dtype) -> Scalar | None:
     if dtype.is_complex or not math.isfinite(value):
         return None
     if dtype.is_floating_point:
-        code = {torch.float64: "d", torch.float16: "e"}.get(dtype, "f")  # bfloat16 has float32's exponents
+        code = {torch.float64: "d", torch.float32: "f", torch.bfloat16: "f", torch.float16: "e"}.get(dtype)
+        if code is None:
+            return None
         try:
-            held: float = struct.unpack(code, struct.pack(code, float(value)))[0]
+            packed = struct.pack(code, float(value))
         except OverflowError:
             return None
-        return held
+        if dtype == torch.bfloat16:  # float32 without the lower half, rounded to even
+            bits = int.from_bytes(packed, "little")
+            bits += 0x7FFF + (bits >> 16 & 1)
+            packed = (bits & 0xFFFF0000).to_bytes(4, "little")
+        held: float = struct.unpack(code, packed)[0]
+        return held if math.isfinite(held) else None
     if int(value) != value:
         return None
     limits = torch.iinfo(dtype)

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from mosaic_compiler import ir
+from mosaic_compiler.errors import CaptureError
 from mosaic_compiler.planning.forms import Call, Kind
 from mosaic_compiler.planning.lifetimes import LoopSpan, Scope
 from mosaic_compiler.planning.lives import Sizes
@@ -32,7 +33,7 @@ from mosaic_compiler.runtime.instructions import (
     store_all,
 )
 from mosaic_compiler.runtime.sparse import sparse_zeros
-from mosaic_compiler.runtime.watched import Found, watched
+from mosaic_compiler.runtime.watched import Found, Layout, watched
 
 Destination: TypeAlias = "tuple[torch.Tensor, int, torch.Size]"
 """A bound destination, with the address and shape that it must keep."""
@@ -193,13 +194,23 @@ class Binder:
         return slot
 
     def _opaque(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> None:
-        """Run as it is; each tensor result goes to a slot of its own, so that it can die by itself."""
+        """Run as it is; each tensor result goes to a slot of its own, so that it can die by itself.
+
+        Raises:
+            CaptureError: for results that are lists of several, beside other results.
+        """
+        value = ir.value_of(node)
+        if isinstance(value, (tuple, list)) and any(isinstance(part, (tuple, list)) for part in value):
+            raise CaptureError(
+                f"{node.target} returns a list among other results, which has no place in a plan: let it return all of "
+                "its tensors in one list or tuple"
+            )
         run = bound_call(Call(self._function_of(node), tuple(args), tuple(kwargs.items())), self.shared.slots)
         if self._is_empty(node):
             run = functools.partial(self._empty_results, node)
         elif ir.alias_base(node) is None:
             shared = self.shared
-            known = self._known_strides(node)
+            known = self._known_layouts(node)
             run = watched(node, run, (args, kwargs), known, shared.arena.addresses, shared.slots, shared.found)
         roots = self.scope.storage.roots(node)
         if not isinstance(ir.value_of(node), (tuple, list)):
@@ -211,18 +222,22 @@ class Binder:
         self.values[node] = slots
         self.instructions.append(store_all(self.shared.slots, [slot.index for slot in slots], run))
 
-    def _known_strides(self, node: fx.Node) -> list[tuple[int, ...] | None]:
-        """Strides of each result, as fake tensors say; ``None`` where only the data knows, or nobody reads it."""
+    def _known_layouts(self, node: fx.Node) -> list[Layout]:
+        """Layouts of each result, as fake tensors say; ``None`` where only the data knows, or nobody reads it."""
         if node.target is torch.ops.aten.empty_strided.default:
             return [None]  # as asked for, also where elements share a place
         is_one = not isinstance(ir.value_of(node), (tuple, list))
         read = {user.args[1] for user in node.users if user.target is operator.getitem}
-        strides: list[tuple[int, ...] | None] = []
-        for index, tensor in enumerate(self.scope.facts_of(node).outputs):
-            numbers = () if tensor is None else tensor.strides
-            is_known = tensor is not None and all(n.free_symbols <= self.sizes.symbols.keys() for n in numbers)
-            strides.append(tuple(map(self.sizes, numbers)) if is_known and (is_one or index in read) else None)
-        return strides
+        layouts: list[Layout] = []
+        outputs = zip(self.scope.facts_of(node).outputs, ir.tensors_of(node), strict=True)
+        for index, (facts, tensor) in enumerate(outputs):
+            numbers = () if facts is None else facts.strides
+            is_known = all(n.free_symbols <= self.sizes.symbols.keys() for n in numbers)
+            if tensor is None or not is_known or not (is_one or index in read):
+                layouts.append(None)
+            else:
+                layouts.append((tuple(map(self.sizes, numbers)), ir.lazy_bits(tensor)))
+        return layouts
 
     def _function_of(self, node: fx.Node) -> Callable[..., Any]:
         """What computes an opaque node."""

@@ -96,7 +96,7 @@ class CompiledStep:
         self.lives: Lives = find_lives(module)
         self._planned_fallbacks = find_fallbacks(self.lives) + unmet_options(module, options)
         self._clusters = [*clusters_in(module), *(clusters_in(flat) if flat is not None else ())]
-        self._undeclared: dict[str, Fallback] = {}
+        self._found_late: dict[str, Fallback] = {}
         self._be_strict()
         self.plan: MemoryPlan | None = None
         self._on_plan = on_plan
@@ -130,7 +130,7 @@ class CompiledStep:
     def fallbacks(self) -> tuple[Fallback, ...]:
         """All named fallbacks; those of fused kernels are known once the step has been bound, what opaque ops really
         return once it has run."""
-        found: dict[str, Fallback] = dict(self._undeclared)
+        found: dict[str, Fallback] = dict(self._found_late)
         for node, cluster in self._clusters:
             failure = kernel_for(cluster).failure
             if failure is not None:
@@ -138,15 +138,27 @@ class CompiledStep:
                 found.setdefault(node.name, Fallback(failure.name, node.name, "", failure.reason, source))
         return (*self._planned_fallbacks, *found.values())
 
+    def end_at(self, breaks: Sequence[str]) -> None:
+        """Dynamo has cut the function behind this graph: what is between graphs runs in eager PyTorch.
+
+        Raises:
+            FallbackError: in strict mode.
+        """
+        for number, reason in enumerate(breaks):
+            reason = f"{reason}: what stands between graphs runs in eager PyTorch, outside of any plan or budget"
+            self._found_late[f"graph break {number}"] = Fallback("graph-break", "", "", reason, "")
+        if breaks:
+            self._be_strict()
+
     def _found(self, node: fx.Node, problem: str) -> None:
         """An op returned something else than its schema or fake kernel says: it was copied."""
-        if node.name not in self._undeclared:
+        if node.name not in self._found_late:
             reason = {
                 "undeclared-alias": "returns memory that is not its own, which its schema does not say: it is copied",
                 "undeclared-layout": "returns other strides than its fake kernel says: it is copied",
             }[problem]
             source = ir.provenance(node).source
-            self._undeclared[node.name] = Fallback(problem, node.name, str(node.target), reason, source)
+            self._found_late[node.name] = Fallback(problem, node.name, str(node.target), reason, source)
             self._be_strict()
 
     def _be_strict(self) -> None:

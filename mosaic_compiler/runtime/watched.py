@@ -17,13 +17,15 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from mosaic_compiler import ir
 from mosaic_compiler.errors import CaptureError
 from mosaic_compiler.runtime.instructions import Instruction, Slot
 
 _OURS = frozenset({"aten", "prims", "mosaic"})
 
 
-Strides: TypeAlias = "tuple[int, ...] | None"
+Layout: TypeAlias = "tuple[tuple[int, ...], str] | None"
+"""Strides and lazy bits."""
 Found: TypeAlias = "Callable[[fx.Node, str], None]"
 
 
@@ -31,7 +33,7 @@ def watched(
     node: fx.Node,
     run: Instruction,
     arguments: Any,
-    layouts: Sequence[Strides],
+    layouts: Sequence[Layout],
     taken: tuple[int, int],
     slots: list[Any],
     found: Found,
@@ -41,7 +43,7 @@ def watched(
     Args:
         node: the op, whose schema says that its results are memory of their own.
         arguments: nested, of tensors, slots and what else it is called with.
-        layouts: strides of the results, where they are known when the op is bound.
+        layouts: of the results, where they are known when the op is bound.
         taken: addresses of the arena.
         found: called with the node and ``undeclared-alias`` or ``undeclared-layout`` where that is not so.
 
@@ -60,17 +62,17 @@ def watched(
         occupied = [taken, *(_bytes_of(tensor) for tensor in given if isinstance(tensor, torch.Tensor))]
         is_single = not isinstance(results, (tuple, list))
         own, is_clean = [], True
-        for result, strides in zip((results,) if is_single else results, layouts, strict=True):
+        for result, layout in zip((results,) if is_single else results, layouts, strict=True):
             if isinstance(result, torch.Tensor) and result.layout == torch.strided and result.numel():
-                if strides is not None and len(strides) != result.dim():
+                if layout is not None and len(layout[0]) != result.dim():
                     raise CaptureError(
-                        f"{node.target} returns {list(result.shape)}, where its fake kernel says {len(strides)} dims: "
-                        "mend the fake kernel (torch.library.register_fake)"
+                        f"{node.target} returns {list(result.shape)}, where its fake kernel says {len(layout[0])} "
+                        "dims: mend the fake kernel (torch.library.register_fake)"
                     )
-                problem = _problem(result, strides, occupied)
+                problem = _problem(result, layout, occupied)
                 if problem is not None:
                     found(node, problem)
-                    result, is_clean = _copy(result, strides), False
+                    result, is_clean = _copy(result, layout), False
                 occupied.append(_bytes_of(result))
             own.append(result)
         trusted = once and is_clean
@@ -81,21 +83,24 @@ def watched(
     return instruction
 
 
-def _problem(result: torch.Tensor, strides: Strides, occupied: Sequence[tuple[int, int]]) -> str | None:
+def _problem(result: torch.Tensor, layout: Layout, occupied: Sequence[tuple[int, int]]) -> str | None:
     start = result.data_ptr()
     if any(low <= start < high for low, high in occupied):
         return "undeclared-alias"
-    if strides is not None and any(
-        size > 1 and step != expected
-        for size, step, expected in zip(result.shape, result.stride(), strides, strict=True)
-    ):
-        return "undeclared-layout"
-    return None
+    if layout is None:
+        return None
+    sizes = zip(result.shape, result.stride(), layout[0], strict=True)
+    is_other = any(size > 1 and step != expected for size, step, expected in sizes)
+    return "undeclared-layout" if is_other or ir.lazy_bits(result) != layout[1] else None
 
 
-def _copy(result: torch.Tensor, strides: Strides) -> torch.Tensor:
-    layout = result.stride() if strides is None else strides
-    return torch.empty_strided(result.shape, layout, dtype=result.dtype, device=result.device).copy_(result)
+def _copy(result: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """In memory of its own, laid out as a plan takes it for (``copy_`` resolves lazy bits)."""
+    strides, bits = (result.stride(), "") if layout is None else layout
+    copy = torch.empty_strided(result.shape, strides, dtype=result.dtype, device=result.device)
+    if "conj" in bits:
+        copy = torch._conj(copy)
+    return (torch._neg_view(copy) if "neg" in bits else copy).copy_(result)
 
 
 def _bytes_of(tensor: torch.Tensor) -> tuple[int, int]:

@@ -57,7 +57,8 @@ def check_bidirectional(model: nn.Module, ids: Tensor, mask: int, total: int) ->
         raise NotADiffusionModelError(
             f"{type(model).__name__} is not proven to be bidirectional: {problem}. Block-causal models (LLaDA2.x, "
             "SDAR, Fast-dLLM v2) are called with masks that generate() does not make: their results would be wrong. If "
-            "each row of yours attends to all others when the model is called without a mask, pass bidirectional=True"
+            "each row of yours attends to all others when the model is called without a mask, pass bidirectional=True "
+            "(--bidirectional)"
         )
     _tried[model] = tokens
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.registry import lookup_backend
 
 from mosaic_compiler.errors import FallbackError
 from mosaic_compiler.graph_log import logger
@@ -41,7 +43,8 @@ class Proposer:
 
     Args:
         model, call, rule: see :class:`Proposal`.
-        options: of the backend; ``None``: run in eager PyTorch.
+        options: of the backend.
+        is_compiled: ``False``: run in eager PyTorch.
 
     Raises:
         OptionsError: for an option that makes no sense.
@@ -51,22 +54,27 @@ class Proposer:
         fallbacks: what ran in another way than asked for, by name.
     """
 
-    def __init__(self, model: nn.Module, call: ModelCall, rule: nn.Module, options: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self, model: nn.Module, call: ModelCall, rule: nn.Module, options: Mapping[str, Any], is_compiled: bool
+    ) -> None:
         self.plan: MemoryPlan | None = None
         self._fallbacks: dict[tuple[str, str], Fallback] = {}
         self._model, self._call, self._rule = model, call, rule
-        self._is_compiled = options is not None
-        given = dict(options or {})
+        given = dict(options)
         self._budget = parse_budget(given.pop("memory_budget", None))
-        self._options, self._strict = given, MosaicOptions.parse(given).strict
-        if self._is_compiled and (weight := next(model.parameters(), None)) is not None:
+        self._strict = MosaicOptions.parse(given).strict
+        if (weight := next(model.parameters(), None)) is not None:
             check_machine(self._budget, weight.device)
-        known = _known.setdefault(model, {})
-        key = call, type(rule), repr(rule.__dict__), repr(sorted(given.items()))
-        if self._is_compiled:
-            self._compiled = known.setdefault(key, _Compiled(given))
-        if self._is_compiled and self._compiled.function is None:
-            self._compiled.use(self._proposal())
+        with _known_lock:
+            known = _known.setdefault(model, _Known())
+        self._lock = known.lock
+        self._compiled: _Compiled | None = None
+        if is_compiled:
+            key = call, type(rule), repr(rule.__dict__), repr(sorted(given.items()))
+            with self._lock:
+                self._compiled = known.compiled.setdefault(key, _Compiled(given))
+                if self._compiled.function is None:
+                    self._compiled.use(self._proposal())
 
     @property
     def fallbacks(self) -> tuple[Fallback, ...]:
@@ -80,12 +88,14 @@ class Proposer:
         Raises:
             FallbackError: in strict mode, where nothing of ours ran.
         """
-        if not self._is_compiled:
-            return self._proposal()(*arguments)  # type: ignore[no-any-return]
+        with self._lock:
+            return self._proposal()(*arguments) if self._compiled is None else self._run(self._compiled, arguments)
+
+    def _run(self, compiled: _Compiled, arguments: Sequence[Any]) -> tuple[Tensor, Tensor]:
         ran: list[CompiledStep] = []
-        picked = self._compiled.picked
+        picked = compiled.picked
         with running(ran.append), within_budget(self._budget), picked or nullcontext():
-            result: tuple[Tensor, Tensor] = self._compiled.function(*arguments)
+            result: tuple[Tensor, Tensor] = compiled.function(*arguments)
         for step in ran:
             if step.plan is not None and (self.plan is None or step.plan.peak > self.plan.peak):
                 self.plan = step.plan
@@ -93,17 +103,17 @@ class Proposer:
         if not ran:
             self._say(_EAGER)
         elif picked is None and len(set(map(id, ran))) > 1:
-            self._pick_in_front_of_the_head()
+            self._pick_in_front_of_the_head(compiled)
         return result
 
     def _proposal(self, picked: HeadRows | None = None) -> Proposal:
         return Proposal(self._model, self._call, self._rule, picked)
 
-    def _pick_in_front_of_the_head(self) -> None:
+    def _pick_in_front_of_the_head(self, compiled: _Compiled) -> None:
         head = getattr(self._model, "get_output_embeddings", lambda: None)()
         if isinstance(head, nn.Module):
             picked = HeadRows(head)
-            self._compiled.use(self._proposal(picked), picked)
+            compiled.use(self._proposal(picked), picked)
             return
         reason = (
             f"the forward of {type(self._model).__name__} breaks into several graphs (TORCH_LOGS=graph_breaks says "
@@ -135,7 +145,21 @@ class _Compiled:
         self.picked = picked
 
 
-_known: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Compiled]] = weakref.WeakKeyDictionary()
+class _Known:
+    """What is compiled for one model, by rule and options.
+
+    Attributes:
+        lock: threads take turns with a model, because a hook on its head is there for one of them only.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.compiled: dict[Any, _Compiled] = {}
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
+_known_lock = threading.Lock()
+lookup_backend("mosaic")  # PyTorch registers a backend when it is first used, and not for two threads at once
 
 
 @contextmanager

@@ -170,7 +170,7 @@ def generate(
         if attention_mask is not None and not bool(attention_mask.bool().all()):
             check_padding(model, sampling.mask, input_ids.device)
     given = {**({} if memory_budget is None else {"memory_budget": memory_budget}), **(options or {})}
-    run = Run(model, input_ids, attention_mask, replace(sampling, seed=int(drawn)), given if compile else None)
+    run = Run(model, input_ids, attention_mask, replace(sampling, seed=int(drawn)), given, compile)
     history: list[Tensor] = []
     try:
         with _in_eval_mode(model), torch.no_grad(), dynamo_as_needed(), _bar(progress, run) as advance:

@@ -5,6 +5,7 @@ Without torch: the command line checks what it was given before it loads anythin
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 EOS_RULES = ("code", "logits", "confidence")
@@ -62,10 +63,10 @@ class Sampling:
             raise ValueError(f"gen_length must be at least 1, got {self.length}")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
-        if self.guidance < 0:
-            raise ValueError(f"cfg_scale must be at least 0, got {self.guidance}")
+        scales = {"temperature": self.temperature, "cfg_scale": self.guidance, "alg_temp": self.algorithm_temperature}
+        for name, scale in scales.items():
+            if scale is not None and not 0 <= scale < math.inf:
+                raise ValueError(f"{name} must be a number from 0, got {scale}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if self.top_k is not None and self.top_k < 1:

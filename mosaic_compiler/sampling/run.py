@@ -22,7 +22,8 @@ class Run:
     """One call of :func:`generate`: the ids so far, and how the next ones are made.
 
     Args:
-        options: of the backend; ``None``: run in eager PyTorch.
+        options: of the backend.
+        is_compiled: ``False``: run in eager PyTorch.
     """
 
     def __init__(
@@ -31,7 +32,8 @@ class Run:
         prompt: Tensor,
         attention_mask: Tensor | None,
         sampling: Sampling,
-        options: Mapping[str, Any] | None,
+        options: Mapping[str, Any],
+        is_compiled: bool,
     ) -> None:
         self.sampling = sampling
         batch, self.start = prompt.shape
@@ -43,7 +45,9 @@ class Run:
             self.real = torch.cat([attention_mask.bool().to(prompt.device), torch.ones_like(new, dtype=torch.bool)], 1)
         self.forwards = self._room = 0
         self._numbers = numbers_of(sampling)
-        self._proposer = Proposer(model, call_for(model, self.real is not None), rule_of(sampling), options)
+        self._proposer = Proposer(
+            model, call_for(model, self.real is not None), rule_of(sampling), options, is_compiled
+        )
 
     @property
     def plan(self) -> MemoryPlan | None:
