@@ -1,8 +1,8 @@
 """One line in the log for each compiled function: how many graphs it is, and what is not as one would want it.
 
 Where Dynamo cuts a function, it compiles the first part, runs it, and compiles the rest when it gets there, under a
-name that says what it is the rest of.  So the line is written when a graph of the function is compiled that ends without
-a cut (or, where nothing is left to compile behind the last cut, when the process ends).
+name that says what it is the rest of.  So the line is written when a graph of the function is compiled that ends
+without a cut (or, where nothing is left to compile behind the last cut, when the process ends).
 """
 
 from __future__ import annotations
