@@ -24,7 +24,7 @@ def test_random_programs_return_what_eager_pytorch_returns(first):
 
 @pytest.mark.fuse
 def test_random_programs_with_kernels():
-    assert [check(seed, fuse=True) for seed in (0, 2, 5)] == ["ok"] * 3
+    assert [check(seed, fuse=True) for seed in (0, 5, 7)] == ["ok"] * 3
 
 
 def test_a_program_says_what_it_is_made_from():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 
 import pytest
 import torch
@@ -81,7 +82,11 @@ def _own_modules(tmp_path_factory):
     import transformers.dynamic_module_utils as utils
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+            patch.delitem(sys.modules, name)  # of other tests' folders
+        folder = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr(utils, "HF_MODULES_CACHE", folder)
+        patch.syspath_prepend(folder)
         yield
 
 
