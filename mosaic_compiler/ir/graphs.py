@@ -136,6 +136,11 @@ def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
+def is_returned(node: fx.Node) -> bool:
+    """The graph returns it."""
+    return any(user.op == "output" for user in node.users)
+
+
 def remove_dead_code(graph: fx.Graph) -> None:
     """Erase nodes that nobody reads and that have no effect (random draws have one)."""
     for node in reversed(list(graph.nodes)):

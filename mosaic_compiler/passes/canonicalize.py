@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import sys
 from collections.abc import Callable, Sequence
@@ -15,8 +14,10 @@ from torch import fx
 from torch._ops import OpOverload
 
 from mosaic_compiler import ir
+from mosaic_compiler.passes.attention_spelling import drop_relayout, drop_true_mask, fold_repeated_heads
+from mosaic_compiler.passes.common_subexpressions import merge_common_subexpressions
 from mosaic_compiler.passes.constants import constant_of
-from mosaic_compiler.passes.rows import ATTENTIONS
+from mosaic_compiler.passes.rewriter import Rewriter
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -58,68 +59,17 @@ class CanonicalizePass:
 
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
         module = ir.copy_graph(module)
-        rewriter = _Rewriter(module)
+        rewriter = Rewriter(module)
         for node in list(module.graph.nodes):
             if node.op == "call_function" and isinstance(node.target, OpOverload):
                 for rule in _RULES:
                     if rule(rewriter, node):
                         break
-        _merge_common_subexpressions(module.graph)
+        merge_common_subexpressions(module.graph)
         ir.remove_dead_code(module.graph)
         module.graph.lint()
         module.recompile()
         return module
-
-
-class _Rewriter:
-    """The graph being rewritten, with the facts that the rules share."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        self.graph = module.graph
-        self.fake_mode = ir.fake_mode_of(module)
-        storage = ir.StorageMap(module.graph)
-        self._storage = storage
-        self._pinned = ir.escaping_roots(module.graph, storage) | ir.written_roots(module.graph, storage)
-        for node in module.graph.nodes:
-            if node.op == "call_function" and isinstance(node.target, OpOverload) and ir.reads_storage(node.target):
-                self._pinned.update(root for operand in node.all_input_nodes for root in storage.roots(operand) if root)
-
-    def may_share(self, node: fx.Node, source: fx.Node) -> bool:
-        """Whether ``node`` (a copy) may become ``source`` itself: neither escapes nor is written."""
-        return not self.is_pinned(node) and not self.is_pinned(source)
-
-    def is_pinned(self, node: fx.Node) -> bool:
-        """Its memory escapes, is written, or somebody counts from where it begins."""
-        return bool(set(self._storage.roots(node)) & self._pinned)
-
-    def replace(self, node: fx.Node, by: fx.Node) -> None:
-        if self.is_pinned(node):
-            self._pinned.update(root for root in self._storage.roots(by) if root is not None)
-        node.replace_all_uses_with(by, propagate_meta=False)
-        self.graph.erase_node(node)
-
-    def multiple(self, origin: fx.Node, size: Any, factor: int) -> Any:
-        """``size * factor`` as an argument."""
-        if not isinstance(size, fx.Node) or factor == 0:
-            return size * factor if not isinstance(size, fx.Node) else 0
-        if factor == 1:
-            return size
-        with self.graph.inserting_before(origin):
-            node = self.graph.call_function(operator.mul, (size, factor))
-        node.meta["val"] = ir.value_of(size) * factor
-        self._storage.add(node)
-        return node
-
-    def emit(self, origin: fx.Node, target: OpOverload, *args: Any, **kwargs: Any) -> fx.Node:
-        """A new node before ``origin`` with its provenance and fresh metadata."""
-        with self.graph.inserting_before(origin):
-            node = self.graph.call_function(target, args, kwargs)
-        node.meta = {k: v for k, v in origin.meta.items() if k in ("stack_trace", "nn_module_stack")}
-        fake_args, fake_kwargs = fx.node.map_arg((args, kwargs), ir.value_of)
-        with self.fake_mode:
-            node.meta["val"] = target(*fake_args, **fake_kwargs)
-        self._storage.add(node)
-        return node
 
 
 # ---------------------------------------------------------------------------------------- rules
@@ -131,7 +81,7 @@ _NOOP_VIEWS = frozenset(
 )  # fmt: skip
 
 
-def _drop_noop_view(rewriter: _Rewriter, node: fx.Node) -> bool:
+def _drop_noop_view(rewriter: Rewriter, node: fx.Node) -> bool:
     """``view(x, x.shape)``, ``x[:]``, ``detach(x)``: x itself."""
     if node.target not in _NOOP_VIEWS:
         return False
@@ -142,17 +92,13 @@ def _drop_noop_view(rewriter: _Rewriter, node: fx.Node) -> bool:
         return False
     if ir.expr_of(before.storage_offset()) != ir.expr_of(after.storage_offset()):
         return False
-    if _is_returned(node) and (_is_returned(source) or source.op in ("placeholder", "get_attr")):
+    if ir.is_returned(node) and (ir.is_returned(source) or source.op in ("placeholder", "get_attr")):
         return False  # callers get two tensors, and may resize one
     rewriter.replace(node, source)
     return True
 
 
-def _is_returned(node: fx.Node) -> bool:
-    return any(user.op == "output" for user in node.users)
-
-
-def _drop_noop_copy(rewriter: _Rewriter, node: fx.Node) -> bool:
+def _drop_noop_copy(rewriter: Rewriter, node: fx.Node) -> bool:
     """A copy with the same dtype and layout, when nobody could tell it from its source."""
     if node.target not in (aten.clone.default, aten._to_copy.default, prims.convert_element_type.default):
         return False
@@ -167,7 +113,7 @@ def _drop_noop_copy(rewriter: _Rewriter, node: fx.Node) -> bool:
     return True
 
 
-def _drop_add_zero(rewriter: _Rewriter, node: fx.Node) -> bool:
+def _drop_add_zero(rewriter: Rewriter, node: fx.Node) -> bool:
     """Integer ``x + 0``: x.  (Floating point keeps it: -0.0 + 0 is 0.0.)"""
     if node.target is not aten.add.Tensor or not isinstance(node.args[1], int) or node.args[1] != 0:
         return False
@@ -182,14 +128,14 @@ def _drop_add_zero(rewriter: _Rewriter, node: fx.Node) -> bool:
     return True
 
 
-def _spell_unsafe_view(rewriter: _Rewriter, node: fx.Node) -> bool:
+def _spell_unsafe_view(rewriter: Rewriter, node: fx.Node) -> bool:
     if node.target is not aten._unsafe_view.default:
         return False
     node.target = aten.view.default
     return True
 
 
-def _spell_convert(rewriter: _Rewriter, node: fx.Node) -> bool:
+def _spell_convert(rewriter: Rewriter, node: fx.Node) -> bool:
     if node.target is not prims.convert_element_type.default:
         return False
     source, dtype = node.args
@@ -197,7 +143,7 @@ def _spell_convert(rewriter: _Rewriter, node: fx.Node) -> bool:
     return True
 
 
-def _spell_squeeze(rewriter: _Rewriter, node: fx.Node) -> bool:
+def _spell_squeeze(rewriter: Rewriter, node: fx.Node) -> bool:
     """``squeeze`` of the dims that have size 1 for every length.  The others do not go where there is one row by
     chance: the last of a loop, say."""
     if node.target not in (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims):
@@ -217,7 +163,7 @@ def _spell_squeeze(rewriter: _Rewriter, node: fx.Node) -> bool:
     return not gone
 
 
-def _spell_as_strided(rewriter: _Rewriter, node: fx.Node) -> bool:
+def _spell_as_strided(rewriter: Rewriter, node: fx.Node) -> bool:
     """``as_strided`` of a view -> of what it is a view of: it counts from where the storage begins, and a loop that
     keeps the view would give it a storage of its own."""
     if not isinstance(node.target, OpOverload) or not ir.reads_storage(node.target):
@@ -244,7 +190,7 @@ def _spell_as_strided(rewriter: _Rewriter, node: fx.Node) -> bool:
     return True
 
 
-def _spell_scalar_product(rewriter: _Rewriter, node: fx.Node) -> bool:
+def _spell_scalar_product(rewriter: Rewriter, node: fx.Node) -> bool:
     """``mul.Scalar`` -> ``mul.Tensor``, which has an ``out=``."""
     if node.target is not aten.mul.Scalar:
         return False
@@ -252,7 +198,7 @@ def _spell_scalar_product(rewriter: _Rewriter, node: fx.Node) -> bool:
     return True
 
 
-def _spell_embedding(rewriter: _Rewriter, node: fx.Node) -> bool:
+def _spell_embedding(rewriter: Rewriter, node: fx.Node) -> bool:
     """``embedding(w, ids)`` -> ``index_select(w, 0, ids.view(-1)).view(*ids.shape, D)``: has an ``out=``."""
     if node.target is not aten.embedding.default:
         return False
@@ -277,7 +223,7 @@ def _spell_embedding(rewriter: _Rewriter, node: fx.Node) -> bool:
     return True
 
 
-def _size(rewriter: _Rewriter, origin: fx.Node, tensor: Any, dim: int) -> Any:
+def _size(rewriter: Rewriter, origin: fx.Node, tensor: Any, dim: int) -> Any:
     """A size as a graph argument: a plain int, or a ``sym_size`` node for a symbolic one."""
     value = ir.tensor_of(tensor)
     assert value is not None
@@ -285,7 +231,7 @@ def _size(rewriter: _Rewriter, origin: fx.Node, tensor: Any, dim: int) -> Any:
     return rewriter.emit(origin, aten.sym_size.int, tensor, dim) if ir.is_symbolic_number(size) else size
 
 
-def _spell_masked_select(rewriter: _Rewriter, node: fx.Node) -> bool:
+def _spell_masked_select(rewriter: Rewriter, node: fx.Node) -> bool:
     """``masked_select(x, m)`` with a mask of x's own shape -> ``x[m]``: one spelling for picking by a mask."""
     if node.target is not aten.masked_select.default:
         return False
@@ -301,7 +247,7 @@ def _spell_masked_select(rewriter: _Rewriter, node: fx.Node) -> bool:
     return True
 
 
-def _split_into_slices(rewriter: _Rewriter, node: fx.Node) -> bool:
+def _split_into_slices(rewriter: Rewriter, node: fx.Node) -> bool:
     """``split(x, size)[i]`` -> ``x[i * size : (i + 1) * size]``, ``unbind(x)[i]`` -> ``x[i]``: one spelling for parts
     of a tensor."""
     if not all(user.target is operator.getitem for user in node.users):
@@ -328,37 +274,7 @@ def _split_into_slices(rewriter: _Rewriter, node: fx.Node) -> bool:
     return True
 
 
-# (op, position of the mask argument)
-_MASKED_ATTENTION: dict[OpOverload, str] = {
-    aten._scaled_dot_product_flash_attention_for_cpu.default: "attn_mask",
-    aten._scaled_dot_product_efficient_attention.default: "attn_bias",
-    aten._scaled_dot_product_cudnn_attention.default: "attn_bias",
-}
-
-
-def _drop_true_mask(rewriter: _Rewriter, node: fx.Node) -> bool:
-    """An attention mask that is True (or, as a bias, 0) everywhere changes nothing."""
-    if not isinstance(node.target, OpOverload) or node.target not in _MASKED_ATTENTION:
-        return False
-    name = _MASKED_ATTENTION[node.target]
-    arguments = node.target._schema.arguments
-    position = next(i for i, a in enumerate(arguments) if a.name == name)
-    positional = position < len(node.args)
-    mask = node.args[position] if positional else node.kwargs.get(name)
-    if not isinstance(mask, fx.Node):
-        return False
-    value, tensor = constant_of(mask), ir.tensor_of(mask)
-    assert tensor is not None
-    if value is None or (value is not True if tensor.dtype == torch.bool else value != 0):
-        return False
-    if positional:
-        node.update_arg(position, None)
-    else:
-        node.update_kwarg(name, None)
-    return False  # other rules may still apply to this node
-
-
-def _drop_masked_nothing(rewriter: _Rewriter, node: fx.Node) -> bool:
+def _drop_masked_nothing(rewriter: Rewriter, node: fx.Node) -> bool:
     """``masked_fill`` with a mask that is False everywhere: its operand."""
     if node.target not in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
         return False
@@ -371,57 +287,7 @@ def _drop_masked_nothing(rewriter: _Rewriter, node: fx.Node) -> bool:
     return True
 
 
-_GROUPED_ATTENTION = frozenset(
-    {
-        aten._scaled_dot_product_flash_attention_for_cpu.default,
-        aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_cudnn_attention.default,
-    }
-)
-
-
-def _fold_repeated_heads(rewriter: _Rewriter, node: fx.Node) -> bool:
-    """``attention(q, repeat(k), repeat(v))`` -> ``attention(q, k, v)`` where the kernel groups heads."""
-    if node.target not in _GROUPED_ATTENTION:
-        return False
-    key, value = node.args[1], node.args[2]
-    assert isinstance(key, fx.Node)
-    assert isinstance(value, fx.Node)
-    short_key, short_value = _unrepeated(key), _unrepeated(value)
-    if short_key is None or short_value is None:
-        return False
-    shapes = [ir.tensor_of(short_key), ir.tensor_of(short_value)]
-    if shapes[0] is None or shapes[1] is None or shapes[0].shape[1] != shapes[1].shape[1]:
-        return False
-    node.update_arg(1, short_key)
-    node.update_arg(2, short_value)
-    return False
-
-
-def _unrepeated(node: fx.Node) -> fx.Node | None:
-    """k of ``view(clone(expand(unsqueeze(k, 2), [B, H, n, N, D])), [B, H * n, N, D])``, else ``None``."""
-    if node.target is not aten.view.default:
-        return None
-    spread = node.args[0]
-    if isinstance(spread, fx.Node) and spread.target is aten.clone.default:
-        spread = spread.args[0]
-    if not isinstance(spread, fx.Node) or spread.target is not aten.expand.default:
-        return None
-    unsqueeze = spread.args[0]
-    if not isinstance(unsqueeze, fx.Node) or unsqueeze.target is not aten.unsqueeze.default:
-        return None
-    source = unsqueeze.args[0]
-    if unsqueeze.args[1] not in (2, -3) or not isinstance(source, fx.Node):
-        return None
-    inner, wide, outer = ir.tensor_of(source), ir.tensor_of(spread), ir.tensor_of(node)
-    if inner is None or wide is None or outer is None or inner.dim() != 4 or outer.dim() != 4:
-        return None
-    same = [ir.expr_of(inner.shape[i]) == ir.expr_of(outer.shape[i]) for i in (0, 2, 3)]
-    heads = ir.expr_of(wide.shape[1]) == ir.expr_of(inner.shape[1])
-    return source if all(same) and heads else None
-
-
-def _spell_outer_product(rewriter: _Rewriter, node: fx.Node) -> bool:
+def _spell_outer_product(rewriter: Rewriter, node: fx.Node) -> bool:
     """``bmm`` over one element (rotary angles: frequencies x positions) -> ``mul``: the same products, without a
     sum, and with row i depending on position i only."""
     if node.target not in (aten.bmm.default, aten.mm.default):
@@ -435,7 +301,7 @@ def _spell_outer_product(rewriter: _Rewriter, node: fx.Node) -> bool:
     return True
 
 
-def _drop_empty_cat(rewriter: _Rewriter, node: fx.Node) -> bool:
+def _drop_empty_cat(rewriter: Rewriter, node: fx.Node) -> bool:
     """``cat([empty, x])``, as a key/value cache does it that has seen nothing: x in a dense layout."""
     if node.target is not aten.cat.default:
         return False
@@ -456,23 +322,7 @@ def _is_empty(node: fx.Node) -> bool:
     return any(ir.expr_of(size) == 0 for size in ir.only_tensor(node).shape)
 
 
-def _drop_relayout(rewriter: _Rewriter, node: fx.Node) -> bool:
-    """``attention(q, k.contiguous(), v.contiguous())``: the kernels read keys and values in any layout."""
-    if node.target not in ATTENTIONS:
-        return False
-    for position in (1, 2):
-        copy = node.args[position]
-        if not isinstance(copy, fx.Node) or copy.target is not aten.clone.default:
-            continue
-        source = copy.args[0]
-        assert isinstance(source, fx.Node)
-        before = ir.only_tensor(source)
-        if ir.expr_of(before.stride(-1)) == 1 and not rewriter.is_pinned(source):
-            node.update_arg(position, source)
-    return False
-
-
-_RULES: Sequence[Callable[[_Rewriter, fx.Node], bool]] = (
+_RULES: Sequence[Callable[[Rewriter, fx.Node], bool]] = (
     _drop_noop_view,
     _drop_noop_copy,
     _drop_add_zero,
@@ -485,43 +335,9 @@ _RULES: Sequence[Callable[[_Rewriter, fx.Node], bool]] = (
     _spell_masked_select,
     _split_into_slices,
     _drop_empty_cat,
-    _drop_true_mask,
+    drop_true_mask,
     _drop_masked_nothing,
-    _drop_relayout,
-    _fold_repeated_heads,
+    drop_relayout,
+    fold_repeated_heads,
     _spell_outer_product,
 )
-
-
-# ------------------------------------------------------------------------ common subexpressions
-def _hashable(value: Any) -> Any:
-    """A key that tells 1, 1.0, True, -0.0 and 0.0 apart; NaN equals itself."""
-    if isinstance(value, (list, tuple)):
-        return tuple(_hashable(item) for item in value)
-    if isinstance(value, dict):
-        return tuple((key, _hashable(value[key])) for key in sorted(value))
-    if isinstance(value, float):
-        return (float, value.hex() if math.isfinite(value) else repr(value))
-    if ir.is_symbolic_number(value):
-        return (type(value), ir.expr_of(value))
-    return (type(value), value)
-
-
-def _merge_common_subexpressions(graph: fx.Graph) -> None:
-    """Keep the first of equal pure nodes.  Escaping or written storage is left alone: callers may
-    write one of two returned tensors, and must not see it in the other."""
-    storage = ir.StorageMap(graph)
-    pinned = ir.escaping_roots(graph, storage) | ir.written_roots(graph, storage)
-    first: dict[Any, fx.Node] = {}
-    for node in list(graph.nodes):
-        if node.op != "call_function" or ir.has_effect(node):
-            continue
-        if not isinstance(node.target, OpOverload) and node.target is not operator.getitem:
-            continue
-        if any(root in pinned for root in storage.roots(node)) and not ir.is_view(node):
-            continue
-        key = (node.target, _hashable(node.args), _hashable(dict(node.kwargs)))
-        known = first.setdefault(key, node)
-        if known is not node and not (_is_returned(known) and _is_returned(node)):
-            node.replace_all_uses_with(known, propagate_meta=False)
-            graph.erase_node(node)
