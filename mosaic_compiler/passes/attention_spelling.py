@@ -1,4 +1,4 @@
-"""How ``canonicalize`` spells attention: no masks that hide nothing, no repeated heads, no copies of keys and values."""
+"""How ``canonicalize`` spells attention: no masks that hide nothing, repeated heads, or copies of keys and values."""
 
 from __future__ import annotations
 
