@@ -52,8 +52,8 @@ NOT_OURS = {
 """Operators (by ``formatted_name``) of which values are not compared, and why."""
 
 _UNPOOLED = (
-    "of channels-last operands it returns channels-last, where its fake kernel says contiguous: we return what the fake "
-    "kernel says (fallback undeclared-layout), because others read results by it"
+    "of channels-last operands it returns channels-last, where its fake kernel says contiguous: we return what the "
+    "fake kernel says (fallback undeclared-layout), because others read results by it"
 )
 
 OTHER_STRIDES = {"nn_functional_max_unpool2d": _UNPOOLED, "nn_functional_max_unpool2d_grad": _UNPOOLED}
