@@ -98,6 +98,7 @@ def test_rows_are_picked_in_front_of_the_head_of_every_model_that_breaks():
         first = generated(made, given, **LLADA)  # its first step finds out that there are several graphs
         again = generated(made, given, **LLADA)
         assert torch.equal(again.sequences, generated(made, given, compile=False, **LLADA).sequences)
+        assert "graph-break" in [fallback.name for fallback in first.fallbacks]
         wide = [[b.shape[0] for b in result.plan.buffers if b.shape[-1:] == (61,)] for result in (first, again)]
         assert max(wide[1]) <= 32, "logits for the masked rows only"
         assert max(wide[0]) == 56, "the plan with the highest peak is that of the first step"

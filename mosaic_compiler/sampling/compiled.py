@@ -58,7 +58,8 @@ class Proposer:
         self, model: nn.Module, call: ModelCall, rule: nn.Module, options: Mapping[str, Any], is_compiled: bool
     ) -> None:
         self.plan: MemoryPlan | None = None
-        self._fallbacks: dict[tuple[str, str], Fallback] = {}
+        self._said: dict[str, Fallback] = {}
+        self._ran: dict[int, CompiledStep] = {}
         self._model, self._call, self._rule = model, call, rule
         given = dict(options)
         self._budget = parse_budget(given.pop("memory_budget", None))
@@ -78,7 +79,8 @@ class Proposer:
 
     @property
     def fallbacks(self) -> tuple[Fallback, ...]:
-        return tuple(self._fallbacks.values())
+        found = [fallback for step in self._ran.values() for fallback in step.fallbacks]
+        return tuple(dict.fromkeys((*found, *self._said.values())))
 
     def __call__(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         """Propose; see :meth:`Proposal.forward`.
@@ -96,13 +98,14 @@ class Proposer:
         picked = compiled.picked
         with running(ran.append), within_budget(self._budget), picked or nullcontext():
             result: tuple[Tensor, Tensor] = compiled.function(*arguments)
-        for step in ran:
+        graphs = {id(step): step for step in ran}
+        self._ran.update(graphs)
+        for step in graphs.values():
             if step.plan is not None and (self.plan is None or step.plan.peak > self.plan.peak):
                 self.plan = step.plan
-            self._fallbacks.update(((fallback.name, fallback.node), fallback) for fallback in step.fallbacks)
         if not ran:
             self._say(_EAGER)
-        elif picked is None and len(set(map(id, ran))) > 1:
+        elif picked is None and len(graphs) > 1:
             self._pick_in_front_of_the_head(compiled)
         return result
 
@@ -125,9 +128,8 @@ class Proposer:
         """Name a fallback, once; in strict mode it is an error."""
         if self._strict:
             raise FallbackError(f"strict mode: {fallback.name}: {fallback.reason}")
-        key = fallback.name, fallback.node
-        if key not in self._fallbacks:
-            self._fallbacks[key] = fallback
+        if fallback.name not in self._said:
+            self._said[fallback.name] = fallback
             logger.warning("mosaic: %s: %s", fallback.name, fallback.reason)
             warnings.warn(fallback.reason, stacklevel=4)
 
