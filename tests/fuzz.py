@@ -32,6 +32,7 @@ from mosaic_compiler.true_masks import drop_true_masks
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fuzz_lines import MADE, MASKS, SQUARES, WHOLE, WRITES
+from undeclared import define
 
 WIDTH = 4
 LENGTHS = (6, 9)
@@ -53,10 +54,7 @@ def _define() -> None:
         "sometimes(Tensor x) -> Tensor": (lambda x: x if float(x.sum()) > 0 else x.clone(), torch.empty_like),
     }
     for schema, (real, fake) in ops.items():
-        name = schema.partition("(")[0]
-        library.define(schema)
-        library.impl(name, real, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fuzz::{name}", fake, lib=library)
+        define(library, schema, real, fake)
 
 
 _define()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from undeclared import define
 
 import mosaic_compiler
 from mosaic_compiler.errors import CaptureError
@@ -12,34 +13,31 @@ library = torch.library.Library("watched", "FRAGMENT")
 saved: list[torch.Tensor] = []
 
 
-def define(schema, real, fake):
-    name = schema.partition("(")[0]
-    library.define(schema)
-    library.impl(name, real, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"watched::{name}", fake, lib=library)
-
-
 def _saves(x):
     saved.append(x)
     return x.clone()
 
 
-define("same(Tensor x) -> Tensor", lambda x: x, torch.empty_like)
-define("view(Tensor x) -> Tensor", lambda x: x[1:], lambda x: torch.empty_like(x[1:]))
+define(library, "same(Tensor x) -> Tensor", lambda x: x, torch.empty_like)
+define(library, "view(Tensor x) -> Tensor", lambda x: x[1:], lambda x: torch.empty_like(x[1:]))
 define(
+    library,
     "twice(Tensor x) -> (Tensor, Tensor)",
     lambda x: (y := x + 1, y.view_as(y)),
     lambda x: (torch.empty_like(x), torch.empty_like(x)),
 )
-define("in_two(Tensor[] x) -> Tensor[]", lambda x: [x[0], x[1] * 2], lambda x: [torch.empty_like(t) for t in x])
-define("if_positive(Tensor x) -> Tensor", lambda x: x if float(x.sum()) > 0 else x.clone(), torch.empty_like)
-define("dense(Tensor x) -> Tensor", lambda x: (x * 2).contiguous(), torch.empty_like)
-define("saves(Tensor x) -> Tensor", _saves, torch.empty_like)
-
-define("flat(Tensor x) -> Tensor", lambda x: (x * 2).flatten(), torch.empty_like)
-
-define("negated(Tensor x) -> Tensor", lambda x: torch._neg_view(x * 2), torch.empty_like)
 define(
+    library, "in_two(Tensor[] x) -> Tensor[]", lambda x: [x[0], x[1] * 2], lambda x: [torch.empty_like(t) for t in x]
+)
+define(library, "if_positive(Tensor x) -> Tensor", lambda x: x if float(x.sum()) > 0 else x.clone(), torch.empty_like)
+define(library, "dense(Tensor x) -> Tensor", lambda x: (x * 2).contiguous(), torch.empty_like)
+define(library, "saves(Tensor x) -> Tensor", _saves, torch.empty_like)
+
+define(library, "flat(Tensor x) -> Tensor", lambda x: (x * 2).flatten(), torch.empty_like)
+
+define(library, "negated(Tensor x) -> Tensor", lambda x: torch._neg_view(x * 2), torch.empty_like)
+define(
+    library,
     "nested(Tensor x) -> (Tensor, Tensor[])",
     lambda x: (x * 2, [x + 1, x + 2]),
     lambda x: (torch.empty_like(x), [torch.empty_like(x), torch.empty_like(x)]),
