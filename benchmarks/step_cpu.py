@@ -19,9 +19,9 @@ from rich.table import Table
 
 from benchmarks.common import interleaved, write
 from mosaic_compiler.backend import observing
+from mosaic_compiler.book import Call
 from mosaic_compiler.planning import make_plan
 from mosaic_compiler.planning.budget import format_bytes
-from mosaic_compiler.planning.forms import Call
 from mosaic_compiler.report.measure import measure
 from mosaic_compiler.runtime.instructions import bound_call
 from mosaic_compiler.runtime.program import Program

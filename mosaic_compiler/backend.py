@@ -21,13 +21,12 @@ from mosaic_compiler import graph_log
 from mosaic_compiler.capture import forget_floats, specialize_floats
 from mosaic_compiler.dump import GraphDump
 from mosaic_compiler.errors import GradientError
-from mosaic_compiler.ir import fake_mode_of
+from mosaic_compiler.ir import fake_mode_of, main_device_of
 from mosaic_compiler.kernels.fused import start_workers
 from mosaic_compiler.methods import watch_methods
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.needed_rows import STATIC, settle_sizes
 from mosaic_compiler.passes.pipeline import PassRecord, passes_for, run_passes, without_loops
-from mosaic_compiler.planning.forms import main_device_of
 from mosaic_compiler.runtime.sparse import page_bytes
 from mosaic_compiler.runtime.step import CompiledStep
 from mosaic_compiler.settings import read_settings

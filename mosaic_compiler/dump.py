@@ -20,8 +20,8 @@ import torch
 from torch import fx
 
 from mosaic_compiler import ir
-from mosaic_compiler.clusters import Cluster, cluster_of
-from mosaic_compiler.loops import ChunkLoop, loop_of
+from mosaic_compiler.ir.clusters import Cluster, cluster_of
+from mosaic_compiler.ir.loops import ChunkLoop, loop_of
 from mosaic_compiler.passes.pipeline import PassRecord
 from mosaic_compiler.planning.plan import Fallback, MemoryPlan
 
@@ -156,8 +156,8 @@ def _indented(code: str) -> str:
 _IMPORTS = """
 import sympy  # noqa: F401
 
-from mosaic_compiler.clusters import Cluster  # noqa: F401
-from mosaic_compiler.loops import ChunkLoop, LoopOutput, Scatter  # noqa: F401
+from mosaic_compiler.ir.clusters import Cluster  # noqa: F401
+from mosaic_compiler.ir.loops import ChunkLoop, LoopOutput, Scatter  # noqa: F401
 """
 
 

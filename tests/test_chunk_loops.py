@@ -10,12 +10,12 @@ from toy_models import Toy, ids, toys
 
 from mosaic_compiler import ir
 from mosaic_compiler.backend import compile_aten
+from mosaic_compiler.book import FLAT
 from mosaic_compiler.errors import BudgetError, InvariantError
-from mosaic_compiler.loops import ChunkLoop, loop_of
+from mosaic_compiler.ir.loops import ChunkLoop, loop_of
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes import CanonicalizePass, run_passes, trace
 from mosaic_compiler.passes.labels import Edge, find_labels
-from mosaic_compiler.passes.rows import FLAT
 from mosaic_compiler.planning.chunks import candidates
 from mosaic_compiler.planning.lives import Sizes
 
@@ -421,8 +421,8 @@ def test_two_streams_are_overwritten_by_one_loop(chunk):
 
 
 def test_a_size_that_cannot_be_computed_leaves_the_graph_without_loops_and_is_named(monkeypatch):
+    from mosaic_compiler.ir.sizes import UnreadableSizeError
     from mosaic_compiler.passes import chunk_loops
-    from mosaic_compiler.passes.sizes import UnreadableSizeError
 
     def unreadable(self, expr):
         raise UnreadableSizeError(str(expr))

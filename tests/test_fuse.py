@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import mosaic_compiler
 from mosaic_compiler.backend import compile_aten, observing
-from mosaic_compiler.clusters import clusters_in
 from mosaic_compiler.errors import ArenaError, FallbackError
+from mosaic_compiler.ir.clusters import clusters_in
 from mosaic_compiler.kernels import fused
 from mosaic_compiler.kernels.coordinates import Coordinates
 from mosaic_compiler.options import MosaicOptions

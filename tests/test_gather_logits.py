@@ -44,7 +44,7 @@ for change in bad:
 
 # the pass, on a toy head: the kernel runs inside of the planned step
 from mosaic_compiler.backend import compile_aten
-from mosaic_compiler.kernels import ops
+from mosaic_compiler.ir import ops
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes import CanonicalizePass, RowDemandPass, trace
 from mosaic_compiler.passes.gather_logits import GatherLogitsPass

@@ -1,4 +1,4 @@
-"""``out=`` overloads and in-place twins are used only where they are the functional op (``planning/trusted_out.py``).
+"""``out=`` overloads and in-place twins are used only where they are the functional op (``book/trusted.py``).
 
 PyTorch's own samples run under a mode that sees every operator below them, and calls the form that a plan would use
 into memory that holds NaN: the result has to be the functional op's, bit for bit, in the place that it was given.
@@ -14,8 +14,8 @@ from torch._ops import OpOverload
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mosaic_compiler.planning.forms import inplace_twin, native_out
-from mosaic_compiler.planning.trusted_out import listed
+from mosaic_compiler.book import inplace_twin, native_out
+from mosaic_compiler.book import trusted as listed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.float64, torch.uint8)
 NAMES = {info.name for info in op_db}

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod
 
 from mosaic_compiler.backend import compile_aten, observing
+from mosaic_compiler.ir.sizes import is_readable, parts_of
 from mosaic_compiler.ir.values import exact
+from mosaic_compiler.lowering.lifetimes import find_lives
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes import trace
-from mosaic_compiler.passes.sizes import is_readable, parts_of
-from mosaic_compiler.planning.lifetimes import find_lives
 from mosaic_compiler.planning.lives import Sizes
 
 shapes = st.tuples(st.integers(2, 9), st.integers(2, 7).map(lambda half: 2 * half))

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mosaic_compiler
+from mosaic_compiler.lowering.lifetimes import find_lives
 from mosaic_compiler.passes import trace
 from mosaic_compiler.passes.reorder import ReorderPass
 from mosaic_compiler.passes.verifier import Verifier
-from mosaic_compiler.planning.lifetimes import find_lives
 from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.planning.plan import lower_bound
 

@@ -14,17 +14,19 @@ from hypothesis import strategies as st
 import mosaic_compiler
 from mosaic_compiler import ir
 from mosaic_compiler.backend import compile_aten, observing
+from mosaic_compiler.book import STANDARD
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes import CanonicalizePass, run_passes, trace
 from mosaic_compiler.passes.demand import analyse
 from mosaic_compiler.passes.row_demand import RowDemandPass
-from mosaic_compiler.passes.rows import MATMULS
 from mosaic_compiler.planning.outline import capacity
 from mosaic_compiler.sampling import DenoisingStep, block_window
 
 MASK = 3
 VOCABULARY = 9
 aten = torch.ops.aten
+
+MATMULS = {op for op, known in STANDARD if known.family == "matmul"}
 
 
 # ----------------------------------------------------------------------------- random toy heads

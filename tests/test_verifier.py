@@ -13,7 +13,7 @@ from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.errors import InvariantError
-from mosaic_compiler.loops import ChunkLoop, loop_of
+from mosaic_compiler.ir.loops import ChunkLoop, loop_of
 from mosaic_compiler.passes import run_passes, trace
 from mosaic_compiler.passes.pipeline import passes_for
 from mosaic_compiler.passes.verifier import INVARIANTS

@@ -12,6 +12,8 @@ import torch
 from torch import fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
+from mosaic_compiler.ir import ops
+from mosaic_compiler.ir.loops import loop_of
 from mosaic_compiler.ir.operators import has_effect
 from mosaic_compiler.ir.values import (
     argument_value,
@@ -22,8 +24,6 @@ from mosaic_compiler.ir.values import (
     tensors_of,
     value_of,
 )
-from mosaic_compiler.kernels import ops
-from mosaic_compiler.loops import loop_of
 
 BINDS = "binds_rows"
 """Metadata key: the symbol for this node's number, or for its result's first size, known once the node has run."""
@@ -152,3 +152,13 @@ def fake_mode_of(module: fx.GraphModule) -> Any:
     """The FakeTensorMode under which the graph's metadata was made, or ``None``."""
     values = [v for node in module.graph.nodes for v in tensors_of(node) if v is not None]
     return torch._guards.detect_fake_mode(values)
+
+
+def main_device_of(module: fx.GraphModule) -> torch.device:
+    """The device that holds most tensors of the graph (a lone CPU scalar does not count)."""
+    counts: dict[torch.device, int] = {}
+    for node in module.graph.nodes:
+        for tensor in tensors_of(node):
+            if tensor is not None and tensor.dim() > 0:
+                counts[tensor.device] = counts.get(tensor.device, 0) + 1
+    return max(counts, key=lambda d: counts[d]) if counts else torch.device("cpu")

@@ -9,9 +9,9 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from mosaic_compiler.clusters import cluster_of
-from mosaic_compiler.kernels import ops
-from mosaic_compiler.loops import loop_of
+from mosaic_compiler.ir import ops
+from mosaic_compiler.ir.clusters import cluster_of
+from mosaic_compiler.ir.loops import loop_of
 
 
 def is_random(node: fx.Node) -> bool:
@@ -35,15 +35,13 @@ def argument(node: fx.Node, name: str) -> Any:
     return None
 
 
-def is_pointwise(node: fx.Node) -> bool:
-    """Output element i depends on element i of each (broadcast) operand only."""
-    return isinstance(node.target, OpOverload) and _is_pointwise_packet(node.target)
-
-
 @functools.cache
-def _is_pointwise_packet(op: OpOverload) -> bool:
-    """Only some overloads of an op carry the tag: ``mul.Tensor`` does, ``mul.out`` does not.  Those with the same
-    arguments count too; ``max.dim`` is not ``max.other``."""
+def is_pointwise(op: OpOverload) -> bool:
+    """By its tag: output element i depends on element i of each (broadcast) operand only.
+
+    Only some overloads of an op carry the tag: ``mul.Tensor`` does, ``mul.out`` does not.  Those with the same
+    arguments count too; ``max.dim`` is not ``max.other``.
+    """
     names = [argument.name for argument in op._schema.arguments if not argument.is_out]
     return any(
         torch.Tag.pointwise in overload.tags

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
 from torch._dynamo.source import ConstantSource
-from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from mosaic_compiler import ir
-from mosaic_compiler.clusters import Cluster
+from mosaic_compiler import book, ir
 from mosaic_compiler.errors import ArenaError
+from mosaic_compiler.ir.clusters import Cluster
 from mosaic_compiler.kernels.coordinates import Coordinates, Read
 
 _HINT = {"cuda": 4096, "cpu": 512}
@@ -29,9 +28,6 @@ _HINT = {"cuda": 4096, "cpu": 512}
 _WIDE_ROW = 1 << 16
 """Elements per row (a vocabulary) from which a GPU's kernel has 64-bit indices from the start: one compilation for all
 lengths, at the same speed (a softmax over 8,192 x 152,064 took 12.2 ms on an H100 either way)."""
-
-MOST_ADDED = 8
-"""Elements that a kernel adds one by one, wherever they lie."""
 
 
 class ClusterForm:
@@ -229,18 +225,6 @@ class ClusterForm:
         return run
 
 
-def is_small_sum(node: fx.Node) -> bool:
-    """A sum over a dim of few elements, other than the last one: kernels add them one by one, as a pointwise op."""
-    if node.target is not _aten.sum.dim_IntList:
-        return False
-    source, dims = ir.only_tensor(node.all_input_nodes[0]), node.args[1]
-    if not isinstance(dims, Sequence) or len(dims) != 1 or not isinstance(dims[0], int):
-        return False
-    dim = dims[0] % max(source.dim(), 1)
-    size = ir.expr_of(source.shape[dim]) if source.dim() else sympy.Integer(0)
-    return dim != source.dim() - 1 and bool(size.is_Integer) and 1 < int(size) <= MOST_ADDED
-
-
 def span(shape: Sequence[Any], strides: Sequence[Any]) -> Any:
     """Elements from the first to the last one in memory, of a tensor that has some."""
     return 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
@@ -287,25 +271,14 @@ def scratch_bytes(cluster: Cluster) -> sympy.Expr:
     """What a cluster's kernel may allocate while it runs: some numbers per row for each of its reductions."""
     total: sympy.Expr = sympy.Integer(0)
     for node in cluster.body.graph.nodes:
-        if is_small_sum(node):
-            continue
-        if isinstance(node.target, OpOverload) and (factor := _SCRATCH.get(node.target)) is not None:
+        known = book.entry(node)
+        if known.fused_scratch and not book.is_small_sum(node):
             tensor = ir.only_tensor(node)
             elements = sympy.prod([ir.expr_of(size) for size in tensor.shape])
-            if factor < 0:  # results as large as the operand: per row of it
-                elements, factor = elements / ir.expr_of(tensor.shape[-1]), -factor
-            total += factor * elements
+            if known.family == "norm":  # results as large as the operand: per row of it
+                elements /= ir.expr_of(tensor.shape[-1])
+            total += known.fused_scratch * elements
     return sympy.expand(total)
-
-
-_aten = torch.ops.aten
-
-_SCRATCH: Mapping[OpOverload, int] = {
-    _aten.mean.dim: 8, _aten.sum.dim_IntList: 8, _aten.amax.default: 8, _aten.amin.default: 8,
-    _aten.argmax.default: 8, _aten.argmin.default: 8, _aten.any.dim: 1, _aten.all.dim: 1,
-    _aten._softmax.default: -16, _aten._log_softmax.default: -16,
-}  # fmt: skip
-"""Bytes per row and reduction, of the results that Inductor keeps in memory."""
 
 
 class _Position:

@@ -24,8 +24,9 @@ import torch
 from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mosaic_compiler.clusters import Cluster
-from mosaic_compiler.kernels.cluster_form import MOST_ADDED, ClusterForm, scratch_bytes, span
+from mosaic_compiler.book import MOST_ADDED
+from mosaic_compiler.ir.clusters import Cluster
+from mosaic_compiler.kernels.cluster_form import ClusterForm, scratch_bytes, span
 
 _WIDE_HINT = 1 << 26
 _WIDE = (1 << 31) - 1

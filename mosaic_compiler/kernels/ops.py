@@ -1,89 +1,83 @@
-"""Operators of our own, so that graphs which use them still run under plain PyTorch.
-
-``mosaic::gather_logits``     hidden[index] @ weight.T in one kernel
-``mosaic::head_statistics``   max, argmax, sums of exponentials of a head's logits, tile by tile
-``mosaic::scatter_rows``      zeros with some rows put in
-``mosaic::touched_pages``     how many pages of memory these rows lie in
-"""
+"""The operators of ``ir/ops.py``: what runs where a graph is called as it is, and their entries in the book."""
 
 from __future__ import annotations
 
-from typing import Any
+import sympy
+from torch import Tensor, fx
 
-import torch
-from torch import Tensor
-
-from mosaic_compiler.kernels import gather_logits as _kernel
+from mosaic_compiler import ir
+from mosaic_compiler.book import STANDARD, Call, Emit, Op
+from mosaic_compiler.ir import ops
+from mosaic_compiler.ir.ops import LIBRARY, Statistics, empty_logits, empty_statistics
+from mosaic_compiler.kernels.gather_logits import gather_logits_triton
 from mosaic_compiler.kernels.head_statistics import head_statistics_
 from mosaic_compiler.kernels.scatter_rows import count_pages, scatter_rows_reference
 
 
-@torch.library.custom_op("mosaic::gather_logits", mutates_args=())
 def _gather_logits(hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    out = hidden.new_empty(index.shape[0], weight.shape[0])
-    return _kernel.gather_logits_triton(hidden, index, weight, out)
+    return gather_logits_triton(hidden, index, weight, empty_logits(hidden, index, weight))
 
 
-@_gather_logits.register_fake
-def _(hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    return hidden.new_empty(index.shape[0], weight.shape[0])
-
-
-@torch.library.custom_op("mosaic::head_statistics", mutates_args=())
 def _head_statistics(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, steps: str, tile: int, top: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    results = _empty_results(hidden, steps, top)
+) -> Statistics:
+    results: Statistics = empty_statistics(hidden, weight, bias, steps, tile, top)
     head_statistics_(results, hidden, weight, bias, steps, tile)
     return results
 
 
-@_head_statistics.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, steps: str, tile: int, top: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _empty_results(hidden, steps, top)
-
-
-def _empty_results(hidden: Tensor, steps: str, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows = hidden.shape[0]
-    dtype = hidden.dtype
-    for step in filter(None, steps.split(",")):
-        name, _, value = step.partition(":")
-        dtype = getattr(torch, value) if name == "to" else dtype
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return (
-        hidden.new_empty(rows, dtype=dtype),
-        hidden.new_empty(rows, dtype=torch.int64),
-        hidden.new_empty(rows, dtype=wide),
-        hidden.new_empty(rows, dtype=wide),
-        hidden.new_empty((rows, top), dtype=dtype),
-        hidden.new_empty((rows, top), dtype=torch.int64),
-    )
-
-
-@torch.library.custom_op("mosaic::scatter_rows", mutates_args=())
 def _scatter_rows(rows: Tensor, index: Tensor, total: int, pages: int, page: int) -> Tensor:
     return scatter_rows_reference(rows, index, total)
 
 
-@_scatter_rows.register_fake
-def _(rows: Tensor, index: Tensor, total: int, pages: int, page: int) -> Tensor:
-    return rows.new_empty((total, *rows.shape[1:]))
-
-
-@torch.library.custom_op("mosaic::touched_pages", mutates_args=())
 def _touched_pages(index: Tensor, total: int, row_bytes: int, page: int) -> int:
     return count_pages(index, row_bytes, page)
 
 
-@_touched_pages.register_fake
-def _(index: Tensor, total: int, row_bytes: int, page: int) -> int:
-    size: Any = torch.library.get_ctx().new_dynamic_size()
-    return size  # type: ignore[no-any-return]
+for _name, _kernel in {
+    "gather_logits": _gather_logits,
+    "head_statistics": _head_statistics,
+    "scatter_rows": _scatter_rows,
+    "touched_pages": _touched_pages,
+}.items():
+    LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
 
 
-gather_logits = torch.ops.mosaic.gather_logits.default
-head_statistics = torch.ops.mosaic.head_statistics.default
-scatter_rows = torch.ops.mosaic.scatter_rows.default
-touched_pages = torch.ops.mosaic.touched_pages.default
+def _write_gather_logits(node: fx.Node) -> Emit:
+    return lambda outs, args, kwargs: [Call(gather_logits_triton, (*args, outs[0]))]
+
+
+def _write_head_statistics(node: fx.Node) -> Emit:
+    return lambda outs, args, kwargs: [Call(head_statistics_, (list(outs), *args[:5]))]
+
+
+def _write_scatter_rows(node: fx.Node) -> Emit:
+    return lambda outs, args, kwargs: [Call(Tensor.index_copy_, (outs[0], 0, args[1], args[0]))]
+
+
+def _scratch_of_head_statistics(node: fx.Node) -> sympy.Expr:
+    """kernels/head_statistics.py: a tile of the product, of each step behind it, of the exponentials and of
+    one temporary, and vectors."""
+    hidden, total = node.args[0], ir.tensors_of(node)[2]
+    assert isinstance(hidden, fx.Node)
+    assert total is not None
+    tensor, tile, top = ir.tensor_of(hidden), node.args[4], node.args[5]
+    assert tensor is not None
+    assert isinstance(tile, int)
+    assert isinstance(top, int)
+    steps = node.args[3]
+    assert isinstance(steps, str)
+    wide = 8 if "to:float64" in steps else total.dtype.itemsize
+    tiles = tensor.dtype.itemsize + (2 + len(steps.split(","))) * wide
+    return ir.expr_of(tensor.shape[0]) * (tiles * tile + 16 * wide + 80 * (top + 1))
+
+
+STANDARD.teach(
+    {
+        ops.gather_logits: Op("head", write=_write_gather_logits, is_heavy=True),
+        ops.head_statistics: Op(
+            "head", write=_write_head_statistics, scratch=_scratch_of_head_statistics, is_heavy=True
+        ),
+        ops.scatter_rows: Op("write", write=_write_scatter_rows),
+    }
+)

@@ -6,27 +6,19 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from mosaic_compiler import ir
+from mosaic_compiler import book, ir
 from mosaic_compiler.passes.constants import constant_of
 from mosaic_compiler.passes.rewriter import Rewriter
-from mosaic_compiler.passes.rows import ATTENTIONS
 
 aten = torch.ops.aten
 
 
-# (op, position of the mask argument)
-_MASKED_ATTENTION: dict[OpOverload, str] = {
-    aten._scaled_dot_product_flash_attention_for_cpu.default: "attn_mask",
-    aten._scaled_dot_product_efficient_attention.default: "attn_bias",
-    aten._scaled_dot_product_cudnn_attention.default: "attn_bias",
-}
-
-
 def drop_true_mask(rewriter: Rewriter, node: fx.Node) -> bool:
     """An attention mask that is True (or, as a bias, 0) everywhere changes nothing."""
-    if not isinstance(node.target, OpOverload) or node.target not in _MASKED_ATTENTION:
+    name = book.entry(node).mask
+    if name is None:
         return False
-    name = _MASKED_ATTENTION[node.target]
+    assert isinstance(node.target, OpOverload)
     arguments = node.target._schema.arguments
     position = next(i for i, a in enumerate(arguments) if a.name == name)
     positional = position < len(node.args)
@@ -44,18 +36,9 @@ def drop_true_mask(rewriter: Rewriter, node: fx.Node) -> bool:
     return False  # other rules may still apply to this node
 
 
-_GROUPED_ATTENTION = frozenset(
-    {
-        aten._scaled_dot_product_flash_attention_for_cpu.default,
-        aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_cudnn_attention.default,
-    }
-)
-
-
 def fold_repeated_heads(rewriter: Rewriter, node: fx.Node) -> bool:
     """``attention(q, repeat(k), repeat(v))`` -> ``attention(q, k, v)`` where the kernel groups heads."""
-    if node.target not in _GROUPED_ATTENTION:
+    if not book.entry(node).groups_heads:
         return False
     key, value = node.args[1], node.args[2]
     assert isinstance(key, fx.Node)
@@ -96,7 +79,7 @@ def _unrepeated(node: fx.Node) -> fx.Node | None:
 
 def drop_relayout(rewriter: Rewriter, node: fx.Node) -> bool:
     """``attention(q, k.contiguous(), v.contiguous())``: the kernels read keys and values in any layout."""
-    if node.target not in ATTENTIONS:
+    if not book.is_attention(node):
         return False
     for position in (1, 2):
         copy = node.args[position]

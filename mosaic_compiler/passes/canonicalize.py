@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from mosaic_compiler import ir
+from mosaic_compiler import book, ir
 from mosaic_compiler.passes.attention_spelling import drop_relayout, drop_true_mask, fold_repeated_heads
 from mosaic_compiler.passes.common_subexpressions import merge_common_subexpressions
 from mosaic_compiler.passes.constants import constant_of
@@ -73,17 +73,9 @@ class CanonicalizePass:
 
 
 # ---------------------------------------------------------------------------------------- rules
-_NOOP_VIEWS = frozenset(
-    {
-        aten.view.default, aten._unsafe_view.default, aten.slice.Tensor, aten.expand.default, aten.alias.default,
-        aten.detach.default, aten.permute.default, aten.squeeze.dims, aten.as_strided.default,
-    }
-)  # fmt: skip
-
-
 def _drop_noop_view(rewriter: Rewriter, node: fx.Node) -> bool:
     """``view(x, x.shape)``, ``x[:]``, ``detach(x)``: x itself."""
-    if node.target not in _NOOP_VIEWS:
+    if not ir.is_view(node) or ir.tensor_of(node) is None:
         return False
     source = node.args[0]
     assert isinstance(source, fx.Node)
@@ -100,7 +92,7 @@ def _drop_noop_view(rewriter: Rewriter, node: fx.Node) -> bool:
 
 def _drop_noop_copy(rewriter: Rewriter, node: fx.Node) -> bool:
     """A copy with the same dtype and layout, when nobody could tell it from its source."""
-    if node.target not in (aten.clone.default, aten._to_copy.default, prims.convert_element_type.default):
+    if not book.is_copy(node):
         return False
     source = node.args[0]
     assert isinstance(source, fx.Node)

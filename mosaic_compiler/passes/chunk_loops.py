@@ -10,13 +10,13 @@ import torch
 from torch import fx
 
 from mosaic_compiler import ir
-from mosaic_compiler.loops import ChunkLoop
+from mosaic_compiler.book import FLAT
+from mosaic_compiler.ir.emitter import Emitter
+from mosaic_compiler.ir.loops import ChunkLoop
+from mosaic_compiler.ir.sizes import UnreadableSizeError, size_sources
 from mosaic_compiler.passes.labels import Labels, find_labels
 from mosaic_compiler.passes.loop_bodies import BodyFactory
 from mosaic_compiler.passes.regions import Operand, Region, Regions, contents_of, find_regions
-from mosaic_compiler.passes.rows import FLAT
-from mosaic_compiler.passes.selectors import Emitter
-from mosaic_compiler.passes.sizes import UnreadableSizeError, size_sources
 
 aten = torch.ops.aten
 
@@ -27,7 +27,7 @@ class ChunkLoopsPass:
 
     ``passes/labels.py`` finds out which values have rows and which edges need just the same rows,
     ``passes/regions.py`` decides what is materialised and which loop computes it, ``passes/loop_bodies.py``
-    builds the bodies.  Each loop is a submodule with a symbolic chunk size (``mosaic_compiler/loops.py``); run
+    builds the bodies.  Each loop is a submodule with a symbolic chunk size (``mosaic_compiler/ir/loops.py``); run
     with all rows in one chunk it does what the graph did before, plus the cheap values it computes again.
 
     Requires: a canonical graph without writes inside (``in-place`` comes later).

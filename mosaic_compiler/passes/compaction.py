@@ -17,14 +17,14 @@ import sympy
 import torch
 from torch import fx
 
-from mosaic_compiler import ir
-from mosaic_compiler.passes import rows
+from mosaic_compiler import book, ir
+from mosaic_compiler.book import FLAT, Layout, Space, rows
+from mosaic_compiler.ir.emitter import Emitter
+from mosaic_compiler.ir.sizes import size_sources
 from mosaic_compiler.passes.constants import constant_of
-from mosaic_compiler.passes.demand import Demand, Demands, Segment, choices_of
+from mosaic_compiler.passes.demand import Demand, Demands, Segment, can_resize, choices_of
 from mosaic_compiler.passes.moves import moved_dims
-from mosaic_compiler.passes.rows import DEAR, FLAT, Layout, Space
-from mosaic_compiler.passes.selectors import Emitter, Selectors
-from mosaic_compiler.passes.sizes import SHAPED, can_resize, size_sources
+from mosaic_compiler.passes.selectors import Selectors
 
 aten = torch.ops.aten
 
@@ -106,8 +106,8 @@ class Compactor(Emitter):
         kwargs = fx.node.map_arg(dict(node.kwargs), replace)
         if node.target is aten.view.default:
             return self.emit(aten.reshape.default, args[0], self._compact_shape(node, layout, segments, space))
-        if node.target in SHAPED:
-            position = 0 if node.target is aten.full.default else 1
+        position = book.entry(node).shape_at
+        if position is not None:
             shape = self._compact_shape(node, layout, segments, space)
             args = (*args[:position], shape, *args[position + 1 :])
         return self.emit(node.target, *args, **kwargs)
@@ -315,7 +315,7 @@ def computed_again(
         if graph.has_edge(("in", node, wanted), ("out", node, wanted)):
             continue
         graph.add_edge(("in", node, wanted), ("out", node, wanted), capacity=rows.row_bytes(node, wanted, unknown=1))
-        cheap = node.op == "call_function" and node.target not in DEAR and len(ir.tensors_of(node)) == 1
+        cheap = node.op == "call_function" and not book.entry(node).is_dear and len(ir.tensors_of(node)) == 1
         cheap = cheap and can_call(node, wanted)
         operands = rows.operand_layouts(node, 0, wanted, space) if cheap else None
         labelled = [(o.node, o.layout) for o in operands or () if o.layout is not None and rows.is_labelled(o.layout)]

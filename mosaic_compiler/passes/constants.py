@@ -9,35 +9,12 @@ from typing import TypeAlias
 import torch
 from torch import fx
 
-from mosaic_compiler import ir
+from mosaic_compiler import book, ir
 from mosaic_compiler.passes.ranges import compared
 
 aten = torch.ops.aten
 
 Scalar: TypeAlias = "bool | int | float"
-
-_FILLED: dict[object, Scalar] = {
-    aten.ones.default: 1,
-    aten.ones_like.default: 1,
-    aten.new_ones.default: 1,
-    aten.zeros.default: 0,
-    aten.zeros_like.default: 0,
-    aten.new_zeros.default: 0,
-}
-_FILL_ARGUMENT = {
-    aten.full.default: 1,
-    aten.full_like.default: 1,
-    aten.new_full.default: 2,
-    aten.scalar_tensor.default: 0,
-}
-_SAME_VALUE = frozenset(
-    {
-        aten.view.default, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims,
-        aten.slice.Tensor,
-        aten.permute.default, aten.transpose.int, aten.clone.default, aten._to_copy.default, aten.alias.default,
-        aten.select.int,
-    }
-)  # fmt: skip
 
 
 def constant_of(node: fx.Node) -> Scalar | None:
@@ -79,23 +56,20 @@ def _held(value: Scalar, dtype: torch.dtype) -> Scalar | None:
 def _constant(node: fx.Node) -> Scalar | None:
     if node.op != "call_function":
         return None
-    if node.target in _FILLED:
-        return _FILLED[node.target]
-    if node.target in _FILL_ARGUMENT:
-        value = node.args[_FILL_ARGUMENT[node.target]]
+    known = book.entry(node)
+    if known.fill is not None:
+        value = node.args[int(known.fill[3:])] if isinstance(known.fill, str) else known.fill
         return value if isinstance(value, (bool, int, float)) else None
     first = node.args[0] if node.args else None
-    if node.target in _SAME_VALUE and isinstance(first, fx.Node):
+    if (known.takes_elements or known.family == "copy") and isinstance(first, fx.Node):
         return constant_of(first)
-    if node.target in (aten.logical_not.default, aten.bitwise_not.default) and isinstance(first, fx.Node):
+    if known.logic == "not" and isinstance(first, fx.Node):
         value = constant_of(first)
         return not value if isinstance(value, bool) else None
-    if node.target in (aten.bitwise_and.Tensor, aten.logical_and.default):
-        return _absorb(node, absorbing=False)
-    if node.target in (aten.bitwise_or.Tensor, aten.logical_or.default):
-        return _absorb(node, absorbing=True)
-    if (known := compared(node)) is not None:
-        return known
+    if known.logic:
+        return _absorb(node, absorbing=known.logic == "or")
+    if (answer := compared(node)) is not None:
+        return answer
     if node.target is aten.where.self and all(isinstance(a, fx.Node) for a in node.args):
         condition, yes, no = (constant_of(a) for a in node.args)  # type: ignore[arg-type]
         if condition is not None:

@@ -8,7 +8,7 @@ any of them holds) and a list of *moves* (rows that a slice, an index or a shift
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -18,17 +18,12 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from mosaic_compiler import ir
-from mosaic_compiler.passes import rows
+from mosaic_compiler import book, ir
+from mosaic_compiler.book import Layout, Space, rows
+from mosaic_compiler.ir.sizes import is_readable, size_sources
 from mosaic_compiler.passes.moves import kept_dims, moved_dims, movement_base, movement_steps
-from mosaic_compiler.passes.rows import ATTENTIONS, MATMULS, Layout, Space
-from mosaic_compiler.passes.sizes import can_resize, is_readable, size_sources
 
 aten = torch.ops.aten
-
-_AND = frozenset({aten.bitwise_and.Tensor, aten.logical_and.default})
-_OR = frozenset({aten.bitwise_or.Tensor, aten.logical_or.default})
-_NOT = frozenset({aten.bitwise_not.default, aten.logical_not.default})
 
 
 @dataclass(frozen=True)
@@ -98,7 +93,7 @@ class Demands:
     @property
     def heavy(self) -> list[fx.Node]:
         """Matmuls and attentions that run on some rows only."""
-        return [node for node in self.compact if node.target in MATMULS or node.target in ATTENTIONS]
+        return [node for node in self.compact if book.is_matmul(node) or book.is_attention(node)]
 
     def cause(self, node: fx.Node) -> fx.Node:
         """Who is to blame for all rows of a value: the first reader behind it that could not do with fewer, whoever
@@ -121,7 +116,7 @@ class Demands:
             yield node, " + ".join(parts), total, self.blame[node]
         if self.heavy:
             return
-        matmuls = [n for n in self.graph.nodes if n.target in MATMULS and self.of.get(n, 0) is None]
+        matmuls = [n for n in self.graph.nodes if book.is_matmul(n) and self.of.get(n, 0) is None]
         if matmuls:
             node = max(matmuls, key=_hinted_size)
             total = ir.expr_of(rows.shape_of(node)[0])
@@ -379,9 +374,10 @@ class _Analysis:
             skipped = len(layout) - len(rows.shape_of(mask))  # broadcast: aligned at the last dim
             kept = tuple(d - skipped for d, label in enumerate(layout) if label is not None and d >= skipped)
             return frozenset({Literal(mask, positive, kept)})
-        if mask.target in _NOT:
+        logic = book.entry(mask).logic
+        if logic == "not":
             return self._literals(mask.args[0], not positive, layout)  # type: ignore[arg-type]
-        if mask.target in (_AND if positive else _OR):
+        if logic == ("and" if positive else "or"):
             found: set[Literal] = set()
             for operand in mask.args:
                 if isinstance(operand, fx.Node):
@@ -415,17 +411,23 @@ class _Analysis:
 def choices_of(node: fx.Node) -> tuple[fx.Node, tuple[tuple[int, bool], ...]] | None:
     """Of an op that takes elements from one operand or another: the mask, and the positions of the operands with what
     the mask is where their elements are taken."""
-    if node.target is aten.where.self:
-        return node.args[0], ((1, True), (2, False))  # type: ignore[return-value]
-    if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        return node.args[1], ((0, False),)  # type: ignore[return-value]
-    return None
+    choice = book.entry(node).choice
+    return None if choice is None else (node.args[choice[0]], choice[1])  # type: ignore[return-value]
+
+
+def can_resize(node: fx.Node, layout: Layout, sources: Mapping[sympy.Expr, Any]) -> bool:
+    """Whether the op can be called with another number of rows: the feature sizes of its shape argument must be
+    numbers or readable off the inputs."""
+    if book.entry(node).shape_at is None:
+        return True
+    sizes = [ir.expr_of(s) for label, s in zip(layout, rows.shape_of(node), strict=True) if label is None]
+    return all(is_readable(size, sources) for size in sizes)
 
 
 def is_complete(layout: Layout, space: Space) -> bool:
     """The layout says for each of its rows which one it is (not only its batch entry, or its position)."""
     labels = {label for label in layout if label is not None}
-    return labels == {rows.FLAT} or len(labels) == len(space)
+    return labels == {book.FLAT} or len(labels) == len(space)
 
 
 def early_nodes(graph: fx.Graph) -> set[fx.Node]:
@@ -437,7 +439,7 @@ def early_nodes(graph: fx.Graph) -> set[fx.Node]:
             early.add(node)
         elif node.op == "call_function" and all(operand in early for operand in node.all_input_nodes):
             plain = isinstance(node.target, OpOverload) or not ir.tensors_of(node)[0:1] or ir.tensor_of(node) is None
-            if plain and not ir.has_effect(node) and node.target not in MATMULS and node.target not in ATTENTIONS:
+            if plain and not ir.has_effect(node) and not book.is_matmul(node) and not book.is_attention(node):
                 early.add(node)
     return early
 

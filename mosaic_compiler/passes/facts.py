@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from mosaic_compiler import ir
-from mosaic_compiler.loops import loop_of
+from mosaic_compiler.ir.loops import loop_of
 
 
 @dataclass(frozen=True)

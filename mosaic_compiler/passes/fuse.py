@@ -10,16 +10,15 @@ import torch
 from torch import fx
 
 from mosaic_compiler import ir
-from mosaic_compiler.clusters import Cluster, set_cluster
-from mosaic_compiler.loops import rewrite_bodies
-from mosaic_compiler.passes.grouping import CREATORS, Group, find_groups, is_absorbed_view
+from mosaic_compiler.ir.clusters import Cluster, set_cluster
+from mosaic_compiler.ir.loops import rewrite_bodies
+from mosaic_compiler.passes.grouping import Group, find_groups, is_absorbed_view, makes_constant
 from mosaic_compiler.passes.sorting import sort_nodes
-from mosaic_compiler.planning.forms import main_device_of
 
 
 @dataclass(frozen=True)
 class FusePass:
-    """Replace each group of ops that ``passes/grouping.py`` finds by one call of a cluster (``clusters.py``).
+    """Replace each group of ops that ``passes/grouping.py`` finds by one call of a cluster (``ir/clusters.py``).
 
     Norms, rotary embeddings, gated activations, residuals with the norm behind them, casts and the sampler's arithmetic
     become one kernel each, in loop bodies too.  Equal clusters share one submodule, and compile once.
@@ -44,7 +43,7 @@ class FusePass:
     name: ClassVar[str] = "fuse"
 
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
-        device = main_device_of(module)
+        device = ir.main_device_of(module)
         module = _fused(module, device)
         rewrite_bodies(module, lambda body: _fused(body, device))
         module.graph.lint()
@@ -88,7 +87,7 @@ class _Contents:
         if node in self._seen:
             return
         self._seen.add(node)
-        if node in self.members or node.target in CREATORS or self._is_inner_view(node):
+        if node in self.members or makes_constant(node) or self._is_inner_view(node):
             for operand in node.all_input_nodes:
                 self._visit(operand)
             self.inner.append(node)

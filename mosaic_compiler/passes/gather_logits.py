@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from mosaic_compiler import ir
+from mosaic_compiler.ir import ops
 from mosaic_compiler.kernels import gather_logits as kernel
-from mosaic_compiler.kernels import ops
 
 aten = torch.ops.aten
 

@@ -16,62 +16,22 @@ Views of what a cluster computes are part of it; views of anything else are oper
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import sympy
 import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from mosaic_compiler import ir
-from mosaic_compiler.kernels.cluster_form import MOST_ADDED, is_small_sum
+from mosaic_compiler import book, ir
+from mosaic_compiler.book import MOST_ADDED, Work
 from mosaic_compiler.kernels.fused import supports
+from mosaic_compiler.lowering.forms import Kind, form_of
 
 aten = torch.ops.aten
 
 MOST_OPS = 48
 """Ops in one cluster: larger kernels run out of registers."""
-
-_ROW_GATHERS = frozenset({aten.index.Tensor, aten.index_select.default})
-
-# reduction over one dim -> name of the argument that says which
-_REDUCTIONS: dict[OpOverload, str] = {
-    aten.mean.dim: "dim", aten.sum.dim_IntList: "dim", aten.amax.default: "dim", aten.amin.default: "dim",
-    aten.argmax.default: "dim", aten.argmin.default: "dim", aten.any.dim: "dim", aten.all.dim: "dim",
-}  # fmt: skip
-
-# results as large as the operand, computed with reductions inside; as above
-_NORMS: dict[OpOverload, str] = {aten._softmax.default: "dim", aten._log_softmax.default: "dim"}
-
-CREATORS = frozenset({aten.full.default, aten.zeros.default, aten.ones.default, aten.scalar_tensor.default})
-"""Constants that each cluster makes for itself."""
-
-_HEAVY = frozenset({aten.exp.default, aten.sigmoid.default})
-"""Inductor keeps their results in memory on the CPU, rather than to compute them twice."""
-
-_VIEWS = frozenset(
-    {
-        aten.view.default, aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default,
-        aten.squeeze.dim, aten.squeeze.dims, aten.expand.default, aten.slice.Tensor, aten.select.int,
-    }
-)  # fmt: skip
-
-_COPIES = frozenset({aten._to_copy.default, aten.clone.default})
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one op goes over.
-
-    Attributes:
-        elements: of its result; of its operand if it reduces.
-        width: of the dim it reduces, else ``None``.
-    """
-
-    elements: sympy.Expr
-    width: sympy.Expr | None
 
 
 @dataclass
@@ -124,7 +84,7 @@ class _Finder:
                     self._merge(other, group)
                     group = other
                     group.elements = work.elements
-            if node.target in _ROW_GATHERS and len(group.nodes) == 1:
+            if book.entry(node).fused is book.rows_gathered and len(group.nodes) == 1:
                 del self.group[node]  # of something in memory: a library's call is as quick
         found = {id(group): group for group in self.group.values()}
         return [group for group in found.values() if len(group.nodes) > 1 or needs_kernel(group.nodes[0])]
@@ -176,7 +136,7 @@ class _Finder:
         """The producer's value is smaller than what the op goes over, and not the result of a reduction."""
         if node.target is aten.cat.default:
             return False
-        size = _elements(ir.only_tensor(producer))
+        size = book.elements_of(ir.only_tensor(producer))
         if size == other.elements:
             return False
         return other.width is None or size * other.width != other.elements
@@ -210,20 +170,24 @@ class _Finder:
 
 def is_absorbed_view(node: fx.Node) -> bool:
     """A view that a kernel can look through."""
-    return node.target in _VIEWS
+    return book.entry(node).is_looked_through
+
+
+def makes_constant(node: fx.Node) -> bool:
+    """A constant that each cluster makes for itself."""
+    has_operands = any(ir.tensor_of(operand) is not None for operand in node.all_input_nodes)
+    return book.entry(node).fill is not None and not has_operands
 
 
 def needs_kernel(node: fx.Node) -> bool:
     """An op that allocates its results unless it is compiled."""
-    from mosaic_compiler.planning.forms import Kind, form_of
-
     tensor = ir.tensor_of(node)
     return tensor is not None and form_of(node, tensor.device).kind is Kind.OPAQUE
 
 
 def work_of(node: fx.Node, device: torch.device) -> Work | None:
     """What a fusable op goes over; ``None`` for all others."""
-    if not isinstance(node.target, OpOverload) or ir.has_effect(node) or node.target in CREATORS:
+    if not isinstance(node.target, OpOverload) or ir.has_effect(node) or makes_constant(node):
         return None
     out = ir.tensor_of(node)
     operands = [ir.tensor_of(operand) for operand in node.all_input_nodes if ir.tensors_of(operand) != (None,)]
@@ -235,19 +199,12 @@ def work_of(node: fx.Node, device: torch.device) -> Work | None:
         return None  # a kernel's own symbols are whole numbers
     if ir.has_unbacked(node):
         return None  # its result has no place in a plan
-    if is_small_sum(node):
-        return Work(_elements(out), None)
-    if node.target in _REDUCTIONS or node.target in _NORMS:
-        return _reduction(node, device)
-    if node.target in _ROW_GATHERS:
-        return Work(_elements(out), None) if _gathers_rows(node) else None
-    if not supports(node.target) or (device.type == "cpu" and node.target in _HEAVY and len(node.users) > 1):
+    known = book.entry(node)
+    if known.fused is None or not supports(node.target):
         return None
-    if ir.is_pointwise(node) or node.target in _COPIES or node.target is aten.cat.default:
-        return Work(_elements(out), None) if _plain(node, out) else None
-    if node.target is aten.gather.default:
-        return _gather(node)
-    return None
+    if device.type == "cpu" and known.is_kept_on_cpu and len(node.users) > 1:
+        return None
+    return known.fused(node, device)
 
 
 def _is_readable(tensor: torch.Tensor | None, device: torch.device) -> bool:
@@ -255,59 +212,3 @@ def _is_readable(tensor: torch.Tensor | None, device: torch.device) -> bool:
     if tensor is None or tensor.dtype.is_complex or ir.lazy_bits(tensor):
         return False  # kernels read raw memory
     return tensor.device == device or (tensor.dim() == 0 and tensor.device.type == "cpu")
-
-
-def _plain(node: fx.Node, out: torch.Tensor) -> bool:
-    """Sizes that data decides, and copies to another device, are for the op's own kernel."""
-    if node.target in _COPIES:
-        source = ir.tensor_of(node.all_input_nodes[0])
-        return source is not None and source.device == out.device
-    if node.target is aten.cat.default:
-        parts: Any = node.args[0]
-        return 1 < len(parts) <= 4
-    return ir.alias_base(node) is None
-
-
-def _reduction(node: fx.Node, device: torch.device) -> Work | None:
-    if device.type == "cpu" and node.target in _NORMS:
-        return None  # Inductor keeps all exponentials in memory there
-    source = ir.only_tensor(node.all_input_nodes[0])
-    dim = ir.argument(node, (_REDUCTIONS | _NORMS)[node.target])  # type: ignore[index]
-    if isinstance(dim, Sequence):
-        if len(dim) != 1:
-            return None
-        (dim,) = dim
-    if not isinstance(dim, int) or source.dim() == 0 or dim not in (-1, source.dim() - 1):
-        return None
-    width = ir.expr_of(source.shape[-1])
-    if ir.expr_of(source.stride(-1)) != 1 or not width.is_Integer or width == 1:
-        return None
-    return Work(_elements(source), width)
-
-
-def _gathers_rows(node: fx.Node) -> bool:
-    """``x[rows]``, with whole rows of a dim or more."""
-    source, at = ir.only_tensor(node.all_input_nodes[0]), node.args[1]
-    if isinstance(at, Sequence):
-        return len(at) == 1 and _are_numbers(at[0]) and source.dim() > 1
-    return bool(at == 0) and _are_numbers(node.args[2]) and source.dim() > 1
-
-
-def _are_numbers(node: Any) -> bool:
-    tensor = ir.tensor_of(node) if isinstance(node, fx.Node) else None
-    return tensor is not None and tensor.dim() == 1 and tensor.dtype in (torch.int64, torch.int32)
-
-
-def _gather(node: fx.Node) -> Work | None:
-    """One element per row, looked up in what a reduction goes over."""
-    source, dim, index = node.args[:3]
-    assert isinstance(source, fx.Node)
-    assert isinstance(index, fx.Node)
-    tensor, chosen = ir.only_tensor(source), ir.only_tensor(index)
-    if source.target not in _NORMS or dim not in (-1, tensor.dim() - 1) or ir.expr_of(chosen.shape[-1]) != 1:
-        return None
-    return Work(_elements(chosen), None)
-
-
-def _elements(tensor: torch.Tensor) -> sympy.Expr:
-    return sympy.expand(sympy.prod([ir.expr_of(size) for size in tensor.shape]))

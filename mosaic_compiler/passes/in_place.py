@@ -10,10 +10,10 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from mosaic_compiler import ir
-from mosaic_compiler.clusters import cluster_of, set_cluster
-from mosaic_compiler.loops import rewrite_bodies
-from mosaic_compiler.planning.forms import inplace_twin, native_out
+from mosaic_compiler import book, ir
+from mosaic_compiler.book import inplace_twin, native_out
+from mosaic_compiler.ir.clusters import cluster_of, set_cluster
+from mosaic_compiler.ir.loops import rewrite_bodies
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,10 @@ class _Rewriter:
         cluster = cluster_of(node)
         first_only = False
         if cluster is not None:
-            if len(cluster.into) > 1 or not cluster.is_elementwise():
+            if len(cluster.into) > 1 or not book.is_elementwise_cluster(cluster):
                 return None
         else:
-            if node.op != "call_function" or not ir.is_pointwise(node) or ir.alias_base(node) is not None:
+            if node.op != "call_function" or not book.is_pointwise(node) or ir.alias_base(node) is not None:
                 return None
             assert isinstance(node.target, OpOverload)
             native, twin = native_out(node.target), inplace_twin(node.target)

@@ -1,7 +1,7 @@
 """Row labels: which dim of each value holds the rows, and which edges need only the same rows.
 
 A *row space* is found at every matmul (the rows of its left operand) and spreads through the rules of
-``passes/rows.py``, backwards from a result to its operands and forwards by trying each dim of a result.  Then an
+``book/rows.py``, backwards from a result to its operands and forwards by trying each dim of a result.  Then an
 edge from a value to its reader is
 
 - ``ROW``: row i of the result needs row i of the operand only;
@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 import sympy
 from torch import fx
 
-from mosaic_compiler import ir
-from mosaic_compiler.passes import rows
-from mosaic_compiler.passes.rows import FLAT, MATMULS, ChunkSpace, Layout, Space
+from mosaic_compiler import book, ir
+from mosaic_compiler.book import FLAT, Layout, Space, rows
+from mosaic_compiler.book.rows import ChunkSpace
 
 aten = rows.aten
 
@@ -135,7 +135,7 @@ class _Labeller:
     def spread(self) -> None:
         todo: list[fx.Node] = []
         for node in self.graph.nodes:
-            if node.target in MATMULS and len(rows.shape_of(node)) == 2 and self._may_label(node):
+            if book.is_matmul(node) and len(rows.shape_of(node)) == 2 and self._may_label(node):
                 space = _space_of(node)
                 if space is not None and self._set(node, 0, (FLAT if len(space) > 1 else 0, None), space):
                     todo.append(node)

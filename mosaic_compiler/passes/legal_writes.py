@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from torch import fx
 from torch._ops import OpOverload
 
-from mosaic_compiler import ir
-from mosaic_compiler.clusters import Cluster, cluster_of
-from mosaic_compiler.loops import loop_of
+from mosaic_compiler import book, ir
+from mosaic_compiler.ir.clusters import Cluster, cluster_of
+from mosaic_compiler.ir.loops import loop_of
 from mosaic_compiler.passes.reuse_rows import late_readers
 
 
@@ -82,7 +82,7 @@ def _overlapping_cluster(node: fx.Node, cluster: Cluster, written: fx.Node, stor
     """A cluster that overwrites an operand: element by element, and no other operand in the same storage."""
     results = [tensor for tensor, into in zip(ir.tensors_of(node), cluster.into, strict=True) if into is not None]
     target = ir.only_tensor(written)
-    if not cluster.is_elementwise() or any(t is None or not ir.same_layout(t, target) for t in results):
+    if not book.is_elementwise_cluster(cluster) or any(t is None or not ir.same_layout(t, target) for t in results):
         yield f"{node.name} overwrites {written.name}, and is not element by element the same"
     if sum(storage.root(operand) == storage.root(written) for operand in node.all_input_nodes) > 1:
         yield f"{node.name} overwrites {written.name} and has another operand in the same storage"
@@ -94,7 +94,7 @@ def _overlapping_operands(node: fx.Node, written: fx.Node, storage: ir.StorageMa
         yield from _overlapping_cluster(node, cluster, written, storage)
     if not (isinstance(node.target, OpOverload) and any(a.is_out for a in node.target._schema.arguments)):
         return  # ops that mutate by themselves (copy_, index_put_) define their own overlap rules
-    pointwise = ir.is_pointwise(node)
+    pointwise = book.is_pointwise(node)
     target, out = ir.tensor_of(written), ir.tensor_of(node)
     if target is None or out is None or not ir.same_layout(target, out):
         yield f"{node.name} writes {written.name}, whose layout is not that of the result"

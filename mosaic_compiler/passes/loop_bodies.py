@@ -20,14 +20,12 @@ from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
-from mosaic_compiler import ir
-from mosaic_compiler.loops import ChunkLoop, LoopOutput
-from mosaic_compiler.passes import rows
+from mosaic_compiler import book, ir
+from mosaic_compiler.book import FLAT, Layout, Space, rows
+from mosaic_compiler.ir.emitter import Emitter
+from mosaic_compiler.ir.loops import ChunkLoop, LoopOutput
 from mosaic_compiler.passes.labels import Labels
 from mosaic_compiler.passes.regions import Contents, Operand, Region
-from mosaic_compiler.passes.rows import FLAT, Layout, Space
-from mosaic_compiler.passes.selectors import Emitter
-from mosaic_compiler.passes.sizes import SHAPED
 
 aten = rows.aten
 
@@ -205,8 +203,8 @@ class _Body(Emitter):
             return self.copies[source] if isinstance(source, fx.Node) else self._enter(source)
 
         args: Any = node.args
-        if node.target in SHAPED:
-            position = 0 if node.target is aten.full.default else 1
+        position = book.entry(node).shape_at
+        if position is not None:
             shape = self._shape(node, self.factory.labels.layout(node))
             args = (*args[:position], *([shape] * (position < len(args))), *args[position + 1 :])
             args = tuple(a if a is shape else fx.node.map_arg(a, replace) for a in args)

@@ -11,19 +11,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from mosaic_compiler import ir
-from mosaic_compiler.passes import rows
+from mosaic_compiler import book, ir
+from mosaic_compiler.book import rows
 
 aten = torch.ops.aten
-
-MOVES = frozenset(
-    {aten.slice.Tensor, aten.select.int, aten.index_select.default, aten.index.Tensor, aten.gather.default}
-)
 
 
 def moved_dims(node: fx.Node) -> int | None:
     """How many leading dims of its operand a move re-arranges, or ``None`` if the node is no move."""
-    if node.target not in MOVES or not isinstance(node.args[0], fx.Node):
+    if not book.entry(node).moves_rows or not isinstance(node.args[0], fx.Node):
         return None
     rank = len(rows.shape_of(node.args[0]))
     if not rank:

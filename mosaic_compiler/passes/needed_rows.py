@@ -10,9 +10,8 @@ import sympy
 import torch
 from torch import fx
 
-from mosaic_compiler import ir
-from mosaic_compiler.passes.rows import MATMULS
-from mosaic_compiler.passes.selectors import Emitter
+from mosaic_compiler import book, ir
+from mosaic_compiler.ir.emitter import Emitter
 
 aten = torch.ops.aten
 
@@ -57,7 +56,7 @@ class NeededRowsPass:
         module = ir.copy_graph(module)
         found = _find(module)
         problem = found if isinstance(found, str) else _Rewriter(module, *found).rewrite(self)
-        if problem and any(node.target in MATMULS for node in module.graph.nodes):
+        if problem and any(book.is_matmul(node) for node in module.graph.nodes):
             module.meta["needed_rows_problem"] = f"{problem}: every row is computed"
         module.graph.lint()
         module.recompile()
@@ -161,13 +160,9 @@ def _lookups(module: fx.GraphModule) -> Iterator[_Lookup]:
 
 def _origin(ids: fx.Node) -> fx.Node:
     """What ids are a view or a copy of."""
-    while ids.op == "call_function" and ids.all_input_nodes and (ir.is_view(ids) or _is_copy(ids)):
+    while ids.op == "call_function" and ids.all_input_nodes and (ir.is_view(ids) or book.is_copy(ids)):
         ids = ids.all_input_nodes[0]
     return ids
-
-
-def _is_copy(node: fx.Node) -> bool:
-    return node.target in (aten.clone.default, aten._to_copy.default)
 
 
 def _sizes(node: fx.Node) -> list[Any]:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from mosaic_compiler import ir
-from mosaic_compiler.loops import loop_of
+from mosaic_compiler.ir.loops import loop_of
 from mosaic_compiler.passes.base import Pass
 from mosaic_compiler.passes.canonicalize import CanonicalizePass
 from mosaic_compiler.passes.chunk_loops import ChunkLoopsPass

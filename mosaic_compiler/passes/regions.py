@@ -25,15 +25,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from mosaic_compiler import ir
-from mosaic_compiler.kernels import ops
-from mosaic_compiler.passes import rows
+from mosaic_compiler import book, ir
+from mosaic_compiler.book import Space, rows
 from mosaic_compiler.passes.labels import Edge, Labels
-from mosaic_compiler.passes.rows import ATTENTIONS, DEAR, MATMULS, Space
-
-HEAVY = MATMULS | ATTENTIONS | {ops.gather_logits, ops.head_statistics}
-"""What a loop is made for."""
-
 
 _NARROW = 64
 """Bytes per row up to which a cheap value may exist at full length outside of a loop (numbers per row)."""
@@ -95,7 +89,7 @@ class _Finder:
         self.groups = {
             key: nodes
             for key, nodes in groups.items()
-            if any(n.target in HEAVY for n in nodes) and not any(map(ir.has_unbacked, nodes))
+            if any(book.entry(n).is_heavy for n in nodes) and not any(map(ir.has_unbacked, nodes))
         }
         self.order = [node for node in graph.nodes if node in labels.of]
         self.inside = self.regions.inside
@@ -129,7 +123,8 @@ class _Finder:
                     changed = True
 
     def _is_cheap(self, node: fx.Node) -> bool:
-        if node.target in DEAR or node.target in HEAVY:
+        known = book.entry(node)
+        if known.is_dear or known.is_heavy:
             return False
         return all(
             operand not in self.inside or operand in self.materialised or operand in self.regions.cheap
@@ -223,7 +218,7 @@ class Operand:
     """What a node of a loop reads from outside: sliced along the rows of ``layout``, or whole (``None``)."""
 
     value: fx.Node
-    layout: rows.Layout | None
+    layout: book.Layout | None
 
 
 @dataclass
@@ -273,8 +268,8 @@ def _computed_inside(operand: fx.Node, region: Region, regions: Regions) -> bool
     return operand in regions.inside and operand not in regions.outside
 
 
-def _sliced(layout: rows.Layout | None, space: Space) -> rows.Layout | None:
+def _sliced(layout: book.Layout | None, space: Space) -> book.Layout | None:
     """The layout, if it has the dim that is chunked."""
-    if layout is None or not (rows.FLAT in layout or len(space) - 1 in layout):
+    if layout is None or not (book.FLAT in layout or len(space) - 1 in layout):
         return None
     return layout

@@ -12,7 +12,7 @@ import sympy
 from torch import fx
 
 from mosaic_compiler import ir
-from mosaic_compiler.loops import ChunkLoop, loop_of, rewrite_bodies
+from mosaic_compiler.ir.loops import ChunkLoop, loop_of, rewrite_bodies
 from mosaic_compiler.passes.sorting import sort_nodes
 
 NOMINAL = 4096

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from mosaic_compiler import ir
-from mosaic_compiler.kernels import ops
+from mosaic_compiler.ir import ops
 
 _PUT_BACK = frozenset({torch.ops.aten.index_copy.default, ops.scatter_rows, ops.touched_pages})
 """Ops whose results have no rows of their operands', and are the same if some of those are repeated."""

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from mosaic_compiler import ir
-from mosaic_compiler.clusters import cluster_of
-from mosaic_compiler.loops import ChunkLoop, LoopOutput, loop_of, set_loop
+from mosaic_compiler import book, ir
+from mosaic_compiler.ir.clusters import cluster_of
+from mosaic_compiler.ir.loops import ChunkLoop, LoopOutput, loop_of, set_loop
 from mosaic_compiler.passes.in_place import covers_root
 
 
@@ -123,7 +123,7 @@ def late_readers(loop: ChunkLoop, output: int, position: int) -> list[fx.Node]:
 
 def _is_elementwise(node: fx.Node) -> bool:
     cluster = cluster_of(node)
-    return ir.is_pointwise(node) if cluster is None else len(cluster.into) == 1 and cluster.is_elementwise()
+    return book.is_elementwise(node) and (cluster is None or len(cluster.into) == 1)
 
 
 def _same_shape(node: fx.Node, operand: fx.Node) -> bool:

@@ -37,7 +37,7 @@ class RowDemandPass:
     Going backwards from the outputs, every value gets a *demand*: all rows, or the rows where a mask
     that is known before the step's heavy work holds, or rows picked by indices.  ``where(m, v, y)`` demands
     of v only rows m (and of y only rows ~m); pointwise ops, matmuls by weights, norms, softmax over
-    features, ... pass a demand on (``passes/rows.py``); whatever has no rule demands everything, so the
+    features, ... pass a demand on (``book/rows.py``); whatever has no rule demands everything, so the
     rewrite is sound.  Where a demand reaches a matmul, the values it covers are computed on gathered rows,
     and small results are scattered back.
 

@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from mosaic_compiler import ir
-from mosaic_compiler.kernels import ops
-from mosaic_compiler.loops import ChunkLoop, Scatter, loop_of, set_loop
+from mosaic_compiler.ir import ops
+from mosaic_compiler.ir.loops import ChunkLoop, Scatter, loop_of, set_loop
 from mosaic_compiler.passes.sorting import sort_nodes
 
 

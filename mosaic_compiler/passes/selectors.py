@@ -8,101 +8,25 @@ node whose metadata has :data:`ir.BINDS`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
-from torch._dynamo.source import ConstantSource
-from torch._ops import OpOverload
-from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from mosaic_compiler import ir
-from mosaic_compiler.passes import rows
+from mosaic_compiler.book import Space, rows
+from mosaic_compiler.ir.emitter import Emitter
+from mosaic_compiler.ir.sizes import size_sources
 from mosaic_compiler.passes.demand import (
     Condition,
     Demands,
     Segment,
 )
 from mosaic_compiler.passes.moves import movement_base, movement_steps, row_index
-from mosaic_compiler.passes.rows import Space
-from mosaic_compiler.passes.sizes import UnreadableSizeError, parts_of, size_sources
 
 aten = torch.ops.aten
-
-
-class Emitter:
-    """Adds nodes with metadata and the provenance of the node that is being rewritten."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        self.graph = module.graph
-        self.mode = ir.fake_mode_of(module)
-        self.origin: fx.Node | None = None
-
-    def bare(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        node = self.graph.call_function(target, args, kwargs)
-        if self.origin is not None:
-            node.meta = {k: v for k, v in self.origin.meta.items() if k in ("stack_trace", "nn_module_stack")}
-        return node
-
-    def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A call with metadata.  ``reshape`` becomes a view, or a copy and a view."""
-        if target is aten.reshape.default:
-            return self._emit_reshape(*args)
-        node = self.bare(target, *args, **kwargs)
-        assert isinstance(target, OpOverload)
-        fake_args, fake_kwargs = fx.node.map_arg((args, kwargs), ir.value_of)
-        with self.mode:
-            node.meta["val"] = target(*fake_args, **fake_kwargs)
-        return node
-
-    def emit_getitem(self, source: fx.Node, index: Any) -> fx.Node:
-        node = self.bare(operator.getitem, source, index)
-        node.meta["val"] = ir.value_of(source)[index]
-        return node
-
-    def bind_number(self, node: fx.Node) -> Any:
-        """A new symbol for the number that a node of the prologue gives."""
-        environment = self.mode.shape_env
-        source, hint = ConstantSource(f"number_of_{node.name}"), 13
-        symbol = environment.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
-        number = node.meta["val"] = environment.create_symintnode(symbol, hint=hint, source=source)
-        node.meta[ir.BINDS] = symbol
-        return number
-
-    def arithmetic(self, combine: Any, left: Any, right: Any) -> Any:
-        """What ``combine`` makes of two sizes, each an int or a node."""
-        if isinstance(left, int) and isinstance(right, int):
-            return combine(left, right)
-        node = self.bare(combine, left, right)
-        node.meta["val"] = combine(*map(ir.argument_value, (left, right)))
-        return node
-
-    def combined(self, expr: sympy.Expr, size: Callable[[sympy.Expr], Any]) -> fx.Node:
-        """A size computed from others, each of which ``size`` gives as an int or a node.
-
-        Raises:
-            UnreadableSizeError: if nobody knows how.
-        """
-        parts = parts_of(expr)
-        if parts is None:
-            raise UnreadableSizeError(f"cannot read the size {expr} off the inputs")
-        combine, exprs = parts
-        result, *rest = map(size, exprs)
-        for factor in rest:
-            result = self.arithmetic(combine, result, factor)
-        assert isinstance(result, fx.Node)
-        return result
-
-    def _emit_reshape(self, source: fx.Node, shape: Sequence[Any]) -> fx.Node:
-        tensor = ir.tensor_of(source)
-        assert tensor is not None
-        # Asking the fake tensor whether the strides allow a view would be answered for the sizes of the
-        # example, not for all sizes.
-        if not ir.is_contiguous(tensor):
-            source = self.emit(aten.clone.default, source, memory_format=torch.contiguous_format)
-        return self.emit(aten.view.default, source, list(shape))
 
 
 class Selectors(Emitter):

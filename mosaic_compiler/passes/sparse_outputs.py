@@ -10,9 +10,9 @@ import torch
 from torch import fx
 
 from mosaic_compiler import ir
-from mosaic_compiler.kernels import ops
+from mosaic_compiler.ir import ops
+from mosaic_compiler.ir.emitter import Emitter
 from mosaic_compiler.passes.constants import constant_of
-from mosaic_compiler.passes.selectors import Emitter
 
 aten = torch.ops.aten
 

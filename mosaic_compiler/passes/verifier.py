@@ -28,13 +28,13 @@ from torch import fx
 from torch._ops import OpOverload
 
 from mosaic_compiler import ir
-from mosaic_compiler.clusters import Cluster, cluster_of
+from mosaic_compiler.book import without_out
 from mosaic_compiler.errors import InvariantError
-from mosaic_compiler.loops import ChunkLoop, loop_of
+from mosaic_compiler.ir.clusters import Cluster, cluster_of
+from mosaic_compiler.ir.loops import ChunkLoop, loop_of
 from mosaic_compiler.passes.facts import facts_of, fastest_growing
 from mosaic_compiler.passes.legal_writes import illegal_writes
 from mosaic_compiler.passes.repeats import counted_repeats
-from mosaic_compiler.planning.forms import without_out
 
 INVARIANTS = ("topology", "metadata", "signature", "effects", "in-place", "loops", "clusters", "quadratic", "repeats")
 

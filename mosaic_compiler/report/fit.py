@@ -195,7 +195,7 @@ def _key(config: Mapping[str, Any], dtype: str, device: str) -> str:
 def _trace(config: Mapping[str, Any], dtype: str, device: str, on_trace: Callable[[], None]) -> Traced:
     import torch
 
-    from mosaic_compiler.planning.lifetimes import find_lives
+    from mosaic_compiler.lowering.lifetimes import find_lives
     from mosaic_compiler.report.forecast import capture_step
     from mosaic_compiler.sampling import DenoisingStep
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import fx
 
-from mosaic_compiler import ir
+from mosaic_compiler import book, ir
+from mosaic_compiler.lowering.forms import Kind
+from mosaic_compiler.lowering.lifetimes import Lives
 from mosaic_compiler.options import MosaicOptions
-from mosaic_compiler.planning.forms import ACCOUNTED_OPAQUE, Kind, main_device_of
-from mosaic_compiler.planning.lifetimes import Lives
 from mosaic_compiler.planning.plan import Fallback
 from mosaic_compiler.runtime.arena import arena_problem
 from mosaic_compiler.runtime.sparse import page_bytes
@@ -41,7 +41,7 @@ def unmet_options(module: fx.GraphModule, options: MosaicOptions) -> tuple[Fallb
     problem = module.meta.get("needed_rows_problem")
     if problem is not None:
         return (Fallback("all-rows", "", "", problem, ""),)
-    device = main_device_of(module)
+    device = ir.main_device_of(module)
     if options.needed_rows == "all" or page_bytes(device) is not None:
         return ()
     reason = arena_problem(device) or f"there is no virtual memory for results on {device.type} devices"
@@ -51,4 +51,4 @@ def unmet_options(module: fx.GraphModule, options: MosaicOptions) -> tuple[Fallb
 def _is_accounted(node: fx.Node) -> bool:
     """Its outputs and scratch are all it allocates, or it makes no tensor at all."""
     makes_none = all(tensor is None for tensor in ir.tensors_of(node))
-    return makes_none or node.target in ACCOUNTED_OPAQUE or ir.is_random(node)
+    return makes_none or book.entry(node).is_accounted or ir.is_random(node)

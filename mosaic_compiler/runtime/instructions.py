@@ -14,9 +14,9 @@ from typing import Any, TypeAlias
 import torch
 from torch.utils._pytree import tree_map_only
 
+from mosaic_compiler.book import Call
 from mosaic_compiler.errors import CanaryError
 from mosaic_compiler.kernels.fused import FusedKernel
-from mosaic_compiler.planning.forms import Call
 from mosaic_compiler.planning.plan import ALIGNMENT, Buffer
 from mosaic_compiler.runtime.arena import Arena
 

@@ -16,8 +16,9 @@ import torch
 from torch import fx
 
 from mosaic_compiler import ir
-from mosaic_compiler.planning.forms import Call, Kind
-from mosaic_compiler.planning.lifetimes import LoopSpan
+from mosaic_compiler.book import Call
+from mosaic_compiler.lowering.forms import Kind
+from mosaic_compiler.lowering.lifetimes import LoopSpan
 from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.runtime.binder import Binder, Shared
 from mosaic_compiler.runtime.instructions import Instruction, bound_call, drop

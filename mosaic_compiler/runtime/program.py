@@ -20,7 +20,7 @@ from torch import fx
 from mosaic_compiler import ir
 from mosaic_compiler.errors import ArenaError
 from mosaic_compiler.kernels import attention
-from mosaic_compiler.planning.lifetimes import Lives
+from mosaic_compiler.lowering.lifetimes import Lives
 from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.planning.plan import MemoryPlan
 from mosaic_compiler.runtime.arena import Arena

@@ -18,6 +18,7 @@ import sympy
 import torch
 from torch import fx
 
+from mosaic_compiler.book.scratch import attention_operands
 from mosaic_compiler.kernels import attention
 from mosaic_compiler.kernels.cluster_form import span
 from mosaic_compiler.planning.lives import Sizes
@@ -74,7 +75,7 @@ class Rehearsal:
         assert self.node is not None
         return tuple(
             _Operand(tensor.dtype, tuple(map(sizes, tensor.shape)), tuple(map(sizes, tensor.stride())))
-            for tensor in attention.operands(self.node)
+            for tensor in attention_operands(self.node)
         )
 
     def _run(self, operands: Sequence[_Operand], arena: Arena) -> None:

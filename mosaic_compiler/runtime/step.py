@@ -20,14 +20,14 @@ import torch
 from torch import fx
 
 from mosaic_compiler import ir
-from mosaic_compiler.clusters import clusters_in
 from mosaic_compiler.errors import FallbackError, StaleGraphError
+from mosaic_compiler.ir.clusters import clusters_in
 from mosaic_compiler.kernels.fused import kernel_for
+from mosaic_compiler.lowering.lifetimes import Lives, find_lives
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.pipeline import PassRecord
 from mosaic_compiler.planning import MemoryPlan
 from mosaic_compiler.planning.budget import check_machine, free_memory
-from mosaic_compiler.planning.lifetimes import Lives, find_lives
 from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.planning.outline import StepOutline, capacity
 from mosaic_compiler.planning.plan import Fallback

@@ -13,7 +13,7 @@ from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.errors import CaptureError
-from mosaic_compiler.kernels import ops
+from mosaic_compiler.ir import ops
 from mosaic_compiler.kernels.scatter_rows import pages_per_row
 from mosaic_compiler.planning.outline import Selected
 

@@ -1,43 +1,26 @@
 """Bytes that an op allocates while it runs and frees before it returns.
 
-Planned as buffers of kind ``scratch`` that live for one schedule position.  Each formula names the
-code it mirrors; ops that are not listed allocate nothing (checked in ``tests/test_scratch.py``).
+Planned as buffers of their own that live for one schedule position.  Each formula names the code it mirrors; ops whose
+entries have none allocate nothing (checked in ``tests/test_scratch.py``).
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Collection
+
 import sympy
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from mosaic_compiler import ir
-from mosaic_compiler.clusters import cluster_of
-from mosaic_compiler.kernels import attention, cluster_form, ops
+from mosaic_compiler.planning.flash import SplitBytes
 
 aten = torch.ops.aten
 
 
-def scratch_bytes(node: fx.Node) -> sympy.Expr:
-    """Scratch of one node in bytes, as an expression in the graph's symbols."""
-    if (cluster := cluster_of(node)) is not None:
-        return cluster_form.scratch_bytes(cluster)
-    if node.target is aten._scaled_dot_product_flash_attention_for_cpu.default:
-        return _cpu_flash_attention(node)
-    if node.target is aten._scaled_dot_product_cudnn_attention.default:
-        return attention.flash_scratch(node)
-    if node.target is ops.head_statistics:
-        return _head_statistics(node)
-    if node.target is aten._grouped_mm.default:
-        return _cuda_grouped_mm(node)
-    if node.target in (aten.sort.default, aten.sort.stable):
-        return _cpu_sort(node)
-    if ir.is_pointwise(node):
-        return _cpu_casts(node)
-    return sympy.Integer(0)
-
-
-def _cpu_flash_attention(node: fx.Node) -> sympy.Expr:
+def cpu_flash_attention(node: fx.Node) -> sympy.Expr:
     """ATen/native/cpu/FlashAttentionKernel.cpp: one [threads, elements] float (or double) buffer.
 
     Per thread: a score tile (query block x key block), running max and sum, and an accumulator
@@ -64,24 +47,7 @@ def _cpu_flash_attention(node: fx.Node) -> sympy.Expr:
     return scratch
 
 
-def _head_statistics(node: fx.Node) -> sympy.Expr:
-    """kernels/head_statistics.py: a tile of the product, of each step behind it, of the exponentials and of
-    one temporary, and vectors."""
-    hidden, total = node.args[0], ir.tensors_of(node)[2]
-    assert isinstance(hidden, fx.Node)
-    assert total is not None
-    tensor, tile, top = ir.tensor_of(hidden), node.args[4], node.args[5]
-    assert tensor is not None
-    assert isinstance(tile, int)
-    assert isinstance(top, int)
-    steps = node.args[3]
-    assert isinstance(steps, str)
-    wide = 8 if "to:float64" in steps else total.dtype.itemsize
-    tiles = tensor.dtype.itemsize + (2 + len(steps.split(","))) * wide
-    return ir.expr_of(tensor.shape[0]) * (tiles * tile + 16 * wide + 80 * (top + 1))
-
-
-def _cuda_grouped_mm(node: fx.Node) -> sympy.Expr:
+def cuda_grouped_mm(node: fx.Node) -> sympy.Expr:
     """ATen/native/cuda/GroupMM.cu: one record per group, and CUTLASS's workspace (some bytes per multiprocessor; both
     together 66 KiB for 64 groups on an H100)."""
     out, groups = ir.only_tensor(node), ir.only_tensor(node.args[1])  # type: ignore[arg-type]
@@ -90,17 +56,16 @@ def _cuda_grouped_mm(node: fx.Node) -> sympy.Expr:
     return sympy.Integer(128 << 10) + 1024 * ir.expr_of(groups.shape[0])
 
 
-def _cpu_sort(node: fx.Node) -> sympy.Expr:
+def cpu_sort(node: fx.Node) -> sympy.Expr:
     """ATen/native/cpu/SortingKernel.cpp: int64 positions of one row."""
     values = ir.tensors_of(node)[0]
     assert values is not None
-    default = node.args[1] if node.target is aten.sort.default and len(node.args) > 1 else -1
-    dim = node.kwargs.get("dim", default)
+    dim = ir.argument(node, "dim")
     assert isinstance(dim, int)
     return 8 * ir.expr_of(values.shape[dim]) if values.dim() else sympy.Integer(8)
 
 
-def _cpu_casts(node: fx.Node) -> sympy.Expr:
+def cpu_casts(node: fx.Node) -> sympy.Expr:
     """ATen/TensorIterator.cpp: on the CPU, operands of another dtype are cast into temporaries."""
     out = ir.tensor_of(node)
     if out is None or out.device.type != "cpu":
@@ -119,3 +84,40 @@ def _cpu_casts(node: fx.Node) -> sympy.Expr:
             elements = sympy.prod([ir.expr_of(size) for size in operand.shape])
             total += elements * common.itemsize
     return total
+
+
+def flash_scratch(node: fx.Node) -> sympy.Expr:
+    """Bytes that FlashAttention may allocate while it computes a node, if ``kernels/attention.py`` may choose it."""
+    varying = {other.meta[ir.BINDS] for other in node.graph.nodes if ir.BINDS in other.meta}
+    if not has_flash_twin(node, varying):
+        return sympy.Integer(0)
+    batch, heads, rows, depth = attention_shape(node, 0)
+    return SplitBytes(batch * heads, rows, attention_shape(node, 1)[2], depth, sympy.Integer(multiprocessors()))
+
+
+def has_flash_twin(node: fx.Node, varying: Collection[sympy.Symbol]) -> bool:
+    """An attention of cuDNN's that FlashAttention can compute as well, with a number of queries that varies."""
+    is_cudnn = node.target is aten._scaled_dot_product_cudnn_attention.default
+    if not is_cudnn or not attention_shape(node, 0)[2].free_symbols & set(varying):
+        return False
+    depth, depth_of_values = attention_shape(node, 0)[3], attention_shape(node, 2)[3]
+    plain = ir.argument(node, "attn_bias") is None and ir.argument(node, "is_causal") is False
+    plain = plain and ir.argument(node, "dropout_p") == 0 and all(user.args[1] == 0 for user in node.users)
+    return bool(plain and depth == depth_of_values and depth.is_Integer and depth % 8 == 0 and depth <= 256)
+
+
+def attention_shape(node: fx.Node, operand: int) -> list[sympy.Expr]:
+    """Sizes of its queries, keys or values."""
+    return [ir.expr_of(size) for size in attention_operands(node)[operand].shape]
+
+
+def attention_operands(node: fx.Node) -> list[Tensor]:
+    """Queries, keys and values, each [B, heads, rows, depth]."""
+    return [ir.only_tensor(source) for source in node.args[:3] if isinstance(source, fx.Node)]
+
+
+@functools.cache
+def multiprocessors() -> int:
+    """Of the largest device; of a large one, where there is none to ask."""
+    counts = [torch.cuda.get_device_properties(i).multi_processor_count for i in range(torch.cuda.device_count())]
+    return max(counts, default=132)

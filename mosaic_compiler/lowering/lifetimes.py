@@ -31,15 +31,13 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from mosaic_compiler import ir
+from mosaic_compiler import book, ir
 from mosaic_compiler.ir import prologue_nodes
+from mosaic_compiler.ir.loops import ChunkLoop, loop_of
 from mosaic_compiler.kernels.scatter_rows import shared_pages
-from mosaic_compiler.loops import ChunkLoop, loop_of
-from mosaic_compiler.passes.regions import HEAVY
-from mosaic_compiler.passes.rows import ATTENTIONS, MATMULS
-from mosaic_compiler.planning.forms import Form, Kind, form_of, main_device_of
+from mosaic_compiler.lowering.forms import Form, Kind, form_of
+from mosaic_compiler.lowering.scratch import scratch_bytes
 from mosaic_compiler.planning.lives import LoopLives, StepLives, SymbolicBuffer
-from mosaic_compiler.planning.scratch import scratch_bytes
 
 
 @dataclass(frozen=True)
@@ -207,7 +205,7 @@ class _BodyLives:
 class _Finder:
     def __init__(self, module: fx.GraphModule) -> None:
         self.module, self.graph = module, module.graph
-        self.device = main_device_of(module)
+        self.device = ir.main_device_of(module)
         self.early = prologue_nodes(self.graph)
         self.unsized: list[fx.Node] = []
         self.elsewhere: list[fx.Node] = []
@@ -355,7 +353,7 @@ def _region(span: LoopSpan) -> LoopLives:
         start=span.start,
         end=span.end,
         work=_work_per_row(span),
-        ops=tuple(_kind_of(node) for node in span.scope.nodes if node.target in HEAVY),
+        ops=tuple(_kind_of(node) for node in span.scope.nodes if book.entry(node).is_heavy),
         operands=_operands(span),
         module=origin.module,
         source=origin.source,
@@ -365,14 +363,14 @@ def _region(span: LoopSpan) -> LoopLives:
 def _kind_of(node: fx.Node) -> str:
     """What a plan calls a heavy op."""
     assert isinstance(node.target, OpOverload)
-    return "attention" if node.target in ATTENTIONS else node.target._schema.name.partition("::")[2]
+    return "attention" if book.is_attention(node) else node.target._schema.name.partition("::")[2]
 
 
 def _work_per_row(span: LoopSpan) -> int:
     """Multiplications of one row with the weights of a loop's matmuls."""
     total = 0
     for node in span.scope.nodes:
-        for operand in node.all_input_nodes if node.target in MATMULS else ():
+        for operand in node.all_input_nodes if book.is_matmul(node) else ():
             sizes = [
                 ir.expr_of(size) for tensor in ir.tensors_of(operand) if tensor is not None for size in tensor.shape
             ]

@@ -14,9 +14,8 @@ gives no answer, which means: all rows of everything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import sympy
 import torch
@@ -24,13 +23,9 @@ from torch import fx
 from torch._ops import OpOverload
 
 from mosaic_compiler import ir
+from mosaic_compiler.book.entry import FLAT, Answer, Label, Layout, Operand, Space, entry
 
 aten = torch.ops.aten
-
-FLAT = -1
-Label: TypeAlias = "int | None"
-Layout: TypeAlias = "tuple[Label, ...]"
-Space: TypeAlias = "tuple[sympy.Expr, ...]"
 
 
 class ChunkSpace(tuple[sympy.Expr, ...]):
@@ -43,18 +38,6 @@ class ChunkSpace(tuple[sympy.Expr, ...]):
     __slots__ = ()
 
 
-@dataclass(frozen=True)
-class Operand:
-    """A tensor operand: where it stands in the node's arguments, and the layout it needs (None: FULL)."""
-
-    node: fx.Node
-    layout: Layout | None
-
-
-Answer: TypeAlias = "list[Operand] | None"
-Rule: TypeAlias = "Callable[[fx.Node, int, Layout, Space], Answer]"
-
-
 def operand_layouts(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     """What ``node`` needs of its operands for some rows of its ``output``-th result.
 
@@ -65,7 +48,7 @@ def operand_layouts(node: fx.Node, output: int, layout: Layout, space: Space) ->
         return None
     if ir.mutated_arguments(node):
         return None
-    rule = _pointwise if ir.is_pointwise(node) else _RULES.get(node.target)
+    rule = entry(node).rows
     answer = rule(node, output, layout, space) if rule is not None else None
     return answer if answer is not None and all(_has_extents(operand, space) for operand in answer) else None
 
@@ -138,16 +121,16 @@ def _full(nodes: Sequence[Any]) -> list[Operand]:
 
 
 # -------------------------------------------------------------------------------------------- rules
-def _pointwise(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+def pointwise_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     return [Operand(operand, aligned(operand, layout)) for operand in _tensors(node)]
 
 
-def _same(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+def same_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     """One tensor operand with the result's own dims."""
     return [Operand(operand, layout) for operand in _tensors(node)]
 
 
-def _along(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+def along_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     """softmax, sort, cumsum, topk, gather, scatter: independent for each index off the dim."""
     dim = ir.argument(node, "dim")
     shape = shape_of(node.args[0])
@@ -169,7 +152,7 @@ def _shape_at(node: fx.Node, output: int) -> torch.Size:
     return tensor.shape
 
 
-def _reduction(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+def reduction_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     rank = len(shape_of(source))
@@ -185,14 +168,14 @@ def _reduction(node: fx.Node, output: int, layout: Layout, space: Space) -> Answ
     return [Operand(source, tuple(None if dim in reduced else next(rest) for dim in range(rank)))]
 
 
-def _mm(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+def mm_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     left, right = node.args[0], node.args[1]
     if layout[1] is not None:
         return None
     return [Operand(left, (layout[0], None)), Operand(right, None)]  # type: ignore[arg-type]
 
 
-def _addmm(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+def addmm_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     bias, left, right = node.args[:3]
     if layout[1] is not None:
         return None
@@ -200,7 +183,7 @@ def _addmm(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     return [Operand(bias, aligned(bias, layout)), Operand(left, (layout[0], None)), Operand(right, None)]  # type: ignore[arg-type]
 
 
-def _bmm(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+def bmm_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     """Rows of a product are rows of its left operand; where each of the products is a row of its own, of both."""
     left, right = node.args[0], node.args[1]
     if layout[2] is not None:
@@ -212,7 +195,7 @@ def _bmm(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     return [Operand(left, layout), Operand(right, None)]  # type: ignore[arg-type]
 
 
-def _layer_norm(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+def layer_norm_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     source, normalized = node.args[0], ir.argument(node, "normalized_shape")
     rank = len(shape_of(source))
     labels = layout[:rank]
@@ -221,7 +204,7 @@ def _layer_norm(node: fx.Node, output: int, layout: Layout, space: Space) -> Ans
     return [Operand(source, labels), *_full([ir.argument(node, "weight"), ir.argument(node, "bias")])]  # type: ignore[arg-type]
 
 
-def _attention(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+def attention_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     """Query rows are independent; keys and values are needed whole.  Queries of different batch entries
     meet different keys, so rows must not span the batch (or heads).  What a causal query sees depends on where it
     stands among all of them."""
@@ -240,7 +223,7 @@ def _attention(node: fx.Node, output: int, layout: Layout, space: Space) -> Answ
     return operands
 
 
-def _view(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+def view_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     labels = view_layout(shape_of(node), layout, shape_of(source), space)
@@ -284,7 +267,7 @@ def view_layout(shape: Sequence[Any], layout: Layout, other: Sequence[Any], spac
     return tuple(result)
 
 
-def _permute(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+def permute_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     rank = len(layout)
     order = list(range(rank))
     arguments: Any = node.args
@@ -300,12 +283,12 @@ def _permute(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer
     return [Operand(arguments[0], tuple(labels))]
 
 
-def _unsqueeze(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+def unsqueeze_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     dim = normal_dim(node.args[1], len(layout))  # type: ignore[arg-type]
     return [Operand(node.args[0], layout[:dim] + layout[dim + 1 :])]  # type: ignore[arg-type]
 
 
-def _squeeze(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+def squeeze_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     shape = shape_of(node.args[0])
     dims = ir.argument(node, "dim")
     dims = range(len(shape)) if dims is None else dims if isinstance(dims, (list, tuple)) else [dims]
@@ -314,23 +297,23 @@ def _squeeze(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer
     return [Operand(node.args[0], tuple(None if dim in gone else next(rest) for dim in range(len(shape))))]  # type: ignore[arg-type]
 
 
-def _expand(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+def expand_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     return [Operand(node.args[0], aligned(node.args[0], layout))]  # type: ignore[arg-type]
 
 
-def _slice(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+def slice_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     """A slice (or pad) of feature dims."""
     dim = normal_dim(ir.argument(node, "dim") or 0, len(layout))
     return None if layout[dim] is not None else [Operand(node.args[0], layout)]  # type: ignore[arg-type]
 
 
-def _select(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+def select_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     """``select`` and ``unbind`` take one index of a feature dim away."""
     dim = normal_dim(ir.argument(node, "dim") or 0, len(layout) + 1)
     return [Operand(node.args[0], (*layout[:dim], None, *layout[dim:]))]  # type: ignore[arg-type]
 
 
-def _cat(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+def cat_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     dim = normal_dim(ir.argument(node, "dim") or 0, len(layout))
     if layout[dim] is not None:
         return None
@@ -338,7 +321,7 @@ def _cat(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     return [Operand(part, layout) for part in parts]
 
 
-def _stack(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+def stack_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     dim = normal_dim(ir.argument(node, "dim") or 0, len(layout))
     if layout[dim] is not None:
         return None
@@ -346,7 +329,7 @@ def _stack(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     return [Operand(part, layout[:dim] + layout[dim + 1 :]) for part in parts]
 
 
-def _index_select(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+def index_select_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     """A table lookup: the indices are rows, the table is needed whole."""
     table, dim, indices = node.args
     at = normal_dim(dim, len(layout))  # type: ignore[arg-type]
@@ -355,59 +338,6 @@ def _index_select(node: fx.Node, output: int, layout: Layout, space: Space) -> A
     return [Operand(table, None), Operand(indices, (layout[at],))]  # type: ignore[arg-type]
 
 
-def _source(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+def source_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     """Constants of any shape; a ``*_like`` operand only lends its shape."""
     return [Operand(operand, layout) for operand in _tensors(node) if len(shape_of(operand)) == len(layout)]
-
-
-_RULES: dict[OpOverload, Rule] = {
-    **dict.fromkeys((aten.clone.default, aten._to_copy.default, aten.alias.default, aten.detach.default), _same),
-    **dict.fromkeys(
-        (
-            aten._softmax.default, aten._log_softmax.default, aten.cumsum.default, aten.sort.default, aten.sort.stable,
-            aten.topk.default, aten.gather.default, aten.scatter.src, aten.scatter.value, aten.logcumsumexp.default,
-        ),
-        _along,
-    ),
-    **dict.fromkeys(
-        (
-            aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default, aten.any.dim, aten.all.dim,
-            aten.argmax.default, aten.argmin.default, aten.max.dim, aten.min.dim, aten.prod.dim_int,
-            aten.logsumexp.default, aten.var.correction, aten.std.correction,
-        ),
-        _reduction,
-    ),
-    aten.mm.default: _mm,
-    aten.addmm.default: _addmm,
-    aten.bmm.default: _bmm,
-    aten.native_layer_norm.default: _layer_norm,
-    **dict.fromkeys(
-        (
-            aten._scaled_dot_product_flash_attention_for_cpu.default,
-            aten._scaled_dot_product_flash_attention.default,
-            aten._scaled_dot_product_efficient_attention.default,
-            aten._scaled_dot_product_cudnn_attention.default,
-        ),
-        _attention,
-    ),
-    aten.view.default: _view,
-    aten.permute.default: _permute,
-    aten.transpose.int: _permute,
-    aten.t.default: _permute,
-    aten.unsqueeze.default: _unsqueeze,
-    **dict.fromkeys((aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims), _squeeze),
-    aten.expand.default: _expand,
-    aten.slice.Tensor: _slice,
-    aten.select.int: _select,
-    aten.cat.default: _cat,
-    aten.stack.default: _stack,
-    aten.index_select.default: _index_select,
-    aten.full.default: _source,
-    **dict.fromkeys((aten.full_like.default, aten.zeros_like.default, aten.ones_like.default), _source),
-}  # fmt: skip
-
-MATMULS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default})
-ATTENTIONS = frozenset(target for target, rule in _RULES.items() if rule is _attention)
-
-DEAR = MATMULS | ATTENTIONS | {aten.sort.default, aten.sort.stable, aten.topk.default, aten.cumsum.default}
-"""Never computed twice; everything else with a rule is cheap: it costs about as much as reading its result."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from mosaic_compiler.loops import loop_of
+from mosaic_compiler.ir.loops import loop_of
 
 
 class Cluster(nn.Module):
@@ -32,12 +32,6 @@ class Cluster(nn.Module):
     def with_into(self, into: Sequence[int | None]) -> Cluster:
         """The same region with its results put elsewhere."""
         return Cluster(self.body, into)
-
-    def is_elementwise(self) -> bool:
-        """Element i of a result depends on element i of each operand of the result's sizes."""
-        from mosaic_compiler import ir
-
-        return all(ir.is_pointwise(node) for node in self.body.graph.nodes if node.op == "call_function")
 
     def forward(self, *operands: Any) -> tuple[Any, ...]:
         results: tuple[Any, ...] = self.body(*operands)

@@ -1,0 +1,95 @@
+"""``Emitter``: adds nodes to a graph, with what they return and where they come from."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch._ops import OpOverload
+from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+from mosaic_compiler.ir.graphs import BINDS, fake_mode_of
+from mosaic_compiler.ir.sizes import UnreadableSizeError, parts_of
+from mosaic_compiler.ir.values import argument_value, is_contiguous, tensor_of, value_of
+
+aten = torch.ops.aten
+
+
+class Emitter:
+    """Adds nodes with metadata and the provenance of the node that is being rewritten (``origin``)."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.graph = module.graph
+        self.mode = fake_mode_of(module)
+        self.origin: fx.Node | None = None
+
+    def bare(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A call without metadata about its result."""
+        node = self.graph.call_function(target, args, kwargs)
+        if self.origin is not None:
+            node.meta = {k: v for k, v in self.origin.meta.items() if k in ("stack_trace", "nn_module_stack")}
+        return node
+
+    def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A call with metadata.  ``reshape`` becomes a view, or a copy and a view."""
+        if target is aten.reshape.default:
+            return self._emit_reshape(*args)
+        node = self.bare(target, *args, **kwargs)
+        assert isinstance(target, OpOverload)
+        fake_args, fake_kwargs = fx.node.map_arg((args, kwargs), value_of)
+        with self.mode:
+            node.meta["val"] = target(*fake_args, **fake_kwargs)
+        return node
+
+    def emit_getitem(self, source: fx.Node, index: Any) -> fx.Node:
+        """One result of a call with several."""
+        node = self.bare(operator.getitem, source, index)
+        node.meta["val"] = value_of(source)[index]
+        return node
+
+    def bind_number(self, node: fx.Node) -> Any:
+        """A new symbol for the number that a node of the prologue gives."""
+        environment = self.mode.shape_env
+        source, hint = ConstantSource(f"number_of_{node.name}"), 13
+        symbol = environment.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+        number = node.meta["val"] = environment.create_symintnode(symbol, hint=hint, source=source)
+        node.meta[BINDS] = symbol
+        return number
+
+    def arithmetic(self, combine: Any, left: Any, right: Any) -> Any:
+        """What ``combine`` makes of two sizes, each an int or a node."""
+        if isinstance(left, int) and isinstance(right, int):
+            return combine(left, right)
+        node = self.bare(combine, left, right)
+        node.meta["val"] = combine(*map(argument_value, (left, right)))
+        return node
+
+    def combined(self, expr: sympy.Expr, size: Callable[[sympy.Expr], Any]) -> fx.Node:
+        """A size computed from others, each of which ``size`` gives as an int or a node.
+
+        Raises:
+            UnreadableSizeError: if nobody knows how.
+        """
+        parts = parts_of(expr)
+        if parts is None:
+            raise UnreadableSizeError(f"cannot read the size {expr} off the inputs")
+        combine, exprs = parts
+        result, *rest = map(size, exprs)
+        for factor in rest:
+            result = self.arithmetic(combine, result, factor)
+        assert isinstance(result, fx.Node)
+        return result
+
+    def _emit_reshape(self, source: fx.Node, shape: Sequence[Any]) -> fx.Node:
+        tensor = tensor_of(source)
+        assert tensor is not None
+        # Asking the fake tensor whether the strides allow a view would be answered for the sizes of the
+        # example, not for all sizes.
+        if not is_contiguous(tensor):
+            source = self.emit(aten.clone.default, source, memory_format=torch.contiguous_format)
+        return self.emit(aten.view.default, source, list(shape))

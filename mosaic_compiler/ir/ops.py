@@ -1,0 +1,78 @@
+"""Operators of our own, so that graphs which use them still run under plain PyTorch.
+
+``mosaic::gather_logits``     hidden[index] @ weight.T in one kernel
+``mosaic::head_statistics``   max, argmax, sums of exponentials of a head's logits, tile by tile
+``mosaic::scatter_rows``      zeros with some rows put in
+``mosaic::touched_pages``     how many pages of memory these rows lie in
+
+Here are their schemas and what they return; ``kernels/ops.py`` has what runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Statistics: TypeAlias = "tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]"
+
+LIBRARY: Any = torch.library.Library("mosaic", "DEF")  # type: ignore[no-untyped-call]
+
+for _schema in (
+    "gather_logits(Tensor hidden, Tensor index, Tensor weight) -> Tensor",
+    "head_statistics(Tensor hidden, Tensor weight, Tensor? bias, str steps, SymInt tile, SymInt top)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "scatter_rows(Tensor rows, Tensor index, SymInt total, SymInt pages, SymInt page) -> Tensor",
+    "touched_pages(Tensor index, SymInt total, SymInt row_bytes, SymInt page) -> SymInt",
+):
+    LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def empty_logits(hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """What ``gather_logits`` returns: [M, V] for M row numbers and a weight [V, D]."""
+    return hidden.new_empty(index.shape[0], weight.shape[0])
+
+
+def empty_statistics(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, steps: str, tile: int, top: int
+) -> Statistics:
+    """What ``head_statistics`` returns: four numbers per row, the ``top`` logits and their positions."""
+    rows = hidden.shape[0]
+    dtype = hidden.dtype
+    for step in filter(None, steps.split(",")):
+        name, _, value = step.partition(":")
+        dtype = getattr(torch, value) if name == "to" else dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return (
+        hidden.new_empty(rows, dtype=dtype),
+        hidden.new_empty(rows, dtype=torch.int64),
+        hidden.new_empty(rows, dtype=wide),
+        hidden.new_empty(rows, dtype=wide),
+        hidden.new_empty((rows, top), dtype=dtype),
+        hidden.new_empty((rows, top), dtype=torch.int64),
+    )
+
+
+def _empty_rows(rows: Tensor, index: Tensor, total: int, pages: int, page: int) -> Tensor:
+    return rows.new_empty((total, *rows.shape[1:]))
+
+
+def _unknown_pages(index: Tensor, total: int, row_bytes: int, page: int) -> Any:
+    return torch.library.get_ctx().new_dynamic_size()
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "gather_logits": empty_logits,
+    "head_statistics": empty_statistics,
+    "scatter_rows": _empty_rows,
+    "touched_pages": _unknown_pages,
+}
+for _name, _fake in _FAKES.items():
+    torch.library.register_fake(f"mosaic::{_name}", _fake, lib=LIBRARY)
+
+gather_logits = torch.ops.mosaic.gather_logits.default
+head_statistics = torch.ops.mosaic.head_statistics.default
+scatter_rows = torch.ops.mosaic.scatter_rows.default
+touched_pages = torch.ops.mosaic.touched_pages.default

@@ -1,0 +1,124 @@
+"""How each node gets its result: as a view, into a given buffer, in place, or opaquely.
+
+This is where an ATen operator's calling convention is decided, once, for planning and for running.
+
+- ``DESTINATION``: the result is written into a buffer that the plan places in the arena.  A native
+  ``out=`` overload is used where there is one that is the functional op (``book/overloads.py``).  Generated ``out=``
+  overloads (tagged ``torch.Tag.generated``) compute functionally and then copy, so they are never used.
+- ``OPAQUE``: the op allocates its own outputs (SDPA, random numbers, layer norm); the plan counts
+  them as transients.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from mosaic_compiler import book, ir
+from mosaic_compiler.book import Call, Emit, inplace_twin, native_out
+from mosaic_compiler.ir.clusters import Cluster, cluster_of
+from mosaic_compiler.ir.loops import loop_of
+from mosaic_compiler.kernels import ops as _own_operators  # noqa: F401  (their entries and what runs)
+from mosaic_compiler.kernels.fused import kernel_for
+
+
+class Kind(enum.Enum):
+    NUMBER = "number"  # a size computed from symbols, or getitem: nothing to run
+    CONSTANT = "constant"  # a get_attr of the graph module
+    VIEW = "view"  # shares an operand's storage
+    MUTATION = "mutation"  # writes an operand
+    DESTINATION = "destination"  # writes into a planned buffer
+    OPAQUE = "opaque"  # allocates its own outputs
+    LOOP = "loop"  # runs a body for chunks of rows; its results are planned buffers
+
+
+@dataclass(frozen=True)
+class Form:
+    kind: Kind
+    emit: Emit | None = None
+
+
+def _emit_cluster(cluster: Cluster, outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
+    own = [out for out, into in zip(outs, cluster.into, strict=True) if into is None]
+    return [Call(kernel_for(cluster), (*args, *own))]
+
+
+def _emit_out(
+    op: OpOverload, names: tuple[str, ...], outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]
+) -> list[Call]:
+    return [Call(op, tuple(args), (*kwargs.items(), *zip(names, outs, strict=True)))]
+
+
+def _emit_twin(op: OpOverload, outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
+    return [Call(torch.Tensor.copy_, (outs[0], args[0])), Call(op, (outs[0], *args[1:]), tuple(kwargs.items()))]
+
+
+def _destination(node: fx.Node) -> Emit | None:
+    op, known = node.target, book.entry(node)
+    assert isinstance(op, OpOverload)
+    if known.write is not None:
+        return known.write(node)
+    if known.is_accounted:
+        return None
+    native = native_out(op)
+    if native is not None and len(native[1]) == len(ir.tensors_of(node)):
+        return functools.partial(_emit_out, *native)
+    twin = inplace_twin(op)
+    first = node.args[0] if node.args else None
+    out = ir.tensor_of(node)
+    if twin is not None and out is not None and isinstance(first, fx.Node):
+        source = ir.tensor_of(first)
+        if source is not None and source.dtype == out.dtype:
+            return functools.partial(_emit_twin, twin)
+    return None
+
+
+def form_of(node: fx.Node, main_device: torch.device) -> Form:
+    """Classify a node (not a placeholder or output).
+
+    A tensor on another device than ``main_device``, or with a data-dependent size, is opaque: its
+    bytes cannot be placed in this arena's plan.
+    """
+    if node.op == "get_attr":
+        return Form(Kind.CONSTANT)
+    if loop_of(node) is not None:
+        return Form(Kind.LOOP)
+    if (cluster := cluster_of(node)) is not None:
+        return Form(Kind.DESTINATION, functools.partial(_emit_cluster, cluster))
+    outputs = ir.tensors_of(node)
+    if not any(t is not None for t in outputs):
+        effect = ir.has_effect(node)
+        return Form(Kind.OPAQUE if effect or not _computable(node) else Kind.NUMBER)
+    if not isinstance(node.target, OpOverload):
+        return Form(Kind.NUMBER if _is_getitem(node) else Kind.OPAQUE)
+    if ir.mutated_arguments(node):
+        return Form(Kind.MUTATION)
+    if ir.is_view(node):
+        return Form(Kind.VIEW)
+    if ir.alias_base(node) is not None or ir.has_unbacked(node):
+        return Form(Kind.OPAQUE)
+    if any(t is None or t.device != main_device or t.layout != torch.strided for t in outputs):
+        return Form(Kind.OPAQUE)
+    emit = _destination(node)
+    return Form(Kind.OPAQUE) if emit is None else Form(Kind.DESTINATION, emit)
+
+
+def _is_getitem(node: fx.Node) -> bool:
+    import operator
+
+    return node.target is operator.getitem
+
+
+def _computable(node: fx.Node) -> bool:
+    """A symbolic number whose value follows from the sizes of the inputs."""
+    value = ir.value_of(node)
+    if isinstance(value, (bool, int, float)):
+        return True
+    return ir.is_symbolic_number(value) and not ir.has_unbacked(node)
