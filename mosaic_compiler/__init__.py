@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from mosaic_compiler.registration import register
 
 if TYPE_CHECKING:
+    from mosaic_compiler.ahead.forecast import max_tokens
     from mosaic_compiler.errors import BudgetError, MosaicError
     from mosaic_compiler.options import MosaicOptions
     from mosaic_compiler.planning import MemoryPlan
     from mosaic_compiler.report.explain import Report, explain
-    from mosaic_compiler.report.forecast import max_tokens
-    from mosaic_compiler.runtime.arena import release_memory
+    from mosaic_compiler.runtime.pools import release_memory
     from mosaic_compiler.sampling.generation import Generation, generate
 
 __version__ = "0.1.0"
@@ -46,8 +46,8 @@ _HOME = {
     "MosaicOptions": "options",
     "Report": "report.explain",
     "explain": "report.explain",
-    "max_tokens": "report.forecast",
-    "release_memory": "runtime.arena",
+    "max_tokens": "ahead.forecast",
+    "release_memory": "runtime.pools",
 }
 
 

@@ -22,11 +22,13 @@ from mosaic_compiler.capture import forget_floats, specialize_floats
 from mosaic_compiler.dump import GraphDump
 from mosaic_compiler.errors import GradientError
 from mosaic_compiler.ir import fake_mode_of, main_device_of
+from mosaic_compiler.ir.notes import STATIC_INPUTS
 from mosaic_compiler.kernels.fused import start_workers
 from mosaic_compiler.methods import watch_methods
 from mosaic_compiler.options import MosaicOptions
-from mosaic_compiler.passes.needed_rows import STATIC, settle_sizes
-from mosaic_compiler.passes.pipeline import PassRecord, passes_for, run_passes, without_loops
+from mosaic_compiler.passes.base import Machine
+from mosaic_compiler.passes.needed_rows import settle_sizes
+from mosaic_compiler.passes.pipeline import make_family
 from mosaic_compiler.runtime.sparse import page_bytes
 from mosaic_compiler.runtime.step import CompiledStep
 from mosaic_compiler.settings import read_settings
@@ -86,25 +88,13 @@ def compile_aten(module: fx.GraphModule, options: MosaicOptions, static_inputs: 
     """
     settings = read_settings()
     dump = GraphDump(options.dump, module, settings.debug)
-    passes = passes_for(
-        vocabulary_tile=options.vocabulary_tile,
-        needed_rows=options.needed_rows,
-        mask_token_id=options.mask_token_id,
-        page_bytes=page_bytes(main_device_of(module)),
-    )
-    stages = {"capture": module}
-    module.meta[STATIC] = tuple(static_inputs)
+    STATIC_INPUTS.write(module, tuple(static_inputs))
     if options.needed_rows != "all":
         settle_sizes(module)
-
-    def observe(graph: fx.GraphModule, record: PassRecord) -> None:
-        stages[record.name] = graph
-        dump.after_pass(graph, record)
-
+    machine = Machine(page_bytes(main_device_of(module)))
     with _no_guards(module):
-        final, records = run_passes(module, passes=passes, disable=options.disable, observe=observe)
-        flat = without_loops(stages, final, options.disable)
-    step = CompiledStep(final, options, records, static_inputs, on_plan=dump.plan, flat=flat, captured=module)
+        family = make_family(module, options, machine, observe=dump.after_pass)
+    step = CompiledStep(family.graphs, options, family.records, static_inputs, on_plan=dump.plan, captured=module)
     dump.compiled(step)
     step.end_at(graph_log.compiled(step.fallbacks))
     for notify in getattr(_observers, "stack", ()):

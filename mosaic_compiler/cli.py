@@ -77,7 +77,8 @@ def fit(
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
 ) -> None:
     """Does a model run at so many tokens on such a card?  Needs neither weights nor a GPU."""
-    from mosaic_compiler.report.fit import answer, load_config, longest, name_of, positions, traced
+    from mosaic_compiler.ahead.configs import load_config, name_of, positions
+    from mosaic_compiler.ahead.fit import answer, longest, traced
 
     lengths = parse_tokens(tokens)
     (card, memory), kept = parse_card(gpu), parse_bytes("--reserve", reserve)

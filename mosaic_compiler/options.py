@@ -11,8 +11,10 @@ from typing import Any
 from mosaic_compiler.errors import OptionsError
 from mosaic_compiler.planning.budget import parse_budget
 from mosaic_compiler.planning.placement import DEADLINE
+from mosaic_compiler.recipes import LOOPS
 from mosaic_compiler.settings import Settings, read_settings
 
+ROW_CHOICES = ("all", "masked", "before_masked")
 PLACEMENTS = ("auto", "naive", "size", "live-total", "area", "lifetime")
 
 
@@ -60,15 +62,13 @@ class MosaicOptions:
     program_cache: int = 64
 
     def __post_init__(self) -> None:
-        from mosaic_compiler.passes.pipeline import pass_names
-
         _expect(self.dump is None or isinstance(self.dump, str), "dump", "a folder path", self.dump)
         _expect(isinstance(self.poison, bool), "poison", "True or False", self.poison)
         _expect(isinstance(self.strict, bool), "strict", "True or False", self.strict)
         _expect(isinstance(self.disable, tuple), "disable", "a list of pass names", self.disable)
         for name in self.disable:
-            if name not in pass_names():
-                raise OptionsError(f"disable: no pass is called {name!r}{nearest(str(name), pass_names())}")
+            if name not in LOOPS.passes:
+                raise OptionsError(f"disable: no pass is called {name!r}{nearest(str(name), LOOPS.passes)}")
         if self.placement not in PLACEMENTS:
             raise OptionsError(f"placement={self.placement!r}{nearest(str(self.placement), PLACEMENTS)}")
         seconds = self.placement_deadline
@@ -87,10 +87,8 @@ class MosaicOptions:
         _expect(valid_count, "program_cache", "a whole number from 1", count)
 
     def _check_needed_rows(self) -> None:
-        from mosaic_compiler.passes.needed_rows import CHOICES
-
-        if self.needed_rows not in CHOICES:
-            raise OptionsError(f"needed_rows={self.needed_rows!r}{nearest(str(self.needed_rows), CHOICES)}")
+        if self.needed_rows not in ROW_CHOICES:
+            raise OptionsError(f"needed_rows={self.needed_rows!r}{nearest(str(self.needed_rows), ROW_CHOICES)}")
         token = self.mask_token_id
         valid = token is None or (isinstance(token, int) and not isinstance(token, bool) and token >= 0)
         _expect(valid, "mask_token_id", "a token id", token)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from mosaic_compiler.errors import ArenaError, CanaryError
-from mosaic_compiler.planning.budget import host_memory
-from mosaic_compiler.runtime.arena import ArenaPool, HostArena, PlainArena
+from mosaic_compiler.runtime.arena import HostArena, PlainArena
+from mosaic_compiler.runtime.devices import host_memory
+from mosaic_compiler.runtime.pools import ArenaPool
 
 MiB = 1 << 20
 

@@ -17,7 +17,7 @@ from mosaic_compiler.backend import compile_aten, observing
 from mosaic_compiler.errors import FallbackError, GradientError, OptionsError, StaleGraphError
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes import trace
-from mosaic_compiler.runtime.arena import ArenaPool, pool_for
+from mosaic_compiler.runtime.pools import ArenaPool, pool_for
 from mosaic_compiler.sampling import DenoisingStep, block_window
 
 

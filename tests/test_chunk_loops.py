@@ -319,7 +319,7 @@ def test_a_budget_is_obeyed_with_the_largest_chunks(toy, length, share):
 
 def test_measured_memory_stays_within_the_budget():
     from mosaic_compiler.report.measure import _cpu_peak
-    from mosaic_compiler.runtime.arena import pool_for
+    from mosaic_compiler.runtime.pools import pool_for
 
     toy = Toy(layers=3)
     module, weights = traced(toy, 1)

@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
+from mosaic_compiler.ahead import fit
 from mosaic_compiler.backend import observing
 from mosaic_compiler.planning import Buffer, MemoryPlan, make_plan
-from mosaic_compiler.report import fit
 from mosaic_compiler.sampling import DenoisingStep, block_window
 
 SMALL = {

@@ -16,9 +16,9 @@ import mosaic_compiler
 from mosaic_compiler.backend import observing
 from mosaic_compiler.errors import BudgetError
 from mosaic_compiler.planning.flash import split_bytes
-from mosaic_compiler.runtime.arena import pool_for
 from mosaic_compiler.runtime.cuda_arena import CudaArena
 from mosaic_compiler.runtime.cuda_driver import virtual_memory_problem
+from mosaic_compiler.runtime.pools import pool_for
 from mosaic_compiler.sampling import DenoisingStep, block_window
 
 pytestmark = [

@@ -13,7 +13,7 @@ from remote_models import VOCABULARY, DreamLike, LLaDALike
 import mosaic_compiler
 from mosaic_compiler.backend import mosaic, observing
 from mosaic_compiler.report.measure import _cpu_peak
-from mosaic_compiler.runtime.arena import pool_for
+from mosaic_compiler.runtime.pools import pool_for
 from mosaic_compiler.sampling import DenoisingStep, block_window
 
 
@@ -159,7 +159,7 @@ def test_full_size_dims_need_x_k_and_v_per_token(name, layers):
     """Without weights: 1,024-row chunks, half of the rows masked; also the time of planning."""
     import time
 
-    from mosaic_compiler.report.forecast import capture_step
+    from mosaic_compiler.ahead.forecast import capture_step
 
     (heads, kv_heads, width, feed_forward, vocabulary), per_token, slack = FULL_SIZE[name]
     model = dims(layers, heads, kv_heads, width, feed_forward, vocabulary)
@@ -267,7 +267,7 @@ def test_thirty_two_layers_are_searched_and_planned_at_the_bound_within_50_ms():
     import statistics
     import time
 
-    from mosaic_compiler.report.forecast import capture_step
+    from mosaic_compiler.ahead.forecast import capture_step
 
     model = DenoisingStep(dims(32, 32, 32, 4096, 12288, 126464), 3)
     ids, window = torch.zeros(1, 64, dtype=torch.long, device="meta"), torch.ones(1, 64, dtype=bool, device="meta")
@@ -290,7 +290,7 @@ def test_520_random_plans_are_at_the_bound():
     import random
     from dataclasses import replace
 
-    from mosaic_compiler.report.forecast import capture_step
+    from mosaic_compiler.ahead.forecast import capture_step
 
     ids, window = torch.zeros(1, 64, dtype=torch.long), torch.ones(1, 64, dtype=torch.bool)
     chance, ratios = random.Random(0), []

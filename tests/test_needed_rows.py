@@ -25,7 +25,9 @@ from mosaic_compiler.errors import ArenaError, BudgetError, FallbackError, Optio
 from mosaic_compiler.kernels.scatter_rows import BLOCK_PAGES, count_pages, touched_runs
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes import run_passes, trace
-from mosaic_compiler.passes.pipeline import passes_for
+from mosaic_compiler.passes.base import Machine
+from mosaic_compiler.passes.pipeline import passes_of
+from mosaic_compiler.recipes import LOOPS
 from mosaic_compiler.runtime.sparse import SparseMemory, sparse_zeros
 
 MASK, VOCABULARY, WIDTH = 3, 1200, 8
@@ -130,9 +132,8 @@ def test_every_pass_keeps_the_needed_rows(rows):
         torch.testing.assert_close(logits, torch.where(wanted[..., None], expected, 0.0))
         seen.append(record.name)
 
-    run_passes(
-        graph, passes=passes_for(needed_rows=rows, mask_token_id=MASK, page_bytes=PAGE), observe=observe,
-    )  # fmt: skip
+    options = MosaicOptions(needed_rows=rows, mask_token_id=MASK)
+    run_passes(graph, passes=passes_of(LOOPS, options, Machine(PAGE)), observe=observe)
     assert seen[0] == "needed-rows"
     assert "scatter-results" in seen
 

@@ -16,7 +16,8 @@ from mosaic_compiler.kernels import attention
 from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.planning.planner import Planner
 from mosaic_compiler.runtime import rehearsal
-from mosaic_compiler.runtime.arena import PlainArena, pool_for
+from mosaic_compiler.runtime.arena import PlainArena
+from mosaic_compiler.runtime.pools import pool_for
 from mosaic_compiler.runtime.program import _StepBinder
 from mosaic_compiler.sampling import DenoisingStep, block_window
 
@@ -199,7 +200,7 @@ def test_operands_that_only_the_data_knows_are_not_rehearsed(monkeypatch):
         step = DenoisingStep(Bidirectional().eval().requires_grad_(False), 31)
         torch.compile(step, backend="mosaic", dynamic=True, options={"disable": ["fuse"]})(*arguments(40))
     monkeypatch.setattr(attention, "_CUDNN", ATTENTION)
-    graph, known = steps[0]._flat.module.graph, [symbol for symbol, _ in steps[0]._readers]
+    graph, known = steps[0].variants["flat"].module.graph, [symbol for symbol, _ in steps[0]._readers]
     attentions = [node for node in graph.nodes if node.target is ATTENTION]
     assert [attention.makes_plan(node, known) for node in attentions] == [True] * (LAYERS - 1) + [False]
     assert not any(attention.makes_plan(node, []) for node in attentions)

@@ -15,8 +15,10 @@ from mosaic_compiler import ir
 from mosaic_compiler.errors import InvariantError
 from mosaic_compiler.ir.loops import ChunkLoop, loop_of
 from mosaic_compiler.passes import run_passes, trace
-from mosaic_compiler.passes.pipeline import passes_for
+from mosaic_compiler.passes.base import Machine
+from mosaic_compiler.passes.pipeline import passes_of
 from mosaic_compiler.passes.verifier import INVARIANTS
+from mosaic_compiler.recipes import LOOPS
 
 aten = torch.ops.aten
 
@@ -223,7 +225,7 @@ def scattering():
 
     given = torch.randn(9, 6), torch.randn(6, 1500), torch.arange(9) % 2 == 0
     module = trace(f, *given, dynamic=[(0,), (), (0,)])
-    result = run_passes(module, passes=passes_for(page_bytes=4096), disable=("fuse",))[0]
+    result = run_passes(module, passes=passes_of(LOOPS, machine=Machine(page_bytes=4096)), disable=("fuse",))[0]
     assert any(spec.scatter for node in result.graph.nodes if loop_of(node) for spec in loop_of(node).outputs)
     return result
 

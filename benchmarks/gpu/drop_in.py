@@ -17,7 +17,7 @@ import torch
 from benchmarks.gpu.benchmark import Benchmark, Row
 from benchmarks.gpu.models import GIB, MASK, MODELS, Session, clean, device, synchronize
 from mosaic_compiler.backend import observing
-from mosaic_compiler.runtime.arena import pool_for
+from mosaic_compiler.runtime.pools import pool_for
 from mosaic_compiler.runtime.step import CompiledStep
 
 BUDGET = "2GiB"

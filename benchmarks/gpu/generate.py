@@ -16,7 +16,7 @@ import mosaic_compiler
 from benchmarks.gpu.benchmark import Benchmark, Row
 from benchmarks.gpu.max_tokens import RESERVE
 from benchmarks.gpu.models import GIB, MASK, MODELS, Session, clean, device
-from mosaic_compiler.runtime.arena import pool_for
+from mosaic_compiler.runtime.pools import pool_for
 
 NEW, BLOCK = 1024, 32
 

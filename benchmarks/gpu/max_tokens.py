@@ -29,7 +29,7 @@ from benchmarks.gpu.models import (
 )
 from benchmarks.gpu.models import weights as weights_of
 from mosaic_compiler.errors import BudgetError
-from mosaic_compiler.runtime.arena import pool_for
+from mosaic_compiler.runtime.pools import pool_for
 
 RESERVE = 600 << 20
 COMPILING = 192 << 20  # what kernels that a length is the first to need take while they are compiled

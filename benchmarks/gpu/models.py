@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mosaic_compiler.backend import mosaic, observing
-from mosaic_compiler.runtime.arena import pool_for, release_memory
+from mosaic_compiler.runtime.pools import pool_for, release_memory
 from mosaic_compiler.runtime.step import CompiledStep
 from mosaic_compiler.sampling import DenoisingStep, block_window
 from mosaic_compiler.true_masks import drop_true_masks

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.gpu.benchmark import Benchmark, quotient
 from benchmarks.gpu.models import GIB, Session, arguments, clean, device, high_water
-from mosaic_compiler.runtime.arena import pool_for
+from mosaic_compiler.runtime.pools import pool_for
 
 
 def measure(session: Session, tokens: int = 32768, budget: str = "4GiB") -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -11,6 +12,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from mosaic_compiler.options import MosaicOptions
 
 
 class Pass(Protocol):
@@ -23,6 +26,22 @@ class Pass(Protocol):
     name: ClassVar[str]
 
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule: ...
+
+    @classmethod
+    def of(cls, options: MosaicOptions, machine: Machine) -> Pass:
+        """The pass with the parameters that options and the machine set; most have none."""
+        return cls()
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What passes have to know of where a step will run.
+
+    Attributes:
+        page_bytes: memory for results in zeros comes in pages of so many bytes; ``None``: all of them takes memory.
+    """
+
+    page_bytes: int | None = None
 
 
 def trace(function: Callable[..., Any], *args: Any, dynamic: Sequence[tuple[int, ...]] | None = None) -> fx.GraphModule:

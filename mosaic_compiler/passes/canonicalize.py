@@ -15,6 +15,7 @@ from torch._ops import OpOverload
 
 from mosaic_compiler import book, ir
 from mosaic_compiler.passes.attention_spelling import drop_relayout, drop_true_mask, fold_repeated_heads
+from mosaic_compiler.passes.base import Pass
 from mosaic_compiler.passes.common_subexpressions import merge_common_subexpressions
 from mosaic_compiler.passes.constants import constant_of
 from mosaic_compiler.passes.rewriter import Rewriter
@@ -24,7 +25,7 @@ prims = torch.ops.prims
 
 
 @dataclass(frozen=True)
-class CanonicalizePass:
+class CanonicalizePass(Pass):
     """Remove what does no work and give every operation one form.
 
     - dead code and common subexpressions (never random draws, writes, or results that escape);

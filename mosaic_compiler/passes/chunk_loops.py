@@ -13,7 +13,9 @@ from mosaic_compiler import ir
 from mosaic_compiler.book import FLAT
 from mosaic_compiler.ir.emitter import Emitter
 from mosaic_compiler.ir.loops import ChunkLoop
+from mosaic_compiler.ir.notes import UNRULED
 from mosaic_compiler.ir.sizes import UnreadableSizeError, size_sources
+from mosaic_compiler.passes.base import Pass
 from mosaic_compiler.passes.labels import Labels, find_labels
 from mosaic_compiler.passes.loop_bodies import BodyFactory
 from mosaic_compiler.passes.regions import Operand, Region, Regions, contents_of, find_regions
@@ -22,7 +24,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class ChunkLoopsPass:
+class ChunkLoopsPass(Pass):
     """Cut the graph into loops over rows; only what must exist at full length leaves a loop.
 
     ``passes/labels.py`` finds out which values have rows and which edges need just the same rows,
@@ -61,7 +63,7 @@ class ChunkLoopsPass:
                 unruled += (knot.node,)
             except UnreadableSizeError:
                 unruled += (rewriter.origin or regions.loops[0].outputs[0],)
-        result.meta["unruled"] = tuple((node.name, str(node.target), ir.provenance(node)) for node in unruled)
+        UNRULED.write(result, tuple((node.name, str(node.target), ir.provenance(node)) for node in unruled))
         result.graph.lint()
         result.recompile()
         return result

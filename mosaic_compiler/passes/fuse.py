@@ -12,12 +12,13 @@ from torch import fx
 from mosaic_compiler import ir
 from mosaic_compiler.ir.clusters import Cluster, set_cluster
 from mosaic_compiler.ir.loops import rewrite_bodies
+from mosaic_compiler.ir.sorting import sort_nodes
+from mosaic_compiler.passes.base import Pass
 from mosaic_compiler.passes.grouping import Group, find_groups, is_absorbed_view, makes_constant
-from mosaic_compiler.passes.sorting import sort_nodes
 
 
 @dataclass(frozen=True)
-class FusePass:
+class FusePass(Pass):
     """Replace each group of ops that ``passes/grouping.py`` finds by one call of a cluster (``ir/clusters.py``).
 
     Norms, rotary embeddings, gated activations, residuals with the norm behind them, casts and the sampler's arithmetic

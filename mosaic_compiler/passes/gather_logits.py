@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -10,13 +12,18 @@ from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.ir import ops
+from mosaic_compiler.ir.notes import Note
 from mosaic_compiler.kernels import gather_logits as kernel
+from mosaic_compiler.passes.base import Pass
 
 aten = torch.ops.aten
 
+GATHER_CHOICES: Note[Mapping[str, kernel.Choice]] = Note("gather_choices", MappingProxyType({}))
+"""Which implementation each projection got, and why."""
+
 
 @dataclass(frozen=True)
-class GatherLogitsPass:
+class GatherLogitsPass(Pass):
     """Replace ``mm(index_select(h, 0, idx), t(w))`` by the kernel that gathers while it multiplies.
 
     Attributes:
@@ -66,7 +73,7 @@ class GatherLogitsPass:
                         source = dead.args[0]
                         module.graph.erase_node(dead)
                         dead = source
-        module.meta["gather_choices"] = choices
+        GATHER_CHOICES.write(module, choices)
         module.graph.lint()
         module.recompile()
         return module

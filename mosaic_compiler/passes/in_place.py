@@ -14,10 +14,11 @@ from mosaic_compiler import book, ir
 from mosaic_compiler.book import inplace_twin, native_out
 from mosaic_compiler.ir.clusters import cluster_of, set_cluster
 from mosaic_compiler.ir.loops import rewrite_bodies
+from mosaic_compiler.passes.base import Pass
 
 
 @dataclass(frozen=True)
-class InPlacePass:
+class InPlacePass(Pass):
     """Rewrite ``c = op(a, b)`` to ``c = op.out(a, b, out=a)`` where nobody can tell the difference.
 
     Legal when all of these hold (the verifier checks the same list, independently):

@@ -12,14 +12,15 @@ from torch import fx
 
 from mosaic_compiler import book, ir
 from mosaic_compiler.ir.emitter import Emitter
+from mosaic_compiler.ir.notes import STATIC_INPUTS, UNMET_ROWS
+from mosaic_compiler.options import MosaicOptions
+from mosaic_compiler.passes.base import Machine, Pass
 
 aten = torch.ops.aten
 
-CHOICES = ("all", "masked", "before_masked")
-
 
 @dataclass(frozen=True)
-class NeededRowsPass:
+class NeededRowsPass(Pass):
     """Zero the logits of rows that are not needed, so that ``row-demand`` need not compute them.
 
     For people who compile a model and keep their own generate loop: the graph alone says that the caller gets all
@@ -50,6 +51,11 @@ class NeededRowsPass:
     mask: int | None = None
     name: ClassVar[str] = "needed-rows"
 
+    @classmethod
+    def of(cls, options: MosaicOptions, machine: Machine) -> NeededRowsPass:
+        """As the options of the same names say."""
+        return cls(options.needed_rows, options.mask_token_id)
+
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
         if self.rows == "all":
             return module
@@ -57,14 +63,10 @@ class NeededRowsPass:
         found = _find(module)
         problem = found if isinstance(found, str) else _Rewriter(module, *found).rewrite(self)
         if problem and any(book.is_matmul(node) for node in module.graph.nodes):
-            module.meta["needed_rows_problem"] = f"{problem}: every row is computed"
+            UNMET_ROWS.write(module, f"{problem}: every row is computed")
         module.graph.lint()
         module.recompile()
         return module
-
-
-STATIC = "static_inputs"
-"""Metadata key of a graph module: the positions of placeholders that are parameters and buffers."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def _floats(graph: fx.Graph) -> list[fx.Node]:
 def _lookups(module: fx.GraphModule) -> Iterator[_Lookup]:
     """Lookups in tables by what the caller gives."""
     placeholders = module.graph.find_nodes(op="placeholder")
-    static = {placeholders[index] for index in module.meta.get(STATIC, ())}
+    static = {placeholders[index] for index in STATIC_INPUTS.of(module)}
     for node in module.graph.nodes:
         if node.target is aten.embedding.default:
             table, ids = node.args[:2]

@@ -1,31 +1,17 @@
-"""The one ordered list of passes, and how they are run.
-
-Order matters:
-
-1. ``needed-rows`` first: it says what the step has to compute; all others only say how.
-2. ``canonicalize`` before the rest: every later pass matches one spelling per operation.
-3. ``row-demand`` before ``in-place``: it calls ops again on fewer rows, which only pure ops allow.
-4. ``gather-logits``, ``vocabulary-tiles`` and ``sparse-outputs`` behind ``row-demand``: they match the head, and what
-   is done with its rows, as it left them.
-5. ``chunk-loops`` when all graph-wide rewrites are done: those match nodes, not loop bodies.
-6. ``scatter-results`` behind ``chunk-loops``: it matches a loop and the reader of its result.
-7. ``fuse`` behind both: what a loop computes is known by then, and clusters hide ops from it.
-8. ``reorder`` behind ``fuse``: it sees the ops that will run; and before anything is written.
-9. ``in-place`` and ``reuse-rows`` last: they introduce writes, and no other pass moves or merges nodes around a
-   write.  ``reuse-rows`` behind ``in-place``, because it must see when a body's results are written.
-"""
+"""Running passes: one list of them, or all that the graphs of a step need.  Their order stands in ``recipes.py``."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
 from mosaic_compiler import ir
-from mosaic_compiler.ir.loops import loop_of
-from mosaic_compiler.passes.base import Pass
+from mosaic_compiler.options import MosaicOptions
+from mosaic_compiler.passes.base import Machine, Pass
 from mosaic_compiler.passes.canonicalize import CanonicalizePass
 from mosaic_compiler.passes.chunk_loops import ChunkLoopsPass
 from mosaic_compiler.passes.fuse import FusePass
@@ -39,44 +25,32 @@ from mosaic_compiler.passes.scatter_results import ScatterResultsPass
 from mosaic_compiler.passes.sparse_outputs import SparseOutputsPass
 from mosaic_compiler.passes.verifier import Verifier
 from mosaic_compiler.passes.vocabulary_tiles import VocabularyTilesPass
+from mosaic_compiler.recipes import LOOPS, RECIPES, Recipe
 
-PASSES: tuple[Pass, ...] = (
-    NeededRowsPass(),
-    CanonicalizePass(),
-    RowDemandPass(),
-    GatherLogitsPass(),
-    VocabularyTilesPass(),
-    SparseOutputsPass(),
-    ChunkLoopsPass(),
-    ScatterResultsPass(),
-    FusePass(),
-    ReorderPass(),
-    InPlacePass(),
-    ReuseRowsPass(),
+_KNOWN: tuple[type[Pass], ...] = (
+    NeededRowsPass,
+    CanonicalizePass,
+    RowDemandPass,
+    GatherLogitsPass,
+    VocabularyTilesPass,
+    SparseOutputsPass,
+    ChunkLoopsPass,
+    ScatterResultsPass,
+    FusePass,
+    ReorderPass,
+    InPlacePass,
+    ReuseRowsPass,
 )
+_BY_NAME: Mapping[str, type[Pass]] = {known.name: known for known in _KNOWN}
 
 
-def passes_for(
-    *,
-    vocabulary_tile: int | None = None,
-    needed_rows: str = "all",
-    mask_token_id: int | None = None,
-    page_bytes: int | None = None,
-) -> tuple[Pass, ...]:
-    """The passes with the parameters that options and the device set."""
-
-    def with_parameters(given: Pass) -> Pass:
-        if isinstance(given, VocabularyTilesPass):
-            return replace(given, tile=vocabulary_tile)
-        if isinstance(given, NeededRowsPass):
-            return replace(given, rows=needed_rows, mask=mask_token_id)
-        return replace(given, page=page_bytes) if isinstance(given, SparseOutputsPass) else given
-
-    return tuple(map(with_parameters, PASSES))
+def passes_of(recipe: Recipe, options: MosaicOptions | None = None, machine: Machine | None = None) -> tuple[Pass, ...]:
+    """The passes of a recipe, with the parameters that options and the machine set."""
+    options, machine = options or MosaicOptions(), machine or Machine()
+    return tuple(_BY_NAME[name].of(options, machine) for name in recipe.passes)
 
 
-def pass_names() -> tuple[str, ...]:
-    return tuple(p.name for p in PASSES)
+PASSES: tuple[Pass, ...] = passes_of(LOOPS)
 
 
 @dataclass(frozen=True)
@@ -120,22 +94,78 @@ def run_passes(
     return module, tuple(records)
 
 
-def without_loops(
-    stages: Mapping[str, fx.GraphModule], final: fx.GraphModule, disable: Sequence[str] = ()
-) -> fx.GraphModule | None:
-    """The graph that ``final`` would be without its loops: what runs where nothing needs chunks.
+@dataclass(frozen=True)
+class Family:
+    """The graphs of one step.
+
+    Attributes:
+        graphs: by the names of their recipes, the preferred ones first; the last is always there.
+        records: what the passes of the last one did.
+    """
+
+    graphs: Mapping[str, fx.GraphModule]
+    records: tuple[PassRecord, ...]
+
+
+def make_family(
+    module: fx.GraphModule,
+    options: MosaicOptions,
+    machine: Machine,
+    *,
+    recipes: Sequence[Recipe] = RECIPES,
+    observe: Callable[[fx.GraphModule, PassRecord], None] = lambda module, record: None,
+) -> Family:
+    """All graphs of a step.  One that would be the same as the last one, or has another prologue, is left out.
 
     Args:
-        stages: the graph after each pass, by the pass's name, in order.
-        final: the graph after all passes.
+        recipes: the preferred ones first; ``observe`` sees the graphs of the last one.
 
-    Returns:
-        ``None`` if ``final`` has no loops, or its prologue is another one.
+    Raises:
+        InvariantError: naming the pass that broke an invariant, and which one.
     """
-    names = list(stages)
-    if ChunkLoopsPass.name not in names or not any(map(loop_of, final.graph.nodes)):
-        return None
-    before = stages[names[names.index(ChunkLoopsPass.name) - 1]]
-    flat, _ = run_passes(before, passes=(FusePass(), ReorderPass(), InPlacePass()), disable=disable)
-    early, own = ({n.name for n in ir.prologue_nodes(graph)} for graph in (final.graph, flat.graph))
-    return flat if early == own else None
+    *others, main = recipes
+    stages = [module]
+
+    def see(graph: fx.GraphModule, record: PassRecord) -> None:
+        stages.append(graph)
+        observe(graph, record)
+
+    ordered = _enabled(passes_of(main, options, machine), options)
+    final, records = run_passes(module, passes=ordered, observe=see)
+    graphs: dict[str, fx.GraphModule] = {}
+    for recipe in others:
+        wanted = _enabled(passes_of(recipe, options, machine), options)
+        shared = _shared(ordered, wanted)
+        if not _differs(ordered, wanted, stages):
+            continue
+        graph, _ = run_passes(stages[shared], passes=wanted[shared:])
+        if _early_names(graph) == _early_names(final):
+            graphs[recipe.name] = graph
+    return Family({**graphs, main.name: final}, records)
+
+
+def _enabled(passes: Sequence[Pass], options: MosaicOptions) -> list[Pass]:
+    return [given for given in passes if given.name not in options.disable]
+
+
+def _shared(first: Sequence[Pass], second: Sequence[Pass]) -> int:
+    """How many passes two lists have in common at their beginning."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((number for number, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def _differs(ordered: Sequence[Pass], wanted: Sequence[Pass], stages: Sequence[fx.GraphModule]) -> bool:
+    """``wanted`` is not just ``ordered`` without passes that changed nothing."""
+    before_and_after = zip(ordered, stages, stages[1:], strict=False)
+    return [given for given, *graphs in before_and_after if given in wanted or _changes(*graphs)] != wanted
+
+
+def _changes(before: fx.GraphModule, after: fx.GraphModule) -> bool:
+    def nodes(module: fx.GraphModule) -> list[Any]:
+        return [(node.name, node.target, [n.name for n in node.all_input_nodes]) for node in module.graph.nodes]
+
+    return after is not before and nodes(after) != nodes(before)
+
+
+def _early_names(module: fx.GraphModule) -> set[str]:
+    return {node.name for node in ir.prologue_nodes(module.graph)}

@@ -13,7 +13,9 @@ from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.ir.loops import ChunkLoop, loop_of, rewrite_bodies
-from mosaic_compiler.passes.sorting import sort_nodes
+from mosaic_compiler.ir.notes import Note
+from mosaic_compiler.ir.sorting import sort_nodes
+from mosaic_compiler.passes.base import Pass
 
 NOMINAL = 4096
 """What every symbolic size counts as in an estimate."""
@@ -34,8 +36,11 @@ class OrderDecision:
     estimates: Mapping[str, int]
 
 
+ORDERS: Note[tuple[OrderDecision, ...]] = Note("orders", ())
+
+
 @dataclass(frozen=True)
-class ReorderPass:
+class ReorderPass(Pass):
     """Reorder ops that do not depend on each other if that lowers the most bytes live at once.
 
     Four orders are compared, in the graph and in loop bodies: the program's own; least peak memory first (of what can
@@ -75,7 +80,7 @@ class ReorderPass:
 
         rewrite_bodies(module, reordered)
         decisions.insert(0, _reorder(module.graph, "step"))
-        module.meta["orders"] = tuple(decisions)
+        ORDERS.write(module, tuple(decisions))
         module.graph.lint()
         module.recompile()
         return module

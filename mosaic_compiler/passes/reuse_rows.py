@@ -10,11 +10,12 @@ from torch import fx
 from mosaic_compiler import book, ir
 from mosaic_compiler.ir.clusters import cluster_of
 from mosaic_compiler.ir.loops import ChunkLoop, LoopOutput, loop_of, set_loop
+from mosaic_compiler.passes.base import Pass
 from mosaic_compiler.passes.in_place import covers_root
 
 
 @dataclass(frozen=True)
-class ReuseRowsPass:
+class ReuseRowsPass(Pass):
     """``x = x + f(x)`` over chunks becomes ``x[c] += f(x[c])``: one residual stream instead of two.
 
     Legal when all of these hold (the verifier checks the same list, independently):

@@ -8,6 +8,8 @@ from typing import ClassVar
 from torch import fx
 
 from mosaic_compiler import ir
+from mosaic_compiler.ir.notes import Note
+from mosaic_compiler.passes.base import Pass
 from mosaic_compiler.passes.compaction import Compactor
 from mosaic_compiler.passes.demand import Demands, analyse
 
@@ -30,8 +32,11 @@ class RowDecision:
     consumer: str
 
 
+ROW_DECISIONS: Note[tuple[RowDecision, ...]] = Note("row_decisions", ())
+
+
 @dataclass(frozen=True)
-class RowDemandPass:
+class RowDemandPass(Pass):
     """Find out from the graph which rows each value is read at, and compute only those.
 
     Going backwards from the outputs, every value gets a *demand*: all rows, or the rows where a mask
@@ -64,7 +69,7 @@ class RowDemandPass:
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
         module = ir.copy_graph(module)
         demands = analyse(module.graph)
-        module.meta["row_decisions"] = _decisions(demands)
+        ROW_DECISIONS.write(module, _decisions(demands))
         if demands.heavy:
             Compactor(module, demands).rewrite()
             ir.remove_dead_code(module.graph)

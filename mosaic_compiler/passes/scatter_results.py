@@ -12,11 +12,13 @@ from torch import fx
 from mosaic_compiler import ir
 from mosaic_compiler.ir import ops
 from mosaic_compiler.ir.loops import ChunkLoop, Scatter, loop_of, set_loop
-from mosaic_compiler.passes.sorting import sort_nodes
+from mosaic_compiler.ir.notes import UNRULED
+from mosaic_compiler.ir.sorting import sort_nodes
+from mosaic_compiler.passes.base import Pass
 
 
 @dataclass(frozen=True)
-class ScatterResultsPass:
+class ScatterResultsPass(Pass):
     """Where all that is done with a loop's result is to scatter its rows into zeros, the loop does it itself.
 
     Otherwise all rows would exist twice: side by side, and where they belong.
@@ -46,7 +48,7 @@ class ScatterResultsPass:
                 _rewrite(module, node, *found)
                 done.add(node.name)
         if done:
-            module.meta["unruled"] = tuple(entry for entry in module.meta.get("unruled", ()) if entry[0] not in done)
+            UNRULED.write(module, tuple(entry for entry in UNRULED.of(module) if entry[0] not in done))
             ir.remove_dead_code(module.graph)
             sort_nodes(module.graph, {node: i for i, node in enumerate(module.graph.nodes)})
         module.graph.lint()

@@ -12,6 +12,8 @@ from torch import fx
 from mosaic_compiler import ir
 from mosaic_compiler.ir import ops
 from mosaic_compiler.ir.emitter import Emitter
+from mosaic_compiler.options import MosaicOptions
+from mosaic_compiler.passes.base import Machine, Pass
 from mosaic_compiler.passes.constants import constant_of
 
 aten = torch.ops.aten
@@ -22,7 +24,7 @@ _NARROWEST = 4096
 
 
 @dataclass(frozen=True)
-class SparseOutputsPass:
+class SparseOutputsPass(Pass):
     """Give the caller rows in zeros of virtual memory, where only pages that hold such rows are resident.
 
     Rows of less than 4 KiB (a number per token) are not worth it.  How many pages there are is known when the row
@@ -50,6 +52,11 @@ class SparseOutputsPass:
 
     page: int | None = None
     name: ClassVar[str] = "sparse-outputs"
+
+    @classmethod
+    def of(cls, options: MosaicOptions, machine: Machine) -> SparseOutputsPass:
+        """For the machine's pages."""
+        return cls(machine.page_bytes)
 
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
         if self.page is None or not any(node.target is aten.index_copy.default for node in module.graph.nodes):

@@ -12,12 +12,14 @@ from torch import fx
 from mosaic_compiler import ir
 from mosaic_compiler.ir import ops
 from mosaic_compiler.ir.emitter import Emitter
+from mosaic_compiler.options import MosaicOptions
+from mosaic_compiler.passes.base import Machine, Pass
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class VocabularyTilesPass:
+class VocabularyTilesPass(Pass):
     """Replace a head whose logits are only reduced over the vocabulary by running statistics.
 
     Understood readers of the logits (or of their softmax): argmax, amax, max, softmax probability of the
@@ -45,6 +47,11 @@ class VocabularyTilesPass:
 
     tile: int | None = None
     name: ClassVar[str] = "vocabulary-tiles"
+
+    @classmethod
+    def of(cls, options: MosaicOptions, machine: Machine) -> VocabularyTilesPass:
+        """With the tile that the options say."""
+        return cls(options.vocabulary_tile)
 
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
         if self.tile is None:

@@ -1,15 +1,11 @@
-"""Memory budgets: what people write, what is free, and what to say when it is not enough."""
+"""Memory budgets: what people write, and how bytes are said."""
 
 from __future__ import annotations
 
-import os
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mosaic_compiler.errors import OptionsError
-
-if TYPE_CHECKING:
-    import torch
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -40,58 +36,6 @@ def parse_budget(given: Any) -> int | None:
     if nbytes <= 0:
         raise OptionsError(f"memory_budget must be more than 0 bytes, got {given!r}")
     return nbytes
-
-
-def check_machine(budget: int | None, device: torch.device) -> None:
-    """Raise :class:`OptionsError` if a device can never have that much memory."""
-    total = total_memory(device)
-    if budget is not None and total is not None and budget > total:
-        raise OptionsError(f"memory_budget of {budget} bytes is more than the {total} bytes that {device} has")
-
-
-def host_memory() -> int:
-    """Physical memory of this machine in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def total_memory(device: torch.device) -> int | None:
-    """Bytes that a device has; ``None`` for devices without memory (meta)."""
-    if device.type == "cpu":
-        return host_memory()
-    if device.type == "cuda":
-        import torch
-
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return None
-
-
-def free_memory(device: torch.device, held: int) -> int | None:
-    """Bytes that a step could use now: what is free, and the ``held`` bytes that its arenas have already.
-
-    ``None``: no limit is known.
-    """
-    if device.type == "cpu":
-        available = _available_on_host()
-        return None if available is None else available + held
-    if device.type == "cuda":
-        import torch
-
-        free, total = torch.cuda.mem_get_info(device)
-        allocated = torch.cuda.memory_allocated(device)
-        share = int(torch.cuda.get_per_process_memory_fraction(device) * total) - allocated
-        return max(min(int(free) + torch.cuda.memory_reserved(device) - allocated + held, share), 0)
-    return None
-
-
-def _available_on_host() -> int | None:
-    try:
-        with open("/proc/meminfo") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        return None
-    return None
 
 
 def format_bytes(nbytes: float) -> str:

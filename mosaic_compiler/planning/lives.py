@@ -26,7 +26,7 @@ class Sizes:
     def __call__(self, size: object) -> int:
         if type(size) is int:
             return size
-        expr = size if isinstance(size, sympy.Basic) else _expr_of(size)
+        expr = size if isinstance(size, sympy.Basic) else sympy.sympify(size)  # a SymInt is its expression
         known = self._known.get(expr)
         if known is None:
             missing = expr.free_symbols - self.symbols.keys()
@@ -35,12 +35,6 @@ class Sizes:
             value = expr.xreplace({s: sympy.Integer(v) for s, v in self.symbols.items()})
             known = self._known[expr] = int(bool(value)) if isinstance(value, Boolean) else int(value)
         return known
-
-
-def _expr_of(size: object) -> sympy.Expr:
-    from mosaic_compiler import ir
-
-    return ir.expr_of(size)
 
 
 @dataclass(frozen=True)

@@ -45,14 +45,13 @@ class StepOutline:
     """What plans are made from.
 
     Attributes:
-        loops, flat: lives of the step in loops, and of the flat graph that runs where nothing needs chunks.
+        variants: lives of each graph of the step by its name, the preferred ones first; the last one is always there.
         hints: the example's value of every symbol of the inputs.
         selected: the numbers that are known when a step starts.
         placement, deadline, chunk_rows, guard, meanings: see :class:`planner.Planner`.
     """
 
-    loops: StepLives
-    flat: StepLives | None
+    variants: Mapping[str, StepLives]
     hints: Mapping[sympy.Symbol, int]
     selected: tuple[Selected, ...]
     placement: str = "auto"
@@ -62,14 +61,16 @@ class StepOutline:
     meanings: tuple[tuple[str, str], ...] = ()
 
     @cached_property
-    def planner(self) -> Planner:
-        """Plans the step in loops."""
-        return self._planner(self.loops)
+    def planners(self) -> dict[str, Planner]:
+        """Plans each graph; where a chunk size is asked for, only those with loops, and the last one."""
+        *others, main = self.variants
+        wanted = [name for name in others if self.chunk_rows is None or self.variants[name].regions]
+        return {name: self._planner(self.variants[name]) for name in (*wanted, main)}
 
-    @cached_property
-    def flat_planner(self) -> Planner | None:
-        """Plans the flat graph."""
-        return None if self.flat is None or self.chunk_rows is not None else self._planner(self.flat)
+    @property
+    def planner(self) -> Planner:
+        """Plans the graph that is always there."""
+        return self.planners[list(self.variants)[-1]]
 
     def _planner(self, lives: StepLives) -> Planner:
         return Planner(
@@ -84,20 +85,21 @@ class StepOutline:
 
     def data(self) -> StepOutline:
         """This without graphs behind its lives, to be pickled."""
-        flat = None if self.flat is None else self.flat.data()
-        return replace(self, loops=self.loops.data(), flat=flat)
+        return replace(self, variants={name: lives.data() for name, lives in self.variants.items()})
 
-    def choose(self, sizes: Sizes, budget: int | None) -> tuple[Planner, Planned]:
-        """A plan of the flat graph if it fits the budget, else of the loops; with the planner that made it.
+    def choose(self, sizes: Sizes, budget: int | None) -> tuple[str, Planned]:
+        """The first graph that fits the budget, and its plan; the last one in whatever chunks it needs.
 
         Raises:
             BudgetError: if no chunk sizes fit the memory budget.
         """
-        flat = self.flat_planner
-        if flat is not None and (budget is None or flat.model.at(sizes).peak({}) <= budget):
-            with suppress(BudgetError):  # its placement is above the lower bound
-                return flat, flat.plan(sizes, budget)
-        return self.planner, self.planner.plan(sizes, budget)
+        *others, main = self.planners
+        for name in others:
+            planner = self.planners[name]
+            if budget is None or planner.model.at(sizes).peak({}) <= budget:
+                with suppress(BudgetError):  # its placement is above the lower bound
+                    return name, planner.plan(sizes, budget)
+        return main, self.planner.plan(sizes, budget)
 
     def sizes_for(self, tokens: int, row_share: float = 1.0) -> Sizes:
         """All sizes of a step for a sequence of ``tokens``, as running it would plan them.

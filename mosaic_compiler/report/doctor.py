@@ -40,8 +40,9 @@ def _devices() -> Iterator[Finding]:
     import torch
 
     from mosaic_compiler.kernels.gather_logits import choose
-    from mosaic_compiler.planning.budget import format_bytes, free_memory
-    from mosaic_compiler.runtime.arena import arena_problem
+    from mosaic_compiler.planning.budget import format_bytes
+    from mosaic_compiler.runtime.devices import free_memory
+    from mosaic_compiler.runtime.pools import arena_problem
 
     found = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     if len(found) == 1:

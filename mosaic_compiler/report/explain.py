@@ -14,17 +14,19 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from mosaic_compiler.ahead.forecast import capture_step, fresh_caller, unwrap
 from mosaic_compiler.backend import mosaic, observing
 from mosaic_compiler.ir import Provenance
+from mosaic_compiler.ir.notes import UNRULED
 from mosaic_compiler.kernels.gather_logits import Choice
 from mosaic_compiler.options import MosaicOptions
+from mosaic_compiler.passes.gather_logits import GATHER_CHOICES
 from mosaic_compiler.passes.pipeline import PassRecord
-from mosaic_compiler.passes.reorder import NOMINAL, OrderDecision
-from mosaic_compiler.passes.row_demand import RowDecision
+from mosaic_compiler.passes.reorder import NOMINAL, ORDERS, OrderDecision
+from mosaic_compiler.passes.row_demand import ROW_DECISIONS, RowDecision
 from mosaic_compiler.planning.budget import format_bytes
 from mosaic_compiler.planning.plan import Fallback, MemoryPlan
 from mosaic_compiler.report import tables
-from mosaic_compiler.report.forecast import capture_step, fresh_caller, unwrap
 from mosaic_compiler.runtime.step import CompiledStep
 
 
@@ -207,8 +209,7 @@ def _divided(fn: Callable[..., Any], given: Mapping[str, Any]) -> tuple[dict[str
 
 
 def _graph_report(step: CompiledStep, plan: MemoryPlan | None) -> GraphReport:
-    notes = step.module.meta
-    projections = tuple(notes.get("gather_choices", {}).items())
-    unruled = tuple(notes.get("unruled", ()))
-    rows, orders = notes.get("row_decisions", ()), notes.get("orders", ())
+    module = step.module
+    projections = tuple(GATHER_CHOICES.of(module).items())
+    rows, unruled, orders = ROW_DECISIONS.of(module), UNRULED.of(module), ORDERS.of(module)
     return GraphReport(plan, step.passes, step.fallbacks, rows, projections, unruled, orders)

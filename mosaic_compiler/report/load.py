@@ -6,9 +6,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from mosaic_compiler.ahead.configs import DTYPES, family_of, first_line, load_config
 from mosaic_compiler.errors import ConfigError
 from mosaic_compiler.report import remote_code
-from mosaic_compiler.report.fit import DTYPES, family_of, first_line, load_config
 
 SHIPPED = Path(__file__).parent.parent.parent / "examples" / "tiny-llada"
 """Beside the package in a checkout."""
@@ -24,7 +24,7 @@ def load_model(
 
     Args:
         path: the folder; ``None``: the shipped model.
-        dtype: one of :data:`~mosaic_compiler.report.fit.DTYPES`.
+        dtype: one of :data:`~mosaic_compiler.ahead.configs.DTYPES`.
         device: ``cpu``, ``cuda``, or ``auto``: the GPU if there is one.
         trust_remote_code: run code of the folder.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mosaic_compiler.runtime.arena import pool_for
+from mosaic_compiler.runtime.pools import pool_for
 
 
 @dataclass(frozen=True)

@@ -247,18 +247,7 @@ class Binder:
 
     def _loop(self, node: fx.Node) -> None:
         """Full-length results, then the body for each chunk."""
-        from mosaic_compiler.runtime.loops import bind_loop
-
-        span = self.shared.loops[node]
-        self.values[node] = tuple(
-            self._output_of(node, index) if spec.into is None else self.values[node.args[spec.into]]  # type: ignore[index]
-            for index, spec in enumerate(span.loop.outputs)
-        )
-        operands, _ = self._resolve(node)
-        with self.shared.reusing(node) as slots:
-            self.instructions += bind_loop(span, operands, self.values[node], self.sizes, self.shared)
-        if slots:
-            self.instructions.append(functools.partial(drop, self.shared.slots, [slot.index for slot in slots]))
+        raise AssertionError(f"{node}: the body of a loop has no loops")
 
     def _is_empty(self, node: fx.Node) -> bool:
         """All results have zero elements: there is nothing to run.  (Some kernels divide by their number of

@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import fx
 
 from mosaic_compiler import book, ir
+from mosaic_compiler.ir.notes import UNMET_ROWS
 from mosaic_compiler.lowering.forms import Kind
 from mosaic_compiler.lowering.lifetimes import Lives
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.planning.plan import Fallback
-from mosaic_compiler.runtime.arena import arena_problem
+from mosaic_compiler.runtime.pools import arena_problem
 from mosaic_compiler.runtime.sparse import page_bytes
 
 
@@ -38,8 +39,8 @@ def find_fallbacks(lives: Lives) -> tuple[Fallback, ...]:
 
 def unmet_options(module: fx.GraphModule, options: MosaicOptions) -> tuple[Fallback, ...]:
     """What ``needed_rows`` asked for and this graph cannot have."""
-    problem = module.meta.get("needed_rows_problem")
-    if problem is not None:
+    problem = UNMET_ROWS.of(module)
+    if problem:
         return (Fallback("all-rows", "", "", problem, ""),)
     device = ir.main_device_of(module)
     if options.needed_rows == "all" or page_bytes(device) is not None:

@@ -10,6 +10,7 @@ memory per call, because the caller keeps them) and results of opaque ops.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +26,8 @@ from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.planning.plan import MemoryPlan
 from mosaic_compiler.runtime.arena import Arena
 from mosaic_compiler.runtime.binder import Binder, Shared
-from mosaic_compiler.runtime.instructions import Instruction, Slot
+from mosaic_compiler.runtime.instructions import Instruction, Slot, drop
+from mosaic_compiler.runtime.loops import bind_loop
 from mosaic_compiler.runtime.watched import Found
 
 
@@ -193,6 +195,19 @@ class _StepBinder(Binder):
                 self.bind_node(node)
             self.pending.remove(node)
         return self.calls[node]
+
+    def _loop(self, node: fx.Node) -> None:
+        """Full-length results, then the body for each chunk."""
+        span = self.shared.loops[node]
+        self.values[node] = tuple(
+            self._output_of(node, index) if spec.into is None else self.values[node.args[spec.into]]  # type: ignore[index]
+            for index, spec in enumerate(span.loop.outputs)
+        )
+        operands, _ = self._resolve(node)
+        with self.shared.reusing(node) as slots:
+            self.instructions += bind_loop(span, operands, self.values[node], self.sizes, self.shared)
+        if slots:
+            self.instructions.append(functools.partial(drop, self.shared.slots, [slot.index for slot in slots]))
 
     def _function_of(self, node: fx.Node) -> Callable[..., Any]:
         scratch = self.shared.placed.get(f"{node.name}.scratch")

@@ -15,7 +15,7 @@ from torch import fx
 from mosaic_compiler.ir.clusters import clusters_in
 from mosaic_compiler.kernels.cluster_form import spans_of
 from mosaic_compiler.kernels.fused import FusedKernel, compile_all, kernel_for
-from mosaic_compiler.lowering.lifetimes import Lives
+from mosaic_compiler.lowering.lifetimes import Lives, find_lives
 from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.planning.outline import capacity
 from mosaic_compiler.planning.planner import Planned
@@ -34,11 +34,16 @@ _FEW = 32
 
 @dataclass(frozen=True)
 class Variant:
-    """The step in loops, or as one flat graph (where nothing needs chunks, nothing is computed again per loop)."""
+    """One graph of a step, with what planning and running have to know of it."""
 
     module: fx.GraphModule
     lives: Lives
     prologue: Prologue
+
+    @classmethod
+    def of(cls, module: fx.GraphModule) -> Variant:
+        """Of a graph after all of its passes."""
+        return cls(module, find_lives(module), Prologue(module.graph))
 
     @functools.cached_property
     def _kernels(self) -> tuple[tuple[FusedKernel, frozenset[sympy.Expr]], ...]:

@@ -23,21 +23,20 @@ from mosaic_compiler import ir
 from mosaic_compiler.errors import FallbackError, StaleGraphError
 from mosaic_compiler.ir.clusters import clusters_in
 from mosaic_compiler.kernels.fused import kernel_for
-from mosaic_compiler.lowering.lifetimes import Lives, find_lives
+from mosaic_compiler.lowering.lifetimes import Lives
 from mosaic_compiler.options import MosaicOptions
-from mosaic_compiler.passes.pipeline import PassRecord
 from mosaic_compiler.planning import MemoryPlan
-from mosaic_compiler.planning.budget import check_machine, free_memory
 from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.planning.outline import StepOutline, capacity
 from mosaic_compiler.planning.plan import Fallback
 from mosaic_compiler.planning.planner import Planned
-from mosaic_compiler.runtime.arena import Arena, ArenaPool, pool_for
+from mosaic_compiler.runtime.arena import Arena
+from mosaic_compiler.runtime.devices import check_machine, free_memory
 from mosaic_compiler.runtime.fallbacks import find_fallbacks, unmet_options
 from mosaic_compiler.runtime.instructions import GUARD
+from mosaic_compiler.runtime.pools import ArenaPool, pool_for
 from mosaic_compiler.runtime.program import bind
 from mosaic_compiler.runtime.programs import Bound, Programs, Variant
-from mosaic_compiler.runtime.prologue import Prologue
 from mosaic_compiler.runtime.rehearsal import Rehearsal
 from mosaic_compiler.runtime.symbols import hints_of, meanings_of, selected_in, symbol_readers
 
@@ -71,7 +70,8 @@ class CompiledStep:
     """One compiled graph: call it with the list of graph inputs, get the list of outputs.
 
     Attributes:
-        module: the graph after all passes; it still runs by itself.
+        variants: its graphs by the names of their recipes, the preferred ones first (see ``recipes.py``).
+        module: the last of them, after all passes; it still runs by itself.
         captured: the graph before them.
         outline: the step as planning sees it.
         planner: plans its loops.
@@ -83,19 +83,21 @@ class CompiledStep:
 
     def __init__(
         self,
-        module: fx.GraphModule,
+        graphs: Mapping[str, fx.GraphModule],
         options: MosaicOptions,
-        passes: Sequence[PassRecord] = (),
+        passes: Sequence[Any] = (),
         static_inputs: Sequence[int] = (),
         on_plan: Callable[[MemoryPlan, Sequence[Fallback]], None] = lambda plan, fallbacks: None,
-        flat: fx.GraphModule | None = None,
         captured: fx.GraphModule | None = None,
     ) -> None:
+        *_, module = graphs.values()
         self.module, self.options, self.passes = module, options, tuple(passes)
         self.captured = captured if captured is not None else module
-        self.lives: Lives = find_lives(module)
+        self.variants = {name: Variant.of(graph) for name, graph in graphs.items()}
+        *_, main = self.variants.values()
+        self.lives: Lives = main.lives
         self._planned_fallbacks = find_fallbacks(self.lives) + unmet_options(module, options)
-        self._clusters = [*clusters_in(module), *(clusters_in(flat) if flat is not None else ())]
+        self._clusters = [found for graph in reversed([*graphs.values()]) for found in clusters_in(graph)]
         self._found_late: dict[str, Fallback] = {}
         self._be_strict()
         self.plan: MemoryPlan | None = None
@@ -105,12 +107,9 @@ class CompiledStep:
         weights = [(i, placeholders[i].name, ir.only_tensor(placeholders[i])) for i in self._static]
         self._weights = tuple((*weight, _exactly(weight[-1])) for weight in weights)
         check_machine(options.budget, self.lives.device)
-        self._loops = Variant(module, self.lives, Prologue(module.graph))
-        self._flat = None if flat is None else Variant(flat, find_lives(flat), Prologue(flat.graph))
-        self._prologue = self._loops.prologue
+        self._prologue = main.prologue
         self.outline = StepOutline(
-            self.lives,
-            None if self._flat is None else self._flat.lives,
+            {name: variant.lives for name, variant in self.variants.items()},
             hints_of(module),
             selected_in(module),
             placement=options.placement,
@@ -121,7 +120,8 @@ class CompiledStep:
         )
         self.planner = self.outline.planner
         self._readers = symbol_readers(module, placeholders, self._prologue.symbols)
-        self._rehearsal = Rehearsal((module if flat is None else flat).graph, [symbol for symbol, _ in self._readers])
+        preferred = next(iter(graphs.values()))
+        self._rehearsal = Rehearsal(preferred.graph, [symbol for symbol, _ in self._readers])
         self._plans: dict[tuple[int | None, ...], tuple[Variant, Planned]] = {}
         self._programs = Programs(self._prologue.symbols)
         self._registered: set[ArenaPool] = set()
@@ -315,10 +315,9 @@ class CompiledStep:
         return planned
 
     def choose(self, sizes: Sizes, budget: int | None) -> tuple[Variant, Planned]:
-        """The flat graph if it fits the budget, else loops (see :meth:`StepOutline.choose`)."""
-        planner, planned = self.outline.choose(sizes, budget)
-        flat = self._flat
-        return (self._loops if flat is None or planner is self.outline.planner else flat), planned
+        """The first graph that fits the budget (see :meth:`StepOutline.choose`)."""
+        name, planned = self.outline.choose(sizes, budget)
+        return self.variants[name], planned
 
 
 def _values(variant: Variant, inputs: Sequence[Any], early: Mapping[str, Any]) -> list[Any]:

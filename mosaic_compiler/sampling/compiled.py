@@ -17,8 +17,9 @@ from torch._dynamo.backends.registry import lookup_backend
 from mosaic_compiler.errors import FallbackError
 from mosaic_compiler.graph_log import logger
 from mosaic_compiler.options import MosaicOptions
-from mosaic_compiler.planning.budget import check_machine, parse_budget
+from mosaic_compiler.planning.budget import parse_budget
 from mosaic_compiler.planning.plan import Fallback, MemoryPlan
+from mosaic_compiler.runtime.devices import check_machine
 from mosaic_compiler.runtime.step import CompiledStep, running, within_budget
 from mosaic_compiler.sampling.calls import ModelCall
 from mosaic_compiler.sampling.proposal import HeadRows, Proposal

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from mosaic_compiler.ahead.causes import is_graph_break, what_and_where, without_tracebacks
+from mosaic_compiler.ahead.configs import positions
 from mosaic_compiler.backend import mosaic, observing
 from mosaic_compiler.errors import CaptureError, MosaicError, OptionsError
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.planning.budget import parse_budget
-from mosaic_compiler.report.causes import is_graph_break, what_and_where, without_tracebacks
-from mosaic_compiler.report.fit import positions
 from mosaic_compiler.runtime.step import CompiledStep
 
 

@@ -1,0 +1,1 @@
+"""Ahead of running: plans for models and lengths that nobody runs."""

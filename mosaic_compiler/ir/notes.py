@@ -1,0 +1,47 @@
+"""Notes: what one part of the compiler finds out about a graph, and others want to know.
+
+A note is a typed key into ``module.meta`` (which copies of a graph take along), so that nobody has to spell its name or
+guess what it holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar, cast
+
+from torch import fx
+
+from mosaic_compiler.ir.graphs import Provenance
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Note(Generic[T]):
+    """One kind of note.
+
+    Attributes:
+        name: its key in ``module.meta``.
+        missing: what it is where nobody wrote one.
+    """
+
+    name: str
+    missing: T
+
+    def of(self, module: fx.GraphModule) -> T:
+        """What the note says."""
+        return cast("T", module.meta.get(self.name, self.missing))
+
+    def write(self, module: fx.GraphModule, value: T) -> None:
+        """Put it down (a pass writes on its own copy of a graph only)."""
+        module.meta[self.name] = value
+
+
+STATIC_INPUTS: Note[tuple[int, ...]] = Note("static_inputs", ())
+"""Positions of placeholders that are parameters and buffers."""
+
+UNMET_ROWS: Note[str] = Note("needed_rows_problem", "")
+"""Why ``needed_rows`` cannot be had."""
+
+UNRULED: Note[tuple[tuple[str, str, Provenance], ...]] = Note("unruled", ())
+"""Nodes (name, operator, origin) that need all rows of what would otherwise exist in chunks only."""
