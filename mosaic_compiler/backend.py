@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._decomp import get_decompositions
-from torch._dynamo.backends.common import aot_autograd
 
 from mosaic_compiler import graph_log
 from mosaic_compiler.capture import forget_floats, specialize_floats
+from mosaic_compiler.compat.dynamo import aot_autograd
+from mosaic_compiler.compat.tracing import get_decompositions, static_inputs
 from mosaic_compiler.dump import GraphDump
 from mosaic_compiler.errors import GradientError
 from mosaic_compiler.ir import fake_mode_of, main_device_of
@@ -65,7 +65,7 @@ def mosaic(
     inputs = specialize_floats(module, example_inputs)
 
     def compile_graph(graph: fx.GraphModule, aten_inputs: Sequence[Any]) -> CompiledStep:
-        return compile_aten(graph, parsed, static_inputs=_static_inputs())
+        return compile_aten(graph, parsed, static_inputs=static_inputs())
 
     backend = aot_autograd(
         fw_compiler=_refuse_gradients,
@@ -146,10 +146,3 @@ def _refuse_gradients(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[
         "backend 'mosaic' is for inference, and this graph needs gradients: call the compiled function "
         "under torch.no_grad() or torch.inference_mode(), or set requires_grad_(False) on the weights"
     )
-
-
-def _static_inputs() -> Sequence[int]:
-    """Positions of parameters and buffers among the graph's placeholders."""
-    context = torch._guards.TracingContext.try_get()
-    metadata = context.fw_metadata if context is not None else None
-    return tuple(metadata.static_input_indices) if metadata is not None else ()

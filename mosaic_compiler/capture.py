@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.source import UnspecializedNNModuleSource
-from torch._dynamo.symbolic_convert import TensorifyState
-from torch.fx.experimental.symbolic_shapes import guard_scalar
-from torch.utils._sympy.symbol import SymT, symbol_is_type
+
+from mosaic_compiler.compat.dynamo import TensorifyState, modules_in
+from mosaic_compiler.compat.symbols import expression_of, guard_scalar, hint_of, is_float, name_of, values_in
+from mosaic_compiler.compat.tracing import fake_mode_among
 
 _ARITHMETIC = frozenset(
     {
@@ -60,8 +60,12 @@ def specialize_floats(module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any
     operands = set()
     for node in module.graph.nodes:
         value = node.meta.get("example_value")
-        if isinstance(value, torch.SymFloat) and any(map(_is_arithmetic, node.users)) and not value.node.expr.is_number:
-            operands.add(str(value.node._expr))
+        if (
+            isinstance(value, torch.SymFloat)
+            and any(map(_is_arithmetic, node.users))
+            and not expression_of(value).is_number
+        ):
+            operands.add(name_of(value))
     constants = _floats() - (operands - _of_inner_modules(module))
     for name in constants:
         TensorifyState.specialize(name)
@@ -71,7 +75,7 @@ def specialize_floats(module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any
         reads = list(node.users)
         if (
             number is None
-            or str(number.node._expr) not in constants
+            or name_of(number) not in constants
             or any((read.op, read.target) != ("call_method", "item") for read in reads)
         ):
             kept.append(given)
@@ -90,21 +94,12 @@ def _of_inner_modules(module: fx.GraphModule) -> set[str]:
     found = set()
     for node in module.graph.find_nodes(op="placeholder"):
         number, source = _float_in(node), getattr(node, "_dynamo_source", None)
-        if number is None or source is None or _modules_in(source) < 2:
+        if number is None or source is None or modules_in(source) < 2:
             continue
-        value = number.node.hint
+        value = hint_of(number)
         if _settled.setdefault(source.name, value) == value:
-            found.add(str(number.node._expr))
+            found.add(name_of(number))
     return found
-
-
-def _modules_in(source: Any) -> int:
-    """How many modules one has to go through to where something stands: 2 for ``self.norm.eps``."""
-    count = 0
-    while source is not None:
-        count += isinstance(source, UnspecializedNNModuleSource)
-        source = getattr(source, "base", None)
-    return count
 
 
 def _float_in(node: fx.Node) -> torch.SymFloat | None:
@@ -115,9 +110,9 @@ def _float_in(node: fx.Node) -> torch.SymFloat | None:
 
 def _floats() -> set[str]:
     """Names of all floats that are symbols now, also of those that only conditions have asked for."""
-    mode = torch._guards.detect_fake_mode()
-    values = {} if mode is None or mode.shape_env is None else mode.shape_env.backed_var_to_val
-    return {str(s) for s in values if symbol_is_type(s, SymT.FLOAT) and not TensorifyState.should_specialize(str(s))}
+    mode = fake_mode_among()
+    values = values_in(None if mode is None else mode.shape_env)
+    return {str(s) for s in values if is_float(s) and not TensorifyState.should_specialize(str(s))}
 
 
 def forget_floats() -> None:

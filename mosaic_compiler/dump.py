@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from mosaic_compiler import ir
+from mosaic_compiler.compat.symbols import hint_of
 from mosaic_compiler.ir.clusters import Cluster, cluster_of
 from mosaic_compiler.ir.loops import ChunkLoop, loop_of
 from mosaic_compiler.passes.pipeline import PassRecord
@@ -213,4 +214,4 @@ def _example(node: fx.Node) -> str:
 
 
 def _hint(value: Any) -> Any:
-    return value.node.hint if ir.is_symbolic_number(value) else value
+    return hint_of(value)

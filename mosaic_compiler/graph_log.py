@@ -8,18 +8,17 @@ without a cut (or, where nothing is left to compile behind the last cut, when th
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import threading
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from mosaic_compiler.compat.dynamo import RESUMED, code_of_frame, graph_breaks
 from mosaic_compiler.planning.plan import Fallback
 
 logger = logging.getLogger("mosaic_compiler")
 
-_REST = "torch_dynamo_resume_in_"
 """How Dynamo's names for the rest of a function begin."""
 
 NAMED = ("all-rows", "undeclared-alias", "undeclared-layout", "data-dependent-size")
@@ -66,10 +65,10 @@ def compiled(fallbacks: Sequence[Fallback]) -> tuple[str, ...]:
     Returns:
         Why it ends where it does, if Dynamo has cut the function there.
     """
-    code = _code_of_frame()
+    code = code_of_frame()
     found, _open.told = _breaks_since(_open.told, code)
     name = _name_of(code)
-    rest = code is not None and code.co_name.startswith(_REST)
+    rest = code is not None and code.co_name.startswith(RESUMED)
     function = next((f for f in reversed(_open.functions) if rest and f.name == name), None)
     if function is None:
         function = _Function(name)
@@ -97,16 +96,15 @@ def _write_what_is_open() -> None:
 def _breaks_since(told: int, code: types.CodeType | None) -> tuple[list[str], int]:
     """Reasons of the graph breaks of a function behind the first ``told`` (others may be of functions that other
     backends compiled), and how many there are now."""
-    from torch._dynamo.utils import graph_break_reasons
-
-    if told > len(graph_break_reasons):  # they were reset
+    reasons = graph_breaks()
+    if told > len(reasons):  # they were reset
         told = 0
     found = [
         _in_a_line(reason)
-        for reason in graph_break_reasons[told:]
+        for reason in reasons[told:]
         if code is not None and reason.user_stack and reason.user_stack[0].filename == code.co_filename
     ]
-    return found, len(graph_break_reasons)
+    return found, len(reasons)
 
 
 def _in_a_line(found: object) -> str:
@@ -117,21 +115,11 @@ def _in_a_line(found: object) -> str:
     return f"a graph break{where}: {first[0][:160]}"
 
 
-def _code_of_frame() -> types.CodeType | None:
-    """The function that Dynamo traces."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    with contextlib.suppress(AttributeError, LookupError):  # not called by Dynamo
-        code: types.CodeType = InstructionTranslator.current_tx().f_code
-        return code
-    return None
-
-
 def _name_of(code: types.CodeType | None) -> str:
     """``forward (remote/model.py)``; the rest of a function that was cut is called like the function."""
     if code is None:
         return "a function"
     name = code.co_name
-    if name.startswith(_REST):  # ..._at_LINE, of a function that began in front of it
-        name = name.removeprefix(_REST).rpartition("_at_")[0]
+    if name.startswith(RESUMED):  # ..._at_LINE, of a function that began in front of it
+        name = name.removeprefix(RESUMED).rpartition("_at_")[0]
     return f"{name} ({'/'.join(code.co_filename.split('/')[-2:])})"

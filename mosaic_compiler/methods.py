@@ -13,9 +13,10 @@ import warnings
 from typing import Any
 
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
 
+from mosaic_compiler.compat.dynamo import OptimizedModule, innermost_backend
 from mosaic_compiler.graph_log import logger
+from mosaic_compiler.runtime.step import running
 
 
 def watch_methods() -> None:
@@ -46,8 +47,6 @@ def _needs_rows(compiled: OptimizedModule) -> bool:
 def _watched(method: Any, model: nn.Module) -> Any:
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
-        from mosaic_compiler.runtime.step import running
-
         forwards: list[Any] = []
         ran: list[Any] = []
         hook = model.register_forward_pre_hook(lambda module, inputs: forwards.append(None))

@@ -18,11 +18,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
+from mosaic_compiler.compat.symbols import bounds_of
+from mosaic_compiler.compat.tensors import scaled_dot_product_attention
+
 Bounds: TypeAlias = "tuple[int, int]"
 """No element is below the first or above the second."""
 Known: TypeAlias = "dict[fx.Node, Bounds | None]"
 
-_ATTENTION = torch._C._nn.scaled_dot_product_attention
+_ATTENTION = scaled_dot_product_attention
 _LONGEST = 1 << 48
 """No range has more elements: they would not fit into memory."""
 _SAFE = 1 << 62
@@ -180,8 +183,7 @@ def _bounds(value: Any, known: Known) -> Bounds | None:
 
 def _bounds_of_symbol(number: torch.SymInt) -> Bounds | None:
     """What Dynamo knows of a size or an argument, whose guards hold whenever the graph runs."""
-    known = number.node.shape_env.bound_sympy(number.node.expr)
-    low, high = (int(end) if end.is_Integer else None for end in (known.lower, known.upper))
+    low, high = (int(end) if end.is_Integer else None for end in bounds_of(number))
     return None if low is None else (low, _LONGEST if high is None or high > _LONGEST else high)
 
 

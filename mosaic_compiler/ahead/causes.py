@@ -13,6 +13,8 @@ from contextlib import contextmanager
 
 import torch
 
+from mosaic_compiler.compat.dynamo import ObservedException, TorchDynamoException
+
 
 def is_graph_break(error: Exception) -> bool:
     """Dynamo cannot trace it; in eager it may well run."""
@@ -31,9 +33,9 @@ def _origin(error: BaseException | None) -> str | None:
     """The innermost error that is not Dynamo's; ``None`` if all are."""
     found = None
     while error is not None:
-        if isinstance(error, torch._dynamo.exc.ObservedException):  # one that the model raises: it is only in the text
+        if isinstance(error, ObservedException):  # one that the model raises: it is only in the text
             found = _first_line(error).removeprefix("raised exception ")
-        elif not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+        elif not isinstance(error, TorchDynamoException):
             found = f"{type(error).__name__}: {_first_line(error)}"
         error = error.__cause__ or error.__context__
     return found

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from mosaic_compiler.ahead.causes import is_graph_break, what_and_where, without_tracebacks
 from mosaic_compiler.ahead.configs import positions
 from mosaic_compiler.backend import mosaic, observing
+from mosaic_compiler.compat.dynamo import BackendCompilerFailed, TorchDynamoException
+from mosaic_compiler.compat.tracing import FakeTensor, FakeTensorMode
 from mosaic_compiler.errors import CaptureError, MosaicError, OptionsError
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.planning.budget import parse_budget
@@ -64,11 +65,11 @@ def capture_step(
             compiled(unwrap(fn), *traced, **named)
     except _Stopped:
         pass
-    except torch._dynamo.exc.BackendCompilerFailed as failure:
+    except BackendCompilerFailed as failure:
         if isinstance(failure.inner_exception, MosaicError):
             raise failure.inner_exception from None
         raise
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except TorchDynamoException as error:
         why = what_and_where(error)
         if is_graph_break(error):
             raise CaptureError(

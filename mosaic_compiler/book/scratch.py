@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from mosaic_compiler import ir
+from mosaic_compiler.compat.tensors import has_tiles
 from mosaic_compiler.planning.flash import SplitBytes
 
 aten = torch.ops.aten
@@ -40,7 +41,7 @@ def cpu_flash_attention(node: fx.Node) -> sympy.Expr:
     scratch = max(4, q.dtype.itemsize) * tile * torch.get_num_threads()
     if q.dtype.itemsize < 4:
         scratch += 2 * 256 * 512 * torch.get_num_threads()
-        if torch.cpu._is_amx_tile_supported():
+        if has_tiles():
             batch, heads, length, _ = (ir.expr_of(size) for size in k.shape)
             packed = batch * heads * ((head_dim + 1) * length + head_dim * (length + 1))
             scratch += 2 * packed + 2 * (512 * head_dim + 256 * (head_dim + 1)) * torch.get_num_threads()

@@ -5,6 +5,7 @@ mutated inputs and for the in-place writes that our own pass introduces.  Nothin
 aliasing and mutation are read from operator schemas.
 """
 
+from mosaic_compiler.compat.tensors import is_composite
 from mosaic_compiler.ir.graphs import (
     BINDS,
     MAY_REPEAT,
@@ -25,7 +26,6 @@ from mosaic_compiler.ir.operators import (
     alias_base,
     argument,
     has_effect,
-    is_composite,
     is_pointwise,
     is_random,
     is_view,

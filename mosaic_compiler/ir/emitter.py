@@ -9,10 +9,9 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch._dynamo.source import ConstantSource
 from torch._ops import OpOverload
-from torch.fx.experimental.symbolic_shapes import DimDynamic
 
+from mosaic_compiler.compat.symbols import new_number
 from mosaic_compiler.ir.graphs import BINDS, fake_mode_of
 from mosaic_compiler.ir.sizes import UnreadableSizeError, parts_of
 from mosaic_compiler.ir.values import argument_value, is_contiguous, tensor_of, value_of
@@ -54,11 +53,8 @@ class Emitter:
 
     def bind_number(self, node: fx.Node) -> Any:
         """A new symbol for the number that a node of the prologue gives."""
-        environment = self.mode.shape_env
-        source, hint = ConstantSource(f"number_of_{node.name}"), 13
-        symbol = environment.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
-        number = node.meta["val"] = environment.create_symintnode(symbol, hint=hint, source=source)
-        node.meta[BINDS] = symbol
+        node.meta[BINDS], number = new_number(self.mode.shape_env, f"number_of_{node.name}", 13)
+        node.meta["val"] = number
         return number
 
     def arithmetic(self, combine: Any, left: Any, right: Any) -> Any:

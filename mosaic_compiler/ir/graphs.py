@@ -10,8 +10,9 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.fx._lazy_graph_module import _LazyGraphModule
 
+from mosaic_compiler.compat.symbols import free_unbacked_symbols
+from mosaic_compiler.compat.tracing import fake_mode_among, lazy_graph_module
 from mosaic_compiler.ir import ops
 from mosaic_compiler.ir.loops import loop_of
 from mosaic_compiler.ir.operators import has_effect
@@ -62,8 +63,6 @@ def has_unbacked(node: fx.Node) -> bool:
 
     Sizes of inputs are known, also where Dynamo has no example of them (``mark_unbacked``).
     """
-    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-
     numbers = [number for number in numbers_in(value_of(node)) if is_symbolic_number(number)]
     unknown = {symbol for number in numbers for symbol in free_unbacked_symbols(number)}
     return bool(unknown) and not unknown <= _sizes_of_inputs(node.graph)
@@ -118,7 +117,7 @@ def provenance(node: fx.Node) -> Provenance:
 
 def graph_module(root: Any, graph: fx.Graph) -> fx.GraphModule:
     """A GraphModule whose Python code is generated when somebody runs it or looks at it: most graphs are only read."""
-    return _LazyGraphModule(root, graph)
+    return lazy_graph_module(root, graph)
 
 
 def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
@@ -151,7 +150,7 @@ def remove_dead_code(graph: fx.Graph) -> None:
 def fake_mode_of(module: fx.GraphModule) -> Any:
     """The FakeTensorMode under which the graph's metadata was made, or ``None``."""
     values = [v for node in module.graph.nodes for v in tensors_of(node) if v is not None]
-    return torch._guards.detect_fake_mode(values)
+    return fake_mode_among(values)
 
 
 def main_device_of(module: fx.GraphModule) -> torch.device:

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from mosaic_compiler.compat.tensors import is_composite
 from mosaic_compiler.ir import ops
 from mosaic_compiler.ir.clusters import cluster_of
 from mosaic_compiler.ir.loops import loop_of
@@ -106,12 +107,6 @@ def has_effect(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     return is_random(node) or bool(mutated_arguments(node)) or node.is_impure(impure_random=False)
-
-
-def is_composite(op: OpOverload) -> bool:
-    """An op that is a composition of others; whether its result is a view is decided at run time."""
-    name: str = op._name
-    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
 
 
 # Views whose schema does not say so, because autograd must not treat them as views.

@@ -9,8 +9,8 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
 
+from mosaic_compiler.compat.symbols import FloorDiv, Max, Min, Mod, PythonMod
 from mosaic_compiler.ir.values import expr_of, tensor_of, value_of
 
 _FUNCTIONS: dict[type, Callable[[Any, Any], Any]] = {

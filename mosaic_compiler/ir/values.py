@@ -10,7 +10,8 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.utils._sympy.functions import FloorDiv
+
+from mosaic_compiler.compat.symbols import FloorDiv, expression_of
 
 
 def value_of(node: fx.Node) -> Any:
@@ -51,7 +52,7 @@ def is_symbolic_number(value: object) -> bool:
 def expr_of(size: Any) -> sympy.Expr:
     """The sympy expression of an int or SymInt, after the shape environment's replacements."""
     if is_symbolic_number(size):
-        return exact(size.node.expr)
+        return exact(expression_of(size))
     return sympy.Integer(size) if type(size) is int else sympy.sympify(size)
 
 

@@ -13,11 +13,10 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from mosaic_compiler import book, ir
+from mosaic_compiler.compat.symbols import ShapeEnv, new_number, size_of
+from mosaic_compiler.compat.tracing import FakeTensorMode
 from mosaic_compiler.errors import ArenaError
 from mosaic_compiler.ir.clusters import Cluster
 from mosaic_compiler.kernels.coordinates import Coordinates, Read
@@ -149,17 +148,16 @@ class ClusterForm:
         names: dict[sympy.Symbol, sympy.Symbol] = {}
         numbers: list[Any] = []
         for own in self.symbols:
-            source = ConstantSource(f"mosaic_{own}")
             size = self._hint(len(hints)) if hint is None else hint
-            symbol = environment.create_symbol(size, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+            symbol, made = new_number(environment, f"mosaic_{own}", size)
             names[own], hints[symbol] = symbol, size
-            numbers.append(environment.create_symintnode(symbol, hint=size, source=source))
+            numbers.append(made)
 
         def number(value: Any) -> Any:
             expr = self.own(value).xreplace(names)
             if expr.is_Integer:
                 return int(expr)
-            return environment.create_symintnode(expr, hint=int(expr.xreplace(hints)))
+            return size_of(environment, expr, int(expr.xreplace(hints)))
 
         def tensor(value: torch.Tensor, strides: Sequence[Any]) -> torch.Tensor:
             shape, stride = [number(size) for size in value.shape], [number(step) for step in strides]

@@ -22,9 +22,9 @@ from typing import Any
 import sympy
 import torch
 from torch._ops import OpOverload
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from mosaic_compiler.book import MOST_ADDED
+from mosaic_compiler.compat.tracing import make_fx
 from mosaic_compiler.ir.clusters import Cluster
 from mosaic_compiler.kernels.cluster_form import ClusterForm, scratch_bytes, span
 

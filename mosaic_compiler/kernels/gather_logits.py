@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+
+from mosaic_compiler.compat.tracing import without_modes
 
 
 def gather_logits_reference(hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
@@ -198,7 +199,7 @@ def choose(device: torch.device, dtype: torch.dtype, depth: int, vocabulary: int
         import triton  # noqa: F401
     except ImportError:
         return Choice("index_select + mm", "Triton is not installed: pip install triton")
-    with _disable_current_modes():  # compilation happens under fake tensors; this is about real time
+    with without_modes():  # compilation happens under fake tensors; this is about real time
         return _measure(device, dtype, depth, vocabulary)
 
 

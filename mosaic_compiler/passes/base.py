@@ -6,13 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from mosaic_compiler.compat.symbols import ShapeEnv
+from mosaic_compiler.compat.tracing import FakeTensorMode, enable_python_dispatcher, make_fx, symbolic_dims
 from mosaic_compiler.options import MosaicOptions
 
 
@@ -64,12 +61,8 @@ def trace(function: Callable[..., Any], *args: Any, dynamic: Sequence[tuple[int,
     else:
         choices = [*dynamic, *[()] * (len(args) - len(dynamic))]
         fakes = [
-            mode.from_tensor(arg, symbolic_context=_context(arg, dims)) for arg, dims in zip(args, choices, strict=True)
+            mode.from_tensor(arg, symbolic_context=symbolic_dims(arg, dims))
+            for arg, dims in zip(args, choices, strict=True)
         ]
     with enable_python_dispatcher():  # as AOTAutograd does: some compositions in C++ want sizes as numbers
         return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*fakes)
-
-
-def _context(tensor: torch.Tensor, dims: tuple[int, ...]) -> StatelessSymbolicContext[Any, Any]:
-    kinds = [DimDynamic.DYNAMIC if dim in dims else DimDynamic.STATIC for dim in range(tensor.dim())]
-    return StatelessSymbolicContext(dynamic_sizes=kinds)

@@ -20,6 +20,7 @@ from torch._ops import OpOverload
 
 from mosaic_compiler import book, ir
 from mosaic_compiler.book import Layout, Space, rows
+from mosaic_compiler.compat.symbols import hint_of
 from mosaic_compiler.ir.sizes import is_readable, size_sources
 from mosaic_compiler.passes.moves import kept_dims, moved_dims, movement_base, movement_steps
 
@@ -146,7 +147,7 @@ def _segment_size(segment: Segment) -> str:
 def _hinted_size(node: fx.Node) -> int:
     size = 1
     for extent in rows.shape_of(node):
-        size *= extent if isinstance(extent, int) else extent.node.hint or 1  # only the data knows some
+        size *= extent if isinstance(extent, int) else hint_of(extent) or 1  # only the data knows some
     return size
 
 

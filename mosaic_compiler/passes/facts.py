@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
-import torch
 from torch import fx
 
 from mosaic_compiler import ir
+from mosaic_compiler.compat.symbols import free_unbacked_symbols
+from mosaic_compiler.compat.tracing import tree_flatten
 from mosaic_compiler.ir.loops import loop_of
 
 
@@ -30,7 +31,7 @@ def facts_of(module: fx.GraphModule) -> Facts:
     storage = ir.StorageMap(graph)
     output = graph.output_node()
     data = _data_symbols(graph)
-    flat, _ = torch.utils._pytree.tree_flatten(output.args[0])
+    flat, _ = tree_flatten(output.args[0])
     outputs = tuple(_output_fact(item, storage, data) for item in flat)
     constant = _bounded_symbols(graph)
     degree = max((_degree(node, constant) for node in graph.nodes), default=0)
@@ -46,8 +47,6 @@ def _bounded_symbols(graph: fx.Graph) -> dict[sympy.Symbol, sympy.Expr]:
 def _data_symbols(graph: fx.Graph) -> dict[sympy.Symbol, sympy.Symbol]:
     """Symbols whose value only the data knows.  A pass may bind another one to the same number, so all of
     them count as one."""
-    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-
     found: set[sympy.Symbol] = {node.meta[ir.BINDS] for node in graph.nodes if ir.BINDS in node.meta}
     numbers = (number for node in graph.nodes for number in ir.numbers_in(ir.value_of(node)))
     for expr in {ir.expr_of(number) for number in numbers if ir.is_symbolic_number(number)}:

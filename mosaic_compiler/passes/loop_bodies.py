@@ -17,11 +17,10 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch._dynamo.source import ConstantSource
-from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from mosaic_compiler import book, ir
 from mosaic_compiler.book import FLAT, Layout, Space, rows
+from mosaic_compiler.compat.symbols import new_number
 from mosaic_compiler.ir.emitter import Emitter
 from mosaic_compiler.ir.loops import ChunkLoop, LoopOutput
 from mosaic_compiler.passes.labels import Labels
@@ -100,9 +99,7 @@ class BodyFactory:
 
     def _chunk_size(self) -> tuple[sympy.Symbol, torch.SymInt]:
         """A new symbol for a chunk size."""
-        environment, source = self.mode.shape_env, ConstantSource(f"chunk_rows_{len(self._known)}")
-        symbol = environment.create_symbol(_HINT, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
-        return symbol, environment.create_symintnode(symbol, hint=_HINT, source=source)
+        return new_number(self.mode.shape_env, f"chunk_rows_{len(self._known)}", _HINT)
 
 
 class _Token:

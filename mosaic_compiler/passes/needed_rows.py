@@ -11,6 +11,8 @@ import torch
 from torch import fx
 
 from mosaic_compiler import book, ir
+from mosaic_compiler.compat.symbols import hint_of, replace_symbol
+from mosaic_compiler.compat.tracing import tree_flatten
 from mosaic_compiler.ir.emitter import Emitter
 from mosaic_compiler.ir.notes import STATIC_INPUTS, UNMET_ROWS
 from mosaic_compiler.options import MosaicOptions
@@ -133,17 +135,17 @@ def settle_sizes(module: fx.GraphModule) -> None:
                 difference = sympy.expand(ir.expr_of(size) - ir.expr_of(extent))
                 lone = [s for s in difference.free_symbols if difference in (s, -s)]
                 for symbol in lone if lone and size == extent else ():  # a guard from now on
-                    mode.shape_env._set_replacement(symbol, sympy.Integer(0), "one row of logits per token")
+                    replace_symbol(mode.shape_env, symbol, sympy.Integer(0), "one row of logits per token")
 
 
 def _hint(size: Any) -> int | None:
-    hint = size.node.hint if isinstance(size, torch.SymInt) else size
+    hint = hint_of(size)
     return None if hint is None else int(hint)
 
 
 def _floats(graph: fx.Graph) -> list[fx.Node]:
     """Outputs with floating-point numbers, and more dims than one."""
-    results, _ = torch.utils._pytree.tree_flatten(graph.output_node().args[0])
+    results, _ = tree_flatten(graph.output_node().args[0])
     tensors = {node: ir.tensor_of(node) for node in results if isinstance(node, fx.Node)}
     return [node for node, t in tensors.items() if t is not None and t.is_floating_point() and t.dim() > 1]
 

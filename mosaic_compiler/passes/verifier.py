@@ -29,6 +29,7 @@ from torch._ops import OpOverload
 
 from mosaic_compiler import ir
 from mosaic_compiler.book import without_out
+from mosaic_compiler.compat.symbols import free_unbacked_symbols
 from mosaic_compiler.errors import InvariantError
 from mosaic_compiler.ir.clusters import Cluster, cluster_of
 from mosaic_compiler.ir.loops import ChunkLoop, loop_of
@@ -202,8 +203,6 @@ class _Seen:
 
     @classmethod
     def of(cls, value: Any) -> _Seen:
-        from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-
         numbers = filter(ir.is_symbolic_number, ir.numbers_in(value))
         return cls(value, ir.layout_of(value), any(map(free_unbacked_symbols, numbers)))
 

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 
+from mosaic_compiler.compat.tensors import storage_over
 from mosaic_compiler.errors import ArenaError
 from mosaic_compiler.planning.plan import align
 from mosaic_compiler.runtime.devices import host_memory
@@ -97,7 +98,7 @@ class ArenaBytes(ABC):
         """A storage over these bytes only: an op that copies, saves or indexes the storage of a value sees that value
         and not the arena.  It does not keep the arena alive; programs do."""
         address = self._bytes.data_ptr() + offset
-        return torch._C._construct_storage_from_data_pointer(address, self._bytes.device, nbytes)  # type: ignore[return-value]
+        return storage_over(address, nbytes, self._bytes.device)
 
     def fill(self, start: int, end: int, byte: int) -> None:
         self._bytes[start:end] = byte

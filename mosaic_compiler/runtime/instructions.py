@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from torch.utils._pytree import tree_map_only
 
 from mosaic_compiler.book import Call
+from mosaic_compiler.compat.tracing import tree_map_only
 from mosaic_compiler.errors import CanaryError
 from mosaic_compiler.kernels.fused import FusedKernel
 from mosaic_compiler.planning.plan import ALIGNMENT, Buffer

@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from mosaic_compiler import ir
+from mosaic_compiler.compat.tracing import tree_flatten
 from mosaic_compiler.errors import ArenaError
 from mosaic_compiler.kernels import attention
 from mosaic_compiler.lowering.lifetimes import Lives
@@ -215,7 +216,7 @@ class _StepBinder(Binder):
 
     def outputs(self) -> list[Any]:
         """What the step returns: slots, tensors, numbers."""
-        flat, _ = torch.utils._pytree.tree_flatten(self.module.graph.output_node().args[0])
+        flat, _ = tree_flatten(self.module.graph.output_node().args[0])
         return [self.values[item] if isinstance(item, fx.Node) else item for item in flat]
 
     def _placeholder(self, node: fx.Node, index: int, given: Any, static: frozenset[int]) -> Any:

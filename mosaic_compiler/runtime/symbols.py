@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from mosaic_compiler import ir
+from mosaic_compiler.compat.symbols import free_unbacked_symbols, has_hint, hint_of, sources_in
 from mosaic_compiler.errors import CaptureError
 from mosaic_compiler.ir import ops
 from mosaic_compiler.kernels.scatter_rows import pages_per_row
@@ -32,7 +33,7 @@ def hints_of(module: fx.GraphModule) -> dict[sympy.Symbol, int]:
     for node in module.graph.find_nodes(op="placeholder"):
         for number in ir.numbers_in(ir.value_of(node)):
             if isinstance(number, torch.SymInt) and isinstance(expr := ir.expr_of(number), sympy.Symbol):
-                hint = number.node.hint if number.node.has_hint() else UNKNOWN
+                hint = hint_of(number) if has_hint(number) else UNKNOWN
                 found.setdefault(expr, int(hint))
     return found
 
@@ -70,10 +71,10 @@ def meanings_of(module: fx.GraphModule) -> tuple[tuple[str, str], ...]:
             offer(tensor.shape[1], "tokens")
             offer(tensor.shape[0], "sequences")
     mode = ir.fake_mode_of(module)
-    known = {} if mode is None or mode.shape_env is None else mode.shape_env.var_to_sources
+    environment = None if mode is None else mode.shape_env
     for symbol in hints_of(module):
-        for source in known.get(symbol, ())[:1]:
-            if (match := _SOURCE.fullmatch(source.name)) is not None:
+        for source in sources_in(environment, symbol)[:1]:
+            if (match := _SOURCE.fullmatch(source)) is not None:
                 name, rest, what, dim = match.groups()
                 offer(symbol, f"as {what} {dim} of {name}{rest}" if what else f"as {name}{rest}")
     for node in module.graph.nodes:
@@ -129,8 +130,6 @@ def symbol_readers(
     Raises:
         CaptureError: if a symbol is no input's size, stride, storage offset or value.
     """
-    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-
     readers: dict[sympy.Symbol, Callable[[Sequence[Any]], int]] = {}
 
     def offer(number: Any, read: Callable[[Sequence[Any]], int]) -> None:

@@ -18,6 +18,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from mosaic_compiler import ir
+from mosaic_compiler.compat.tensors import conjugated, negated
 from mosaic_compiler.errors import CaptureError
 from mosaic_compiler.runtime.instructions import Instruction, Slot
 
@@ -99,8 +100,8 @@ def _copy(result: torch.Tensor, layout: Layout) -> torch.Tensor:
     strides, bits = (result.stride(), "") if layout is None else layout
     copy = torch.empty_strided(result.shape, strides, dtype=result.dtype, device=result.device)
     if "conj" in bits:
-        copy = torch._conj(copy)
-    return (torch._neg_view(copy) if "neg" in bits else copy).copy_(result)
+        copy = conjugated(copy)
+    return (negated(copy) if "neg" in bits else copy).copy_(result)
 
 
 def _bytes_of(tensor: torch.Tensor) -> tuple[int, int]:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.backends.registry import lookup_backend
 
+from mosaic_compiler.compat.dynamo import configured, lookup_backend
 from mosaic_compiler.errors import FallbackError
 from mosaic_compiler.graph_log import logger
 from mosaic_compiler.options import MosaicOptions
@@ -169,8 +169,6 @@ lookup_backend("mosaic")  # PyTorch registers a backend when it is first used, a
 def dynamo_as_needed() -> Iterator[None]:
     """Log lines in a model's forward do not break its graph, hooks are looked at, and no number of models or settings
     is too many: Dynamo counts compilations per function, and runs the ninth in eager PyTorch."""
-    import torch._dynamo.config as config
-
     functions = {warnings.warn, logging.info, logging.warning, logging.debug}
     names = ("info", "warning", "debug", "info_once", "warning_once", "warning_advice")  # the last three: transformers'
     methods = {getattr(logging.Logger, name) for name in names if hasattr(logging.Logger, name)}
@@ -185,7 +183,7 @@ def dynamo_as_needed() -> Iterator[None]:
     metrics = logging.getLogger("torch._dynamo.metrics_context")
     metrics.addFilter(_is_no_complaint)
     try:
-        with config.patch({name: value for name, value in known.items() if hasattr(config, name)}):
+        with configured(known):
             yield
     finally:
         metrics.removeFilter(_is_no_complaint)

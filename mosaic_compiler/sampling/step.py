@@ -11,6 +11,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from mosaic_compiler.compat.dynamo import has_given_up
 from mosaic_compiler.errors import FallbackError
 from mosaic_compiler.graph_log import logger
 from mosaic_compiler.sampling.calls import logits_of, said_to
@@ -78,12 +79,6 @@ class DenoisingStep(nn.Module):
         self._has_said_eager = True
         logger.warning("mosaic: %s", reason)
         warnings.warn(reason, stacklevel=3)
-
-
-def has_given_up() -> bool:
-    """Dynamo runs the caller's frame in eager PyTorch although it was compiled: it has reached its limit."""
-    ask = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)
-    return ask() is False
 
 
 def rank_of(score: Tensor) -> Tensor:

@@ -1,0 +1,34 @@
+"""Tensors: storages over given bytes, lazy bits, what a CPU can do, which ops are compositions."""
+
+from __future__ import annotations
+
+import torch
+from torch._ops import OpOverload
+
+scaled_dot_product_attention = torch._C._nn.scaled_dot_product_attention
+"""The function that Dynamo has in its graph for ``torch.nn.functional.scaled_dot_product_attention``."""
+
+
+def storage_over(address: int, nbytes: int, device: torch.device) -> torch.UntypedStorage:
+    """A storage over bytes that somebody else owns."""
+    return torch._C._construct_storage_from_data_pointer(address, device, nbytes)  # type: ignore[return-value]
+
+
+def conjugated(tensor: torch.Tensor) -> torch.Tensor:
+    """A view that is to be conjugated when it is read."""
+    return torch._conj(tensor)
+
+
+def negated(tensor: torch.Tensor) -> torch.Tensor:
+    """A view that is to be negated when it is read."""
+    return torch._neg_view(tensor)
+
+
+def has_tiles() -> bool:
+    """The CPU multiplies reduced types in tiles (AMX)."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def is_composite(op: OpOverload) -> bool:
+    """An op that is a composition of others; whether its result is a view is decided at run time."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op._name, "CompositeImplicitAutograd"))
