@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from mosaic_compiler import ir
+from mosaic_compiler.book.scratch import flash_scratch, multiprocessors
 from mosaic_compiler.kernels import attention
 from mosaic_compiler.planning.flash import split_bytes
 from mosaic_compiler.planning.lives import Sizes
@@ -57,7 +58,7 @@ def test_rows_that_vary_need_no_plan_until_they_are_worth_it():
 
 def test_what_split_keys_need_must_be_planned():
     node, rows = attend(None, False, keys=4096)
-    needed = split_bytes(8, 7, 4096, 64, attention._multiprocessors())
+    needed = split_bytes(8, 7, 4096, 64, multiprocessors())
     assert needed > 0
     assert chosen(node, rows, 7, scratch=needed - 1) is CUDNN
     assert chosen(node, rows, 7, scratch=needed) is not CUDNN
@@ -71,8 +72,8 @@ def test_a_plan_has_what_its_programs_need(count, keys, heads, depth):
     node, rows = attend(None, False, keys=keys, heads=heads, kv_heads=heads, depth=depth, depth_of_values=depth)
     node.args[0].meta[ir.BINDS] = rows
     room = capacity(count)
-    planned = Sizes({rows: room})(attention.flash_scratch(node))
-    assert planned == Sizes({rows: room})(pickle.loads(pickle.dumps(attention.flash_scratch(node))))
+    planned = Sizes({rows: room})(flash_scratch(node))
+    assert planned == Sizes({rows: room})(pickle.loads(pickle.dumps(flash_scratch(node))))
     served = [n for n in range(max(room // 2 - 40, 1), room + 1) if capacity(n) <= room <= 2 * capacity(n)]
     assert count in served
     for number in (*served[:: max(len(served) // 25, 1)], served[-1]):
@@ -82,10 +83,10 @@ def test_a_plan_has_what_its_programs_need(count, keys, heads, depth):
 
 def test_other_attentions_have_no_such_scratch():
     node, rows = attend(None, False)
-    assert attention.flash_scratch(node) == 0  # nothing says that only the data knows how many rows there are
+    assert flash_scratch(node) == 0  # nothing says that only the data knows how many rows there are
     node, rows = attend(None, False, 0.5)
     node.args[0].meta[ir.BINDS] = rows
-    assert attention.flash_scratch(node) == 0
+    assert flash_scratch(node) == 0
 
 
 @pytest.mark.parametrize(
@@ -131,12 +132,12 @@ def test_other_nodes_keep_their_op():
 def test_scratch_of_split_keys(batch, heads, rows, keys, depth):
     """It holds results and sums of the fewest parts that are within 15 % of the best use of the multiprocessors."""
     block = 256 if depth <= 64 else 128 if depth <= 128 else 64
-    found = split_bytes(batch * heads, rows, keys, depth, attention._multiprocessors())
+    found = split_bytes(batch * heads, rows, keys, depth, multiprocessors())
     bytes_of_part = 4 * batch * heads * rows * (32 * math.ceil(depth / 32) + 1)
     assert found % bytes_of_part == 0
     parts = found // bytes_of_part
     assert parts <= math.ceil(keys / block)
-    groups, processors = batch * heads * math.ceil(rows / 64), 2 * attention._multiprocessors()
+    groups, processors = batch * heads * math.ceil(rows / 64), 2 * multiprocessors()
     if groups >= processors:
         assert parts == 0
     if groups <= processors // 20 and keys >= 128 * block * 20:

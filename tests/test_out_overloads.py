@@ -15,7 +15,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mosaic_compiler.book import inplace_twin, native_out
-from mosaic_compiler.book import trusted as listed
+from mosaic_compiler.book import trusted_ops as listed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.float64, torch.uint8)
 NAMES = {info.name for info in op_db}

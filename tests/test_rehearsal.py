@@ -11,6 +11,7 @@ from attentions import Attentions
 
 import mosaic_compiler
 from mosaic_compiler.backend import observing
+from mosaic_compiler.book import scratch
 from mosaic_compiler.errors import BudgetError
 from mosaic_compiler.kernels import attention
 from mosaic_compiler.planning.lives import Sizes
@@ -49,7 +50,7 @@ def arguments(tokens):
 @pytest.fixture
 def compiled(monkeypatch):
     """Makes functions that run a step of so many tokens, and say how many attentions were called for it."""
-    monkeypatch.setattr(attention, "_CUDNN", ATTENTION)
+    monkeypatch.setattr(scratch, "CUDNN", ATTENTION)
     mosaic_compiler.release_memory()
     eager = DenoisingStep(Bidirectional().eval().requires_grad_(False), 31)
     attentions = Attentions(ATTENTION, monkeypatch)
@@ -199,7 +200,7 @@ def test_operands_that_only_the_data_knows_are_not_rehearsed(monkeypatch):
     with torch.no_grad(), observing((steps := []).append):
         step = DenoisingStep(Bidirectional().eval().requires_grad_(False), 31)
         torch.compile(step, backend="mosaic", dynamic=True, options={"disable": ["fuse"]})(*arguments(40))
-    monkeypatch.setattr(attention, "_CUDNN", ATTENTION)
+    monkeypatch.setattr(scratch, "CUDNN", ATTENTION)
     graph, known = steps[0].variants["flat"].module.graph, [symbol for symbol, _ in steps[0]._readers]
     attentions = [node for node in graph.nodes if node.target is ATTENTION]
     assert [attention.makes_plan(node, known) for node in attentions] == [True] * (LAYERS - 1) + [False]

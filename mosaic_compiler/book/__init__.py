@@ -33,7 +33,7 @@ from mosaic_compiler.book.kinds import (
     is_matmul,
     is_pointwise,
 )
-from mosaic_compiler.book.overloads import inplace_twin, native_out, trusted, without_out
+from mosaic_compiler.book.overloads import inplace_twin, native_out, trusted_ops, without_out
 from mosaic_compiler.book.trusted import TRUSTED
 
 STANDARD = Book({**TRUSTED, **ENTRIES}, POINTWISE)
@@ -71,7 +71,7 @@ __all__ = [
     "native_out",
     "open_book",
     "rows_gathered",
-    "trusted",
+    "trusted_ops",
     "using",
     "without_out",
 ]

@@ -99,7 +99,7 @@ ENTRIES: Mapping[OpOverload, Op] = {
     aten._to_copy.default: copy(),
     aten.lift_fresh_copy.default: Op("copy", write=writes.copied, takes_elements=True),
     torch.ops.prims.convert_element_type.default: Op("copy", write=writes.copied),
-    aten.flip.default: Op("copy", takes_elements=True),
+    aten.flip.default: Op("rearrangement", takes_elements=True),
     aten.cat.default: Op("join", rows=rows.cat_rows, trusted=True, fused=fusing.joined),
     aten.stack.default: Op("join", rows=rows.stack_rows, trusted=True),
     aten.slice_scatter.default: Op("write", write=writes.slice_replaced),

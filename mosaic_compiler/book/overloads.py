@@ -25,7 +25,7 @@ def _has_trusted_out(op: OpOverload) -> bool:
     return trusted
 
 
-def trusted() -> dict[OpOverload, str]:
+def trusted_ops() -> dict[OpOverload, str]:
     """All ops whose entries say so, with ``out`` or ``in place``."""
     ways = {op: "out" if known.trusted else "in place" if known.trusted_twin else "" for op, known in open_book()}
     return {op: way for op, way in ways.items() if way}

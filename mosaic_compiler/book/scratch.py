@@ -20,6 +20,8 @@ from mosaic_compiler.planning.flash import SplitBytes
 
 aten = torch.ops.aten
 
+CUDNN = aten._scaled_dot_product_cudnn_attention.default
+
 
 def cpu_flash_attention(node: fx.Node) -> sympy.Expr:
     """ATen/native/cpu/FlashAttentionKernel.cpp: one [threads, elements] float (or double) buffer.
@@ -98,7 +100,7 @@ def flash_scratch(node: fx.Node) -> sympy.Expr:
 
 def has_flash_twin(node: fx.Node, varying: Collection[sympy.Symbol]) -> bool:
     """An attention of cuDNN's that FlashAttention can compute as well, with a number of queries that varies."""
-    is_cudnn = node.target is aten._scaled_dot_product_cudnn_attention.default
+    is_cudnn = node.target is CUDNN
     if not is_cudnn or not attention_shape(node, 0)[2].free_symbols & set(varying):
         return False
     depth, depth_of_values = attention_shape(node, 0)[3], attention_shape(node, 2)[3]

@@ -17,41 +17,40 @@ import torch
 from torch import Tensor, fx
 
 from mosaic_compiler import ir
-from mosaic_compiler.book.scratch import attention_operands, attention_shape, has_flash_twin, multiprocessors
+from mosaic_compiler.book import scratch
 from mosaic_compiler.planning.flash import split_bytes
 from mosaic_compiler.planning.lives import Sizes
 
 aten = torch.ops.aten
 
-_CUDNN = aten._scaled_dot_product_cudnn_attention.default
 _FLASH = aten._scaled_dot_product_flash_attention.default
 _WORTH_A_PLAN = 1 << 39  # floating-point operations
 
 
-def kernel_of(node: fx.Node, sizes: Sizes, varying: Collection[sympy.Symbol], scratch: int) -> Callable[..., Any]:
+def kernel_of(node: fx.Node, sizes: Sizes, varying: Collection[sympy.Symbol], room: int) -> Callable[..., Any]:
     """What computes a node at these sizes: its own op, or FlashAttention called like it.
 
     Args:
         varying: symbols whose values only the data says.
-        scratch: bytes that the plan has for the node, besides its results.
+        room: bytes that the plan has for the node, besides its results.
     """
     assert callable(node.target)
-    if not has_flash_twin(node, varying):
+    if not scratch.has_flash_twin(node, varying):
         return node.target
-    query, key = ([sizes(size) for size in attention_shape(node, operand)] for operand in (0, 1))
+    query, key = ([sizes(size) for size in scratch.attention_shape(node, operand)] for operand in (0, 1))
     if work(query, key) >= _WORTH_A_PLAN:
         return node.target
     batch, heads, rows, depth = query
-    needed = split_bytes(batch * heads, rows, key[2], depth, multiprocessors())
-    return _flash_like_cudnn if needed <= scratch else node.target
+    needed = split_bytes(batch * heads, rows, key[2], depth, scratch.multiprocessors())
+    return _flash_like_cudnn if needed <= room else node.target
 
 
 def makes_plan(node: fx.Node, known: Collection[sympy.Symbol]) -> bool:
     """cuDNN makes a plan for a node, whose shapes follow from the symbols in ``known``."""
     others = (*node.args[3:], *node.kwargs.values())
-    if node.target is not _CUDNN or any(isinstance(other, fx.Node) for other in others):
+    if node.target is not scratch.CUDNN or any(isinstance(other, fx.Node) for other in others):
         return False
-    numbers = [ir.expr_of(n) for tensor in attention_operands(node) for n in (*tensor.shape, *tensor.stride())]
+    numbers = [ir.expr_of(n) for tensor in scratch.attention_operands(node) for n in (*tensor.shape, *tensor.stride())]
     return all(number.free_symbols <= set(known) for number in numbers)
 
 
