@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 
 import pytest
 import torch
@@ -144,3 +145,23 @@ def test_poison_mode_finds_a_write_behind_a_buffer():
     program.instructions.insert(position + 1, overrun)
     with pytest.raises(CanaryError, match="exp"):
         step([x])
+
+
+def test_a_user_that_dies_in_another_thread_waits_for_nobody():
+    """The garbage collector runs finalizers in whatever thread it is in: one that the holder of the lease waits for."""
+
+    class User:
+        pass
+
+    pool, user = ArenaPool(), User()
+    pool.register(user)
+    with pool.lease() as arena:
+        arena.ensure(4096)
+    with pool.lease():
+        users = [user]
+        del user
+        worker = threading.Thread(target=users.clear)
+        worker.start()
+        worker.join(10)
+        assert not worker.is_alive()
+    assert pool.reserved() == 0  # given back when the lease had ended

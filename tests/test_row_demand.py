@@ -597,3 +597,28 @@ def test_picked_rows_of_transposed_features_have_the_strides_of_eager(shape):
         got, expected = step(x, w, mask), f(x, w, mask)
     torch.testing.assert_close(got, expected)
     assert got.stride() == expected.stride()
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda x: x[None][0],
+        lambda x: x[None, None][0, 0],
+        lambda x: x.view(x.shape[0], 2, -1)[:, 1],
+        lambda x: torch.stack((x, x * 2))[1],
+        lambda x: x[None][:, torch.arange(x.shape[0], device=x.device)[:, None].flip(0)][0, :, 0],
+        lambda x: x[torch.arange(4)[:, None] + torch.arange(x.shape[0] // 4)].flatten(0, 1),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"poison": True, "chunk_rows": 2}])
+def test_rows_of_a_part_have_the_part_s_dims(part, options):
+    """``x[0]`` of [1, N, D] has one dim less, and so have the rows of it that somebody reads."""
+
+    def f(x, w, head, mask):
+        h = part(torch.relu(x @ w))
+        return torch.where(mask, (torch.relu(h @ head[: h.shape[1]]) @ head[:7].t()).amax(-1), 0.0)
+
+    x, w, head, mask = torch.randn(12, 8), torch.randn(8, 8), torch.randn(8, 8), torch.arange(12) % 3 == 0
+    compiled = torch.compile(f, backend="mosaic", dynamic=True, options={**options, "strict": False})
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, w, head, mask), f(x, w, head, mask), rtol=1e-4, atol=1e-4)

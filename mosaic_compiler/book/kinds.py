@@ -6,7 +6,8 @@ from torch import fx
 from torch._ops import OpOverload
 
 from mosaic_compiler import ir
-from mosaic_compiler.book.entry import entry
+from mosaic_compiler.book.entry import entry, open_book
+from mosaic_compiler.book.overloads import without_out
 from mosaic_compiler.ir.clusters import Cluster, cluster_of
 
 
@@ -27,9 +28,10 @@ def is_copy(node: fx.Node) -> bool:
 
 def is_pointwise(node: fx.Node) -> bool:
     """Element i of the result depends on element i of each (broadcast) operand only."""
-    if entry(node).family == "pointwise":
-        return True
-    return isinstance(node.target, OpOverload) and ir.is_pointwise(node.target)
+    if not isinstance(node.target, OpOverload):
+        return False
+    functional = open_book().of(without_out(node.target))
+    return "pointwise" in (entry(node).family, functional.family) or ir.is_pointwise(node.target)
 
 
 def is_elementwise(node: fx.Node) -> bool:

@@ -37,8 +37,11 @@ def _signature(op: OpOverload, *, outs: bool) -> list[tuple[str, str]]:
 
 def native_out(op: OpOverload) -> tuple[OpOverload, tuple[str, ...]] | None:
     """The hand-written ``out=`` overload of a functional op and the names of its out arguments."""
-    if not _has_trusted_out(op):
-        return None
+    return _hand_written_out(op) if _has_trusted_out(op) else None
+
+
+@functools.cache
+def _hand_written_out(op: OpOverload) -> tuple[OpOverload, tuple[str, ...]] | None:
     for candidate in ir.overloads_of(op):
         names = tuple(a.name for a in candidate._schema.arguments if a.is_out)
         if not names or torch.Tag.generated in candidate.tags:
@@ -62,8 +65,11 @@ def without_out(op: OpOverload) -> OpOverload:
 
 def inplace_twin(op: OpOverload) -> OpOverload | None:
     """``aten.relu_.default`` for ``aten.relu.default``: same arguments, first one written."""
-    if not open_book().of(op).trusted_twin:
-        return None
+    return _hand_written_twin(op) if open_book().of(op).trusted_twin else None
+
+
+@functools.cache
+def _hand_written_twin(op: OpOverload) -> OpOverload | None:
     namespace, _, name = op._schema.name.partition("::")
     packet = getattr(getattr(torch.ops, namespace), f"{name}_", None)
     twin = getattr(packet, op._overloadname, None) if packet is not None else None

@@ -119,9 +119,11 @@ class Compactor(Emitter):
         assert tensor is not None
         layout, space = rows.leading_layout(tensor, dims)
         moved = [Segment(space, node, segment, dims) for segment in segments]
-        if base in self.compact:
-            return self._part(base, moved)
-        return self._gather(base, layout, moved, space)
+        found = self._part(base, moved) if base in self.compact else self._gather(base, layout, moved, space)
+        if len(rows.shape_of(found)) == len(rows.shape_of(node)):
+            return found
+        demand = self._demand(node)  # x[0] of [1, N, D] is [N, D]: so are its rows
+        return self.emit(aten.reshape.default, found, self._compact_shape(node, demand.layout, segments, demand.space))
 
     def _compact_shape(self, node: fx.Node, layout: Layout, segments: list[Segment], space: Space) -> list[Any]:
         count = self.selectors.count(segments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -44,6 +45,7 @@ class ArenaPool:
         self._arenas: list[Arena] = []
         self._depth = 0
         self._users = 0
+        self._gone: deque[None] = deque()
 
     @contextmanager
     def lease(self) -> Iterator[Arena]:
@@ -56,6 +58,7 @@ class ArenaPool:
                 yield arena
             finally:
                 self._depth -= 1
+        self._count_the_gone()
 
     def register(self, user: object) -> None:
         """Keep memory between calls as long as one registered user is alive."""
@@ -64,10 +67,22 @@ class ArenaPool:
         weakref.finalize(user, self._forget)
 
     def _forget(self) -> None:
-        with self._lock:
-            self._users -= 1
-            if not self._users:
-                self.release()
+        """A user has died.  The garbage collector says so in whatever thread it runs: also in one that whoever holds
+        the lock waits for, so nobody may wait for the lock here."""
+        self._gone.append(None)
+        self._count_the_gone()
+
+    def _count_the_gone(self) -> None:
+        """Take in who has died, or leave it to whoever holds the lock."""
+        while self._gone and self._lock.acquire(blocking=False):
+            try:
+                while self._gone:
+                    self._gone.popleft()
+                    self._users -= 1
+                if not self._users:
+                    self.release()
+            finally:
+                self._lock.release()
 
     def release(self) -> int:
         """Give back the memory of every arena that is not in use; returns the bytes given back."""
