@@ -2,79 +2,42 @@
 
 from __future__ import annotations
 
-import ast
+import importlib.util
 from pathlib import Path
 
 import networkx as nx
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "mosaic_compiler"
-
-FLOORS = (
-    {"errors", "recipes", "registration"},
-    {"settings"},
-    {"planning", "compat"},
-    {"ir"},
-    {"book"},
-    {"kernels", "options"},
-    {"lowering"},
-    {"passes", "runtime"},
-    {"dump", "graph_log", "capture", "true_masks"},
-    {"methods"},
-    {"backend"},
-    {"sampling"},
-    {"ahead"},
-    {"report"},
-    {"cli_values"},
-    {"cli_generate"},
-    {"cli", "__init__"},
-)
-
-
-def modules() -> dict[str, Path]:
-    names = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
-    return {name.removesuffix(".__init__"): path for name, path in names.items()}
-
-
-def imports_of(path: Path, known: dict[str, Path]) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "mosaic_compiler":
-            home = (node.module or "").partition(".")[2]
-            full = {f"{home}.{name.name}".lstrip(".") for name in node.names}
-            found |= {name if name in known else home or "__init__" for name in full}
-        elif isinstance(node, ast.Import):
-            found |= {n.name.partition(".")[2] for n in node.names if n.name.startswith("mosaic_compiler.")}
-    return found
-
-
-def edges() -> list[tuple[str, str]]:
-    known = modules()
-    return [(name, target) for name, path in known.items() for target in imports_of(path, known)]
-
-
-def room(module: str) -> str:
-    return module.partition(".")[0]
+spec = importlib.util.spec_from_file_location("house", Path(__file__).parent.parent / "docs" / "house.py")
+house = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(house)
 
 
 def test_every_room_has_a_floor():
-    assert sorted(name for floor in FLOORS for name in floor) == sorted({room(name) for name in modules()})
+    assert sorted(name for floor in house.FLOORS for name in floor) == sorted({*map(house.room, house.modules())})
 
 
 def test_imports_go_down():
-    floor_of = {name: number for number, floor in enumerate(FLOORS) for name in floor}
-    wrong = [
-        f"{source} imports {target}"
-        for source, target in edges()
-        if room(source) != room(target) and floor_of[room(source)] <= floor_of[room(target)]
-    ]
-    assert not wrong
+    floor_of = {name: number for number, floor in enumerate(house.FLOORS) for name in floor}
+    between = [(a, b) for a, b in house.edges() if house.room(a) != house.room(b)]
+    assert not [(a, b) for a, b in between if floor_of[house.room(a)] <= floor_of[house.room(b)]]
 
 
 def test_no_circle_of_imports():
-    assert not [circle for circle in nx.strongly_connected_components(nx.DiGraph(edges())) if len(circle) > 1]
+    circles = nx.strongly_connected_components(nx.DiGraph(house.edges()))
+    assert not [circle for circle in circles if len(circle) > 1]
 
 
-@pytest.mark.parametrize("name", sorted(name for name in modules() if room(name) == "planning"))
+@pytest.mark.parametrize("name", sorted(name for name in house.modules() if house.room(name) == "planning"))
 def test_planning_needs_no_torch(name):
-    assert "import torch" not in modules()[name].read_text()
+    assert "import torch" not in house.modules()[name].read_text()
+
+
+def test_the_picture_is_that_of_the_code():
+    assert house.PICTURE.read_text() == house.svg(), "draw it again: python docs/house.py"
+
+
+def test_no_file_is_long_and_most_are_short():
+    lengths = sorted(len(path.read_text().splitlines()) for path in house.modules().values())
+    assert lengths[-1] <= 400
+    assert lengths[len(lengths) // 2] < 130

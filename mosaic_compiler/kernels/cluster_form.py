@@ -19,6 +19,7 @@ from mosaic_compiler.compat.symbols import ShapeEnv, new_number, size_of
 from mosaic_compiler.compat.tracing import FakeTensorMode
 from mosaic_compiler.errors import ArenaError
 from mosaic_compiler.ir.clusters import Cluster
+from mosaic_compiler.ir.keys import structural_key
 from mosaic_compiler.kernels.coordinates import Coordinates, Read
 
 _HINT = {"cuda": 4096, "cpu": 512}
@@ -119,14 +120,13 @@ class ClusterForm:
 
     def key(self) -> Any:
         """Equal for clusters that the same kernel can run."""
-        index: dict[fx.Node, int] = {}
-        parts: list[Any] = [self.cluster.into]
-        for node in self.cluster.body.graph.nodes:
-            index[node] = len(index)
-            arguments = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: _Position(index[n]))  # type: ignore[arg-type, return-value]
-            layout = ir.layout_of(ir.value_of(node))
-            parts.append((node.op, str(node.target), repr(arguments), self._renamed(layout)))
-        return tuple(parts)
+        nodes = self.cluster.body.graph.nodes
+        index = {node: number for number, node in enumerate(nodes)}
+
+        def layout(node: fx.Node) -> Any:
+            return self._renamed(ir.layout_of(ir.value_of(node)))
+
+        return self.cluster.into, structural_key(nodes, lambda _: index.__getitem__, layout)
 
     def _renamed(self, value: Any) -> Any:
         if isinstance(value, tuple):
@@ -277,16 +277,6 @@ def scratch_bytes(cluster: Cluster) -> sympy.Expr:
                 elements /= ir.expr_of(tensor.shape[-1])
             total += known.fused_scratch * elements
     return sympy.expand(total)
-
-
-class _Position:
-    """Prints as the position of a node (inside of ``repr`` of arguments)."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __repr__(self) -> str:
-        return f"%{self.number}"
 
 
 def _read_size(index: int, dim: int, arguments: Sequence[Any]) -> int:

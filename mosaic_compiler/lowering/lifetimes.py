@@ -23,8 +23,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
@@ -36,157 +35,9 @@ from mosaic_compiler.ir import prologue_nodes
 from mosaic_compiler.ir.loops import ChunkLoop, loop_of
 from mosaic_compiler.kernels.scatter_rows import shared_pages
 from mosaic_compiler.lowering.forms import Form, Kind, form_of
+from mosaic_compiler.lowering.scopes import Lives, LoopSpan, Scope
 from mosaic_compiler.lowering.scratch import scratch_bytes
-from mosaic_compiler.planning.lives import LoopLives, StepLives, SymbolicBuffer
-
-
-@dataclass(frozen=True)
-class TensorFacts:
-    """Sizes and strides of a result as expressions, in storage of its own."""
-
-    dtype: torch.dtype
-    device: torch.device
-    shape: tuple[sympy.Expr, ...]
-    strides: tuple[sympy.Expr, ...]
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a node produces, as binding needs it.
-
-    Attributes:
-        outputs: its tensors; ``None`` for what is none.
-        symbols: of all sizes and strides.
-        can_be_empty: for some sizes it has nothing to do.
-    """
-
-    outputs: tuple[TensorFacts | None, ...]
-    symbols: frozenset[sympy.Symbol]
-    can_be_empty: bool
-
-    @classmethod
-    def of(cls, node: fx.Node) -> Facts:
-        outputs = tuple(
-            None
-            if tensor is None
-            else TensorFacts(
-                tensor.dtype,
-                tensor.device,
-                tuple(ir.expr_of(size) for size in tensor.shape),
-                tuple(ir.expr_of(step) for step in ir.own_strides(tensor)),
-            )
-            for tensor in ir.tensors_of(node)
-        )
-        tensors = [output for output in outputs if output is not None]
-        numbers = {number for tensor in tensors for number in (*tensor.shape, *tensor.strides)}
-        symbols = frozenset(symbol for number in numbers for symbol in number.free_symbols)
-        filled = any(all(size.is_Integer and size != 0 for size in tensor.shape) for tensor in tensors)
-        return cls(outputs, symbols, bool(tensors) and not filled and not ir.has_effect(node))
-
-
-@dataclass(frozen=True)
-class Scope:
-    """One graph that runs: the step's, or the body of one call of a loop.
-
-    Attributes:
-        nodes: what runs, in schedule order (of the step: behind the prologue).
-        forms: how each node gets its result.
-        root_buffers: the buffer of each storage root (roots of inputs and constants have none).
-        direct: roots of a body whose memory is a slice of the loop's result, by the position of that result.
-    """
-
-    nodes: tuple[fx.Node, ...]
-    forms: Mapping[fx.Node, Form]
-    storage: ir.StorageMap
-    root_buffers: Mapping[ir.Root, SymbolicBuffer]
-    direct: Mapping[ir.Root, int]
-    facts: dict[fx.Node, Facts] = field(default_factory=dict)
-
-    @cached_property
-    def deaths(self) -> dict[fx.Node, list[ir.Root]]:
-        """Roots by the node that uses them last; outputs never die."""
-        escaping = ir.escaping_roots(self.nodes[0].graph, self.storage) if self.nodes else set()
-        last: dict[ir.Root, fx.Node] = {}
-        for node in self.nodes:
-            for user in (node, *node.all_input_nodes):
-                for root in self.storage.roots(user):
-                    if root is not None and ir.is_computed(root) and root not in escaping:
-                        last[root] = node
-        found: dict[fx.Node, list[ir.Root]] = {}
-        for root, node in last.items():
-            found.setdefault(node, []).append(root)
-        return found
-
-    def facts_of(self, node: fx.Node) -> Facts:
-        """What binding asks of a node, looked up once for all lengths."""
-        found = self.facts.get(node)
-        if found is None:
-            found = self.facts[node] = Facts.of(node)
-        return found
-
-
-@dataclass(frozen=True)
-class LoopSpan:
-    """One call of a loop in the schedule.
-
-    Attributes:
-        node, loop: the call, and what it runs.
-        rows: how many rows it goes over.
-        start, end: schedule positions of its body.
-    """
-
-    node: fx.Node
-    loop: ChunkLoop
-    rows: sympy.Expr
-    start: int
-    end: int
-    scope: Scope
-
-
-@dataclass(frozen=True)
-class Lives(StepLives):
-    """Lives of every buffer of a graph, and the nodes behind them.
-
-    Attributes:
-        prologue: the nodes that run before sizes are known (see ``runtime/prologue.py``); they come first in
-            the schedule, and their values live at least until the prologue has ended.
-        scope: the step's own nodes.
-        loops: the loops, by the node that calls them, in schedule order.
-        unsized: nodes whose bytes depend on data; they run, but outside of the plan.
-        elsewhere: nodes whose results live on another device than the plan's.
-    """
-
-    device: torch.device
-    prologue: tuple[fx.Node, ...] = field(repr=False)
-    scope: Scope = field(repr=False)
-    loops: Mapping[fx.Node, LoopSpan] = field(repr=False)
-    unsized: tuple[fx.Node, ...] = ()
-    elsewhere: tuple[fx.Node, ...] = ()
-    _dependent: dict[frozenset[sympy.Symbol], tuple[fx.Node, ...]] = field(default_factory=dict, repr=False)
-
-    @property
-    def nodes(self) -> tuple[fx.Node, ...]:
-        """The step's own nodes behind the prologue."""
-        return self.scope.nodes
-
-    @property
-    def forms(self) -> Mapping[fx.Node, Form]:
-        """How each node gets its result, those of loop bodies included."""
-        every = dict(self.scope.forms)
-        for span in self.loops.values():
-            every.update(span.scope.forms)
-        return every
-
-    def depending_on(self, symbols: frozenset[sympy.Symbol]) -> tuple[fx.Node, ...]:
-        """The step's own nodes whose results, or something they read, have sizes with these symbols."""
-        if symbols not in self._dependent:
-            found: set[fx.Node] = set()
-            for node in self.scope.nodes:
-                touched = (node, *node.all_input_nodes)  # operands too: those of the prologue are no nodes of the step
-                if found.intersection(touched) or any(ir.free_symbols(other) & symbols for other in touched):
-                    found.add(node)
-            self._dependent[symbols] = tuple(node for node in self.scope.nodes if node in found)
-        return self._dependent[symbols]
+from mosaic_compiler.planning.lives import LoopLives, SymbolicBuffer
 
 
 def find_lives(module: fx.GraphModule) -> Lives:

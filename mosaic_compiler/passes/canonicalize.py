@@ -179,7 +179,7 @@ def _spell_as_strided(rewriter: Rewriter, node: fx.Node) -> bool:
     if isinstance(offset, sympy.Integer):
         offset = int(offset)
     size, stride = ir.argument(node, "size"), ir.argument(node, "stride")
-    rewriter.replace(node, rewriter.emit(node, node.target, source, size, stride, offset))
+    rewriter.replace(node, rewriter.put(node, node.target, source, size, stride, offset))
     return True
 
 
@@ -204,14 +204,14 @@ def _spell_embedding(rewriter: Rewriter, node: fx.Node) -> bool:
     if ids.dim() == 0:
         return False
     if not ir.is_contiguous(ids):
-        indices = rewriter.emit(node, aten.clone.default, indices, memory_format=torch.contiguous_format)
+        indices = rewriter.put(node, aten.clone.default, indices, memory_format=torch.contiguous_format)
     if ids.dim() > 1:
-        indices = rewriter.emit(node, aten.view.default, indices, [-1])
-    rows = rewriter.emit(node, aten.index_select.default, weight, 0, indices)
+        indices = rewriter.put(node, aten.view.default, indices, [-1])
+    rows = rewriter.put(node, aten.index_select.default, weight, 0, indices)
     if ids.dim() > 1:
         shape = [_size(rewriter, node, node.args[1], dim) for dim in range(ids.dim())]
         shape.append(_size(rewriter, node, weight, 1))
-        rows = rewriter.emit(node, aten.view.default, rows, shape)
+        rows = rewriter.put(node, aten.view.default, rows, shape)
     rewriter.replace(node, rows)
     return True
 
@@ -221,7 +221,7 @@ def _size(rewriter: Rewriter, origin: fx.Node, tensor: Any, dim: int) -> Any:
     value = ir.tensor_of(tensor)
     assert value is not None
     size = value.shape[dim]
-    return rewriter.emit(origin, aten.sym_size.int, tensor, dim) if ir.is_symbolic_number(size) else size
+    return rewriter.put(origin, aten.sym_size.int, tensor, dim) if ir.is_symbolic_number(size) else size
 
 
 def _spell_masked_select(rewriter: Rewriter, node: fx.Node) -> bool:
@@ -248,7 +248,7 @@ def _split_into_slices(rewriter: Rewriter, node: fx.Node) -> bool:
     if node.target is aten.unbind.int:
         for user in list(node.users):
             rewriter.replace(
-                user, rewriter.emit(user, aten.select.int, node.args[0], ir.argument(node, "dim"), user.args[1])
+                user, rewriter.put(user, aten.select.int, node.args[0], ir.argument(node, "dim"), user.args[1])
             )
         rewriter.graph.erase_node(node)
         return True
@@ -262,7 +262,7 @@ def _split_into_slices(rewriter: Rewriter, node: fx.Node) -> bool:
         start, end = rewriter.multiple(user, size, index), rewriter.multiple(user, size, index + 1)
         if index == len(ir.tensors_of(node)) - 1:
             end = sys.maxsize  # the last part is what is left
-        rewriter.replace(user, rewriter.emit(user, aten.slice.Tensor, source, dim, start, end))
+        rewriter.replace(user, rewriter.put(user, aten.slice.Tensor, source, dim, start, end))
     rewriter.graph.erase_node(node)
     return True
 
@@ -290,7 +290,7 @@ def _spell_outer_product(rewriter: Rewriter, node: fx.Node) -> bool:
     tensor = ir.tensor_of(left)
     if tensor is None or not tensor.dtype.is_floating_point or ir.expr_of(tensor.shape[-1]) != 1:
         return False
-    rewriter.replace(node, rewriter.emit(node, aten.mul.Tensor, left, right))
+    rewriter.replace(node, rewriter.put(node, aten.mul.Tensor, left, right))
     return True
 
 
@@ -305,7 +305,7 @@ def _drop_empty_cat(rewriter: Rewriter, node: fx.Node) -> bool:
     source, out = full[0], ir.only_tensor(node)
     if ir.only_tensor(source).dtype != out.dtype or not ir.is_contiguous(out):
         return False
-    copy = rewriter.emit(node, aten.clone.default, source, memory_format=torch.contiguous_format)
+    copy = rewriter.put(node, aten.clone.default, source, memory_format=torch.contiguous_format)
     rewriter.replace(node, copy)
     _drop_noop_copy(rewriter, copy)
     return True

@@ -22,7 +22,8 @@ from mosaic_compiler.book import FLAT, Layout, Space, rows
 from mosaic_compiler.ir.emitter import Emitter
 from mosaic_compiler.ir.sizes import size_sources
 from mosaic_compiler.passes.constants import constant_of
-from mosaic_compiler.passes.demand import Demand, Demands, Segment, can_resize, choices_of
+from mosaic_compiler.passes.demand import can_resize
+from mosaic_compiler.passes.demands import Demand, Demands, Segment, choices_of
 from mosaic_compiler.passes.moves import moved_dims
 from mosaic_compiler.passes.selectors import Selectors
 

@@ -11,6 +11,7 @@ from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.ir.clusters import Cluster, set_cluster
+from mosaic_compiler.ir.keys import structural_key
 from mosaic_compiler.ir.loops import rewrite_bodies
 from mosaic_compiler.ir.sorting import sort_nodes
 from mosaic_compiler.passes.base import Pass
@@ -111,11 +112,9 @@ class _Contents:
     def structure(self) -> Any:
         """Everything that the body is made from, in a comparable form."""
         index = {node: i for i, node in enumerate((*self.operands, *self.inner))}
-        parts: list[Any] = [ir.layout_of(ir.value_of(node)) for node in self.operands]
-        for node in self.inner:
-            arguments = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: _Index(index[n]))  # type: ignore[arg-type, return-value]
-            parts.append((str(node.target), repr(arguments), ir.layout_of(ir.value_of(node))))
-        return tuple(parts), tuple(index[node] for node in self.results)
+        operands = tuple(ir.layout_of(ir.value_of(node)) for node in self.operands)
+        inner = structural_key(self.inner, lambda _: index.__getitem__, lambda node: ir.layout_of(ir.value_of(node)))
+        return operands, inner, tuple(index[node] for node in self.results)
 
     def build(self, root: fx.GraphModule) -> Cluster:
         graph = fx.Graph()
@@ -129,16 +128,6 @@ class _Contents:
         output = graph.output(tuple(copies[node] for node in self.results))
         output.meta["val"] = tuple(ir.value_of(node) for node in self.results)
         return Cluster(ir.graph_module(root, graph), [None] * len(self.results))
-
-
-class _Index:
-    """Prints as the position of a node (inside of ``repr`` of arguments)."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __repr__(self) -> str:
-        return f"%{self.number}"
 
 
 def _replace(module: fx.GraphModule, contents: _Contents, known: dict[Any, tuple[str, Cluster]]) -> fx.Node:

@@ -10,7 +10,7 @@ Loops that differ only in what they are given (the layers of a model) share one 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from mosaic_compiler import book, ir
 from mosaic_compiler.book import FLAT, Layout, Space, rows
 from mosaic_compiler.compat.symbols import new_number
 from mosaic_compiler.ir.emitter import Emitter
+from mosaic_compiler.ir.keys import structural_key
 from mosaic_compiler.ir.loops import ChunkLoop, LoopOutput
 from mosaic_compiler.passes.labels import Labels
 from mosaic_compiler.passes.regions import Contents, Operand, Region
@@ -82,34 +83,25 @@ class BodyFactory:
         """Everything that a body is made from, in a comparable form."""
         index = {node: i for i, node in enumerate(contents.nodes)}
         operands = contents.operands()
-        parts: list[Any] = [tuple(region.space), tuple(index[node] for node in region.outputs)]
-        for node in contents.nodes:
+
+        def reference(node: fx.Node) -> Callable[[fx.Node], Any]:
             queue = iter(contents.sources[node])
 
-            def token(operand: fx.Node, queue: Iterator[fx.Node | Operand] = queue) -> _Token:
+            def named(operand: fx.Node) -> Any:
                 if not any(tensor is not None for tensor in ir.tensors_of(operand)):
-                    return _Token(("size", ir.expr_of(ir.value_of(operand))))
+                    return "size", ir.expr_of(ir.value_of(operand))
                 source = next(queue)
-                return _Token(index[source] if isinstance(source, fx.Node) else ("operand", operands[source]))
+                return index[source] if isinstance(source, fx.Node) else ("operand", operands[source])
 
-            arguments = fx.node.map_arg((node.args, dict(node.kwargs)), token)  # type: ignore[arg-type]
-            parts.append((str(node.target), repr(arguments), self.labels.of[node], _layout(node)))
-        parts += [(operand.layout, _layout(operand.value)) for operand in operands]
-        return tuple(parts)
+            return named
+
+        inner = structural_key(contents.nodes, reference, lambda node: (self.labels.of[node], _layout(node)))
+        results = tuple(index[node] for node in region.outputs)
+        return tuple(region.space), results, inner, tuple((o.layout, _layout(o.value)) for o in operands)
 
     def _chunk_size(self) -> tuple[sympy.Symbol, torch.SymInt]:
         """A new symbol for a chunk size."""
         return new_number(self.mode.shape_env, f"chunk_rows_{len(self._known)}", _HINT)
-
-
-class _Token:
-    """Prints as what it stands for (inside of ``repr`` of a node's arguments)."""
-
-    def __init__(self, what: Any) -> None:
-        self.what = what
-
-    def __repr__(self) -> str:
-        return repr(self.what)
 
 
 def _layout(node: fx.Node) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx
 
 from mosaic_compiler import ir
+from mosaic_compiler import recipes as recipe_book
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.base import Machine, Pass
 from mosaic_compiler.passes.canonicalize import CanonicalizePass
@@ -25,7 +26,7 @@ from mosaic_compiler.passes.scatter_results import ScatterResultsPass
 from mosaic_compiler.passes.sparse_outputs import SparseOutputsPass
 from mosaic_compiler.passes.verifier import Verifier
 from mosaic_compiler.passes.vocabulary_tiles import VocabularyTilesPass
-from mosaic_compiler.recipes import LOOPS, RECIPES, Recipe
+from mosaic_compiler.recipes import LOOPS, Recipe
 
 _KNOWN: tuple[type[Pass], ...] = (
     NeededRowsPass,
@@ -112,18 +113,18 @@ def make_family(
     options: MosaicOptions,
     machine: Machine,
     *,
-    recipes: Sequence[Recipe] = RECIPES,
+    recipes: Sequence[Recipe] | None = None,
     observe: Callable[[fx.GraphModule, PassRecord], None] = lambda module, record: None,
 ) -> Family:
     """All graphs of a step.  One that would be the same as the last one, or has another prologue, is left out.
 
     Args:
-        recipes: the preferred ones first; ``observe`` sees the graphs of the last one.
+        recipes: the preferred ones first (default: ``recipes.RECIPES``); ``observe`` sees the graphs of the last one.
 
     Raises:
         InvariantError: naming the pass that broke an invariant, and which one.
     """
-    *others, main = recipes
+    *others, main = recipe_book.RECIPES if recipes is None else recipes
     stages = [module]
 
     def see(graph: fx.GraphModule, record: PassRecord) -> None:

@@ -10,16 +10,16 @@ from torch import fx
 from torch._ops import OpOverload
 
 from mosaic_compiler import ir
+from mosaic_compiler.ir.emitter import Emitter
 
 aten = torch.ops.aten
 
 
-class Rewriter:
+class Rewriter(Emitter):
     """The graph being rewritten, with the facts that the rules share."""
 
     def __init__(self, module: fx.GraphModule) -> None:
-        self.graph = module.graph
-        self.fake_mode = ir.fake_mode_of(module)
+        super().__init__(module)
         storage = ir.StorageMap(module.graph)
         self._storage = storage
         self._pinned = ir.escaping_roots(module.graph, storage) | ir.written_roots(module.graph, storage)
@@ -48,18 +48,14 @@ class Rewriter:
         if factor == 1:
             return size
         with self.graph.inserting_before(origin):
-            node = self.graph.call_function(operator.mul, (size, factor))
-        node.meta["val"] = ir.value_of(size) * factor
+            node: fx.Node = self.arithmetic(operator.mul, size, factor)
         self._storage.add(node)
         return node
 
-    def emit(self, origin: fx.Node, target: OpOverload, *args: Any, **kwargs: Any) -> fx.Node:
+    def put(self, origin: fx.Node, target: OpOverload, *args: Any, **kwargs: Any) -> fx.Node:
         """A new node before ``origin`` with its provenance and fresh metadata."""
+        self.origin = origin
         with self.graph.inserting_before(origin):
-            node = self.graph.call_function(target, args, kwargs)
-        node.meta = {k: v for k, v in origin.meta.items() if k in ("stack_trace", "nn_module_stack")}
-        fake_args, fake_kwargs = fx.node.map_arg((args, kwargs), ir.value_of)
-        with self.fake_mode:
-            node.meta["val"] = target(*fake_args, **fake_kwargs)
+            node = self.emit(target, *args, **kwargs)
         self._storage.add(node)
         return node

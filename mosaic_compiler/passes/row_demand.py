@@ -11,7 +11,8 @@ from mosaic_compiler import ir
 from mosaic_compiler.ir.notes import Note
 from mosaic_compiler.passes.base import Pass
 from mosaic_compiler.passes.compaction import Compactor
-from mosaic_compiler.passes.demand import Demands, analyse
+from mosaic_compiler.passes.demand import analyse
+from mosaic_compiler.passes.demands import Demands
 
 
 @dataclass(frozen=True)

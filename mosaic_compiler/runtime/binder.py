@@ -16,7 +16,7 @@ from mosaic_compiler import ir
 from mosaic_compiler.book import Call
 from mosaic_compiler.errors import CaptureError
 from mosaic_compiler.lowering.forms import Kind
-from mosaic_compiler.lowering.lifetimes import LoopSpan, Scope
+from mosaic_compiler.lowering.scopes import LoopSpan, Scope
 from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.planning.plan import Buffer
 from mosaic_compiler.runtime.arena import Arena

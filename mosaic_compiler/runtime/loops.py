@@ -18,7 +18,7 @@ from torch import fx
 from mosaic_compiler import ir
 from mosaic_compiler.book import Call
 from mosaic_compiler.lowering.forms import Kind
-from mosaic_compiler.lowering.lifetimes import LoopSpan
+from mosaic_compiler.lowering.scopes import LoopSpan
 from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.runtime.binder import Binder, Shared
 from mosaic_compiler.runtime.instructions import Instruction, bound_call, drop

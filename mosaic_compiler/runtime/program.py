@@ -22,7 +22,7 @@ from mosaic_compiler import ir
 from mosaic_compiler.compat.tracing import tree_flatten
 from mosaic_compiler.errors import ArenaError
 from mosaic_compiler.kernels import attention
-from mosaic_compiler.lowering.lifetimes import Lives
+from mosaic_compiler.lowering.scopes import Lives
 from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.planning.plan import MemoryPlan
 from mosaic_compiler.runtime.arena import Arena

@@ -15,7 +15,8 @@ from torch import fx
 from mosaic_compiler.ir.clusters import clusters_in
 from mosaic_compiler.kernels.cluster_form import spans_of
 from mosaic_compiler.kernels.fused import FusedKernel, compile_all, kernel_for
-from mosaic_compiler.lowering.lifetimes import Lives, find_lives
+from mosaic_compiler.lowering.lifetimes import find_lives
+from mosaic_compiler.lowering.scopes import Lives
 from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.planning.outline import capacity
 from mosaic_compiler.planning.planner import Planned

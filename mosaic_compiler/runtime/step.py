@@ -23,7 +23,7 @@ from mosaic_compiler import ir
 from mosaic_compiler.errors import FallbackError, StaleGraphError
 from mosaic_compiler.ir.clusters import clusters_in
 from mosaic_compiler.kernels.fused import kernel_for
-from mosaic_compiler.lowering.lifetimes import Lives
+from mosaic_compiler.lowering.scopes import Lives
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.planning import MemoryPlan
 from mosaic_compiler.planning.lives import Sizes
