@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from mosaic_compiler.ahead import fit
+from mosaic_compiler.ahead import configs, fit
 from mosaic_compiler.backend import observing
 from mosaic_compiler.planning import Buffer, MemoryPlan, make_plan
 from mosaic_compiler.sampling import DenoisingStep, block_window
@@ -41,7 +41,7 @@ def plans(tmp_path):
     for name, size in (("a", 1 << 20), ("b", 3 << 20)):
         buffers = [
             Buffer("mm", "arena", size, 0, 2, "float32", (size // 4,), "aten.mm.default", "model.mlp", "model.py:3"),
-            Buffer("out", "output", 1 << 10, 1, 2),
+            Buffer("out", "heap", 1 << 10, 1, 2, term="call"),
         ]
         paths.append(tmp_path / f"{name}.json")
         paths[-1].write_text(make_plan(buffers, ["mm", "out"], symbols=[("s0", 8)]).to_json())
@@ -101,7 +101,7 @@ def test_cards_have_many_names(name, card):
 
 
 def test_known_models_are_found_in_any_case():
-    assert fit.load_config("llada-8b") == fit.load_config("LLaDA-8B")
+    assert configs.load_config("llada-8b") == configs.load_config("LLaDA-8B")
 
 
 def test_a_remembered_trace_is_planned_without_torch(config, tmp_path, run):
@@ -126,8 +126,8 @@ def test_the_predicted_peak_is_that_of_the_real_step(config, budget, tmp_path):
     """To the byte: traced at 64 tokens on the meta device, against a compiled step that ran."""
     from mosaic_compiler.planning.budget import parse_budget
 
-    model, mask = fit.build(fit.load_config(str(config)), torch.float32)
-    known = fit.traced(fit.load_config(str(config)), "float32", cache=tmp_path)
+    model, mask = configs.build(configs.load_config(str(config)), torch.float32)
+    known = fit.traced(configs.load_config(str(config)), "float32", cache=tmp_path)
     model = model.to_empty(device="cpu")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
@@ -144,7 +144,7 @@ def test_the_predicted_peak_is_that_of_the_real_step(config, budget, tmp_path):
 
 
 def test_eager_is_predicted_as_the_captured_graph_without_waste(config, tmp_path):
-    known = fit.traced(fit.load_config(str(config)), "float32", cache=tmp_path)
+    known = fit.traced(configs.load_config(str(config)), "float32", cache=tmp_path)
     logits = 10_000 * 200 * 4
     assert 2 * logits <= fit.answer(known, 10_000, 1 << 30).eager_peak <= 12 * logits
 

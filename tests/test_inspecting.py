@@ -169,7 +169,7 @@ def test_every_switch_option_pass_and_plan_field_is_documented():
     for p in PASSES:
         assert f"`{p.name}`" in architecture, p.name
     schema = (DOCS / "plan-schema.md").read_text()
-    plan = MemoryPlan((Buffer("a", "output", 4, 0, 1),), ("n",))
+    plan = MemoryPlan((Buffer("a", "heap", 4, 0, 1, term="call"),), ("n",))
     body = json.loads(plan.to_json())
     for key in (*body, *body["summary"], *body["buffers"][0]):
         assert f"`{key}`" in schema, key

@@ -100,7 +100,7 @@ def test_overlap_check_agrees_with_brute_force(spans):
         (Buffer("a", "arena", 8, 0, 3, offset=0), "not a life"),
         (Buffer("a", "arena", -8, 0, 1, offset=0), "not a life"),
         (Buffer("a", "arena", 8, 0, 1), "have an offset"),
-        (Buffer("a", "output", 8, 0, 1, offset=0), "have an offset"),
+        (Buffer("a", "heap", 8, 0, 1, offset=0, term="call"), "have an offset"),
         (Buffer("a", "arena", 8, 0, 1, offset=100), "multiple of 512"),
     ],
 )
@@ -126,7 +126,7 @@ def test_overlap_names_both_buffers_with_lives_and_offsets():
         ("[]", "not a plan"),
         ('{"schema": "other"}', "not a plan"),
         ('{"schema": "mosaic.plan", "version": 99}', "version 99"),
-        ('{"schema": "mosaic.plan", "version": 3}', "malformed plan: KeyError"),
+        ('{"schema": "mosaic.plan", "version": 4}', "malformed plan: KeyError"),
     ],
 )
 def test_bad_plan_files(text, message):

@@ -39,15 +39,15 @@ def plan_of(layers: int, *, name: str = "n") -> MemoryPlan:
                        "aten.mm.default", f"{module}.{part}", "modeling.py:7")
             )  # fmt: skip
         buffers.append(Buffer(f"x{layer}", "arena", 4 * MiB, at, at + 24, module=module))
-        buffers.append(Buffer(f"sdpa{layer}", "transient", MiB, at + 8, at + 10, module=f"{module}.self_attn"))
-        buffers.append(Buffer(f"mm{layer}.scratch", "scratch", MiB // 2, at + 9, at + 10))
+        buffers.append(Buffer(f"sdpa{layer}", "heap", MiB, at + 8, at + 10, module=f"{module}.self_attn"))
+        buffers.append(Buffer(f"mm{layer}.scratch", "heap", MiB // 2, at + 9, at + 10, term="op"))
         buffers += [
             Buffer(f"{kind}{layer}", "arena", 2 * MiB, at, at + 12, module=f"{module}.self_attn") for kind in "kv"
         ]
         loops.append(PlannedLoop(f"a{layer}", at, at + 10, 4096, 4096, MiB, MiB, "fits"))
         loops.append(PlannedLoop(f"b{layer}", at + 10, at + 24, 4096, 1024, MiB, 4 * MiB, "the budget", ("mm",)))
         at += 25
-    buffers.append(Buffer("out", "output", MiB, at - 1, at, module="sampling"))
+    buffers.append(Buffer("out", "heap", MiB, at - 1, at, module="sampling", term="call"))
     plan = make_plan(buffers, [f"node{i}" for i in range(at)], symbols=[("N", 4096)], loops=loops)
     reason = "no out= form </script><script>document.title = 'hacked'</script>"
     return replace(

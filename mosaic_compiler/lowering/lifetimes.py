@@ -6,7 +6,7 @@ of the graph that is neither a placeholder nor the output.  Worked example::
     position 0   a = mm(x, w)        a: [0, 2)   read last at position 1
     position 1   b = relu(a)         b: [1, 3)   a and b must coexist at position 1
     position 2   c = add_out(b, 1, out=b)        in place: c is b, no new buffer
-    output (c,)                      b: [1, 3) becomes kind "output": it outlives the step
+    output (c,)                      b: [1, 3) is of term "call": it outlives the step
 
 A view extends the life of the storage it looks into, so lives belong to storages (alias groups), never
 to nodes.
@@ -33,6 +33,7 @@ from torch._ops import OpOverload
 from mosaic_compiler import book, ir
 from mosaic_compiler.ir import prologue_nodes
 from mosaic_compiler.ir.loops import ChunkLoop, loop_of
+from mosaic_compiler.ir.notes import STATIC_INPUTS
 from mosaic_compiler.kernels.scatter_rows import shared_pages
 from mosaic_compiler.lowering.forms import Form, Kind, form_of
 from mosaic_compiler.lowering.scopes import Lives, LoopSpan, Scope
@@ -88,6 +89,7 @@ class _Finder:
                 buffers += local
         return Lives(
             buffers=(*buffers, *_scalar_arguments(self.module, len(schedule))),
+            given=_given(self.module, len(schedule)),
             schedule=tuple(schedule),
             device_type=self.device.type,
             regions=tuple(_region(span) for span in spans.values()),
@@ -133,11 +135,12 @@ class _Finder:
                 if tensor.device != self.device:
                     self.elsewhere.append(node)
                     continue
-                kind = "arena" if form.kind in (Kind.DESTINATION, Kind.LOOP) else "transient"
+                space = "arena" if form.kind in (Kind.DESTINATION, Kind.LOOP) and root not in escaping else "heap"
                 buffer = _buffer(
                     node,
                     name=node.name if len(outputs) == 1 else f"{node.name}.{index}",
-                    kind="output" if root in escaping else kind,
+                    space=space,
+                    term="call" if root in escaping else "step",
                     nbytes=_resident(node, index, tensor),
                     start=start[node],
                     end=last if root in escaping else ends[root],
@@ -148,7 +151,7 @@ class _Finder:
             scratch = sympy.Integer(0) if ir.has_unbacked(node) else scratch_bytes(node)
             if scratch != 0:
                 buffers.append(
-                    _buffer(node, f"{node.name}.scratch", "scratch", scratch, start[node], start[node] + 1, None)
+                    _buffer(node, f"{node.name}.scratch", "heap", scratch, start[node], start[node] + 1, None, "op")
                 )
         return buffers, root_buffers
 
@@ -172,7 +175,7 @@ class _Finder:
         kept = {root: replace(b, end=len(nodes)) if root in results else b for root, b in kept.items()}
         names = {buffer.name: buffer for buffer in kept.values()}
         owned = [(root[0].name, names[buffer.name]) for root, buffer in root_buffers.items() if buffer.name in names]
-        owned += [(b.name.removesuffix(".scratch"), b) for b in buffers if b.kind == "scratch"]
+        owned += [(b.name.removesuffix(".scratch"), b) for b in buffers if b.term == "op"]
         return _BodyLives(Scope(tuple(nodes), forms, storage, kept, direct), tuple(owned))
 
     def _span(self, node: fx.Node, loop: ChunkLoop, start: int, end: int) -> tuple[LoopSpan, list[SymbolicBuffer]]:
@@ -278,22 +281,41 @@ def _scalar_arguments(module: fx.GraphModule, positions: int) -> tuple[SymbolicB
     ]
     if not scalars or not positions:
         return ()
-    return (_buffer(scalars[0], "scalar_arguments", "transient", sympy.Integer(64 * len(scalars)), 0, positions, None),)
+    return (_buffer(scalars[0], "scalar_arguments", "heap", sympy.Integer(64 * len(scalars)), 0, positions, None),)
+
+
+def _given(module: fx.GraphModule, positions: int) -> tuple[SymbolicBuffer, ...]:
+    """Inputs and weights: the caller's."""
+    found = []
+    for index, node in enumerate(module.graph.find_nodes(op="placeholder")):
+        tensor = ir.tensor_of(node)
+        if tensor is not None and tensor.layout == torch.strided and positions:
+            term = "model" if index in STATIC_INPUTS.of(module) else "call"
+            found.append(_buffer(node, node.name, "caller", ir.storage_extent(tensor), 0, positions, tensor, term))
+    return tuple(found)
 
 
 def _buffer(
-    node: fx.Node, name: str, kind: str, nbytes: sympy.Expr, start: int, end: int, tensor: torch.Tensor | None
+    node: fx.Node,
+    name: str,
+    space: str,
+    nbytes: sympy.Expr,
+    start: int,
+    end: int,
+    tensor: torch.Tensor | None,
+    term: str = "step",
 ) -> SymbolicBuffer:
     origin = ir.provenance(node)
     return SymbolicBuffer(
         name=name,
-        kind=kind,
+        space=space,
+        term=term,
         nbytes=nbytes,
         start=start,
         end=end,
         dtype="uint8" if tensor is None else str(tensor.dtype).removeprefix("torch."),
         shape=(nbytes,) if tensor is None else tuple(ir.expr_of(size) for size in tensor.shape),
-        op=str(node.target),
+        op="" if node.op == "placeholder" else str(node.target),
         module=origin.module,
         source=origin.source,
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from mosaic_compiler.planning.placement import DEADLINE, place_blocks
-from mosaic_compiler.planning.plan import Buffer, MemoryPlan, PlannedLoop
+from mosaic_compiler.planning.plan import PLACED, Buffer, MemoryPlan, PlannedLoop
 
 __all__ = ["Buffer", "MemoryPlan", "PlannedLoop", "make_plan"]
 
@@ -22,10 +22,10 @@ def make_plan(
     loops: Sequence[PlannedLoop] = (),
     blocks: Mapping[str, str] = MappingProxyType({}),
 ) -> MemoryPlan:
-    """Place the arena buffers and return the verified plan.
+    """Place the buffers of each space whose memory is planned, and return the verified plan.
 
     Args:
-        buffers: lives in bytes and schedule positions, in any order, without offsets.
+        buffers: lives in bytes and schedule positions, in any order.  Those that have an offset already keep it.
         schedule: node names by position.
         algorithm: ``auto``, ``live-total``, ``size``, ``area``, ``lifetime`` or ``naive``.
         deadline: seconds that the search may take where first-fit does not reach the lower bound.
@@ -37,13 +37,18 @@ def make_plan(
     Raises:
         PlanError: if a life is malformed.
     """
-    arena = [buffer for buffer in buffers if buffer.kind == "arena"]
-    name, offsets = place_blocks(arena, blocks, algorithm, deadline=deadline)
-    placed = (dataclasses.replace(b, offset=offsets[b.name]) if b.kind == "arena" else b for b in buffers)
+    names, offsets = dict[str, None](), dict[str, int]()
+    for space in PLACED:
+        own = [buffer for buffer in buffers if buffer.space == space]
+        fixed = {buffer.name: buffer.offset for buffer in own if buffer.offset is not None}
+        if own or space == "arena":
+            used, found = place_blocks(own, blocks, algorithm, deadline=deadline, fixed=fixed)
+            names[used], offsets = None, offsets | found
+    placed = (dataclasses.replace(b, offset=offsets.get(b.name)) for b in buffers)
     return MemoryPlan(
         buffers=tuple(sorted(placed, key=lambda b: (b.start, b.end, b.name))),
         schedule=tuple(schedule),
         symbols=tuple(symbols),
-        algorithm=name,
+        algorithm=", ".join(names),
         loops=tuple(loops),
     )

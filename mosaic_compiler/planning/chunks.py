@@ -90,12 +90,12 @@ class ChunkModel:
         self.positions = len(lives.schedule)
         chunks = set(lives.chunks)
         self._index: dict[sympy.Expr, int] = {}
-        kept = self.kept = [b for b in lives.buffers if b.kind != "output"]
+        kept = self.kept = [b for b in lives.buffers if b.term != "call"]
         sizes = [self._index.setdefault(b.nbytes, len(self._index)) for b in kept]
         self._size_of = np.array(sizes, dtype=np.int64)
         self._starts = np.array([b.start for b in kept], dtype=np.int64)
         self._ends = np.array([b.end for b in kept], dtype=np.int64)
-        self._in_arena = np.array([b.kind == "arena" for b in kept], dtype=np.bool_)
+        self._in_arena = np.array([b.space == "arena" for b in kept], dtype=np.bool_)
         self._terms = [_linear(expr, chunks) for expr in self._index]
         self._owner: list[sympy.Symbol | None] = [None] * self.positions
         for region in lives.regions:

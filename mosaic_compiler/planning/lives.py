@@ -42,7 +42,7 @@ class SymbolicBuffer:
     """A buffer whose bytes and shape are still expressions; see :class:`plan.Buffer` for the fields."""
 
     name: str
-    kind: str
+    space: str
     nbytes: sympy.Expr
     start: int
     end: int
@@ -53,6 +53,7 @@ class SymbolicBuffer:
     source: str
     loop: str = ""
     """The call of a loop that it is local to."""
+    term: str = "step"
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,14 @@ class StepLives:
 
     Attributes:
         buffers: one per storage the step creates, plus one per op with scratch.
+        given: inputs and weights, which live from before the step until behind it.
         schedule: node names by position; nodes of a loop's body as ``loop.node``.
         device_type: ``cpu`` or ``cuda``.
         regions: the calls of loops, in schedule order.
     """
 
     buffers: tuple[SymbolicBuffer, ...]
+    given: tuple[SymbolicBuffer, ...]
     schedule: tuple[str, ...]
     device_type: str
     regions: tuple[LoopLives, ...]
@@ -112,21 +115,46 @@ class StepLives:
         return tuple(sorted(found - self.chunks.keys(), key=str))
 
     def at(self, sizes: Sizes, offsets: Mapping[str, int] = MappingProxyType({})) -> tuple[Buffer, ...]:
-        """The buffers with concrete bytes, in order of birth.  Chunk sizes that are not given are all rows."""
+        """The step's own buffers with their bytes, in order of birth.  Chunk sizes that are not given are all rows."""
         given = sizes.symbols
         missing = {chunk: sizes(rows) for chunk, rows in self.chunks.items() if chunk not in given}
         if missing:
             sizes = Sizes(given | missing)
         values = [sizes(expr) for expr in self._table[0]]
         return tuple(
-            Buffer(b.name, b.kind, values[nbytes], b.start, b.end, b.dtype, tuple([values[i] for i in shape]), b.op,
-                   b.module, b.source, offsets.get(b.name))
+            Buffer(b.name, b.space, values[nbytes], b.start, b.end, b.dtype, tuple([values[i] for i in shape]), b.op,
+                   b.module, b.source, offsets.get(b.name), b.term)
             for b, nbytes, shape in self._table[1]
         )  # fmt: skip
 
     def data(self) -> StepLives:
         """This alone, without what a subclass has."""
-        return StepLives(self.buffers, self.schedule, self.device_type, self.regions)
+        return StepLives(self.buffers, self.given, self.schedule, self.device_type, self.regions)
+
+    def given_at(self, sizes: Sizes) -> tuple[Buffer, ...]:
+        """Inputs and weights with concrete bytes."""
+        return (
+            *self._fixed_given,
+            *(
+                Buffer(b.name, b.space, sizes(b.nbytes), b.start, b.end, b.dtype, tuple(map(sizes, b.shape)), b.op,
+                       b.module, b.source, None, b.term)
+                for b in self._sized_given
+            ),
+        )  # fmt: skip
+
+    @cached_property
+    def _sized_given(self) -> tuple[SymbolicBuffer, ...]:
+        return tuple(b for b in self.given if b.nbytes.free_symbols or any(size.free_symbols for size in b.shape))
+
+    @cached_property
+    def _fixed_given(self) -> tuple[Buffer, ...]:
+        """Those whose sizes are numbers (weights), made once."""
+        sized, none = set(self._sized_given), Sizes({})
+        return tuple(
+            Buffer(b.name, b.space, none(b.nbytes), b.start, b.end, b.dtype, tuple(map(none, b.shape)), b.op, b.module,
+                   b.source, None, b.term)
+            for b in self.given if b not in sized
+        )  # fmt: skip
 
     @cached_property
     def _table(self) -> tuple[list[sympy.Expr], list[tuple[SymbolicBuffer, int, tuple[int, ...]]]]:

@@ -173,14 +173,22 @@ def _max_live_total(lives: Sequence[Life]) -> list[int]:
 
 
 def place(
-    lives: Sequence[Life], algorithm: str = "auto", *, deadline: float = DEADLINE, seed: int = 0
+    lives: Sequence[Life],
+    algorithm: str = "auto",
+    *,
+    deadline: float = DEADLINE,
+    seed: int = 0,
+    fixed: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[str, Offsets]:
     """Offsets by one algorithm, or by the best of the portfolio (``auto``).
 
     ``auto`` ends at the first placement whose height equals the lower bound, or when the search has done the work of
-    ``deadline`` seconds.  Returns the name of the algorithm that was used, and its offsets.
+    ``deadline`` seconds.  Lives that are ``fixed`` stay where they are, and first-fit goes round them.  Returns the
+    name of the algorithm that was used, and its offsets.
     """
     lives = sorted(lives, key=lambda life: life.name)
+    if fixed:
+        return _place_around(lives, algorithm, fixed)
     if algorithm == "naive":
         return algorithm, naive(lives)
     if algorithm != "auto":
@@ -190,6 +198,21 @@ def place(
     if problem.height > problem.bound:
         problem.improve(_Work.of(deadline), np.random.default_rng(seed))
     return problem.name, {life.name: at for life, at in zip(lives, problem.offsets, strict=True)}
+
+
+def _place_around(lives: Sequence[Life], algorithm: str, fixed: Mapping[str, int]) -> tuple[str, Offsets]:
+    """First-fit round lives that have their places, in one order or the best of all."""
+    at = {index: fixed[life.name] for index, life in enumerate(lives) if life.name in fixed}
+    sizes, neighbours = [life.size for life in lives], neighbours_of(lives)
+    found: list[tuple[int, str, Offsets]] = []
+    for name, make in ORDERS.items():
+        if algorithm in ("auto", "naive", name):
+            order = [index for index in make(lives) if index not in at]
+            offsets = first_fit(order, sizes, neighbours, at)
+            named = {life.name: offset for life, offset in zip(lives, offsets, strict=True)}
+            found.append((height_of(lives, named), name, named))
+    _, name, offsets_by_name = min(found, key=lambda item: item[0])
+    return f"{name}, round fixed ones", offsets_by_name
 
 
 @dataclass
@@ -327,14 +350,15 @@ def place_blocks(
     *,
     deadline: float = DEADLINE,
     seed: int = 0,
+    fixed: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[str, Offsets]:
     """As :func:`place`, with the buffers that are local to one loop placed as one block.
 
     What lives at full length does not change while a loop runs, so little is lost by it, and equal loops (layers) are
     placed once.  Where the lower bound is missed, all are placed one by one as well.
     """
-    if algorithm != "auto" or not blocks:
-        return place(lives, algorithm, deadline=deadline, seed=seed)
+    if algorithm != "auto" or not blocks or fixed:
+        return place(lives, algorithm, deadline=deadline, seed=seed, fixed=fixed)
     members: dict[str, list[Life]] = {}
     outer: list[Life] = []
     for life in lives:

@@ -1,7 +1,17 @@
 """``MemoryPlan``: a value that says where every byte of a step lives, and for how long.
 
-A plan is frozen, comparable, hashable and round-trips through JSON (schema in ``docs/plan-schema.md``).
-It is built by :func:`mosaic_compiler.planning.make_plan` and verified on construction, always.
+A plan is frozen, comparable, hashable and round-trips through JSON (schema in ``docs/plan-schema.md``).  It is verified
+on construction, always.  A :class:`~mosaic_compiler.planning.planner.Planner` makes one from lives in symbols, sizes
+and a budget, :func:`mosaic_compiler.planning.make_plan` one from buffers with known bytes.
+
+A buffer lies in a *space* and lives for a *term*:
+
+    space     arena: planned, on the step's device     host: planned, in the machine's memory
+              heap: allocated while the step runs      caller: given by whoever calls
+    term      op: while one op runs                    step: within the step
+              call: in the caller's hands behind it    state: from step to step      model: as long as the model
+
+Spaces with planned memory have offsets and a height of their own each.
 """
 
 from __future__ import annotations
@@ -18,9 +28,22 @@ from mosaic_compiler.errors import PlanError
 from mosaic_compiler.planning.words import in_words
 
 SCHEMA = "mosaic.plan"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 ALIGNMENT = 512  # bytes: what CUDA's caching allocator and vectorised kernels expect
-KINDS = ("arena", "transient", "output", "scratch")
+SPACES = ("arena", "host", "heap", "caller")
+PLACED = ("arena", "host")
+"""Spaces whose memory is planned: their buffers have offsets."""
+TERMS = ("op", "step", "call", "state", "model")
+
+_KINDS = {
+    ("arena", "step"): "arena",
+    ("heap", "step"): "transient",
+    ("heap", "op"): "scratch",
+    ("heap", "call"): "output",
+    ("caller", "call"): "input",
+    ("caller", "model"): "weight",
+}
+"""What people call the usual ones."""
 
 
 def align(nbytes: int, alignment: int = ALIGNMENT) -> int:
@@ -34,16 +57,15 @@ class Buffer:
 
     Attributes:
         name: the node that creates it (``mm_3``; ``sort.1`` for the second output).
-        kind: ``arena`` (placed in the arena), ``transient`` (allocated by an opaque op), ``output``
-            (returned to the caller) or ``scratch`` (internal to one op).
+        space, term: which memory it is in, and how long; see :data:`SPACES` and :data:`TERMS`.
         nbytes: exact bytes.  Planning rounds them up to 512.
         start, end: half-open life in schedule positions.
-        offset: byte offset in the arena, ``None`` for the other kinds and before placement.
+        offset: byte offset in its space, ``None`` where memory is not planned, and before placement.
         op, dtype, shape, module, source: what it is and where it comes from.
     """
 
     name: str
-    kind: str
+    space: str
     nbytes: int
     start: int
     end: int
@@ -53,6 +75,18 @@ class Buffer:
     module: str = ""
     source: str = ""
     offset: int | None = None
+    term: str = "step"
+
+    @property
+    def kind(self) -> str:
+        """Space and term in a word: ``arena``, ``transient`` (allocated by an op), ``scratch`` (inside of one op),
+        ``output``, ``input``, ``weight``."""
+        return _KINDS.get((self.space, self.term), f"{self.term} in {self.space}")
+
+    @property
+    def is_given(self) -> bool:
+        """It is the caller's, and takes no memory of the step's."""
+        return self.space == "caller"
 
     @property
     def size(self) -> int:
@@ -106,10 +140,7 @@ class PlannedLoop:
 class Fallback:
     """Something that runs in a slower or fatter way than planned memory would allow.
 
-    ``name`` is one of ``opaque-op`` (no ``out=`` form, internal memory unknown), ``data-dependent-size`` and
-    ``other-device`` (both: outside of the plan), ``plain-arena`` (no virtual memory on the device),
-    ``unfused-cluster`` (a fused kernel does not compile) and ``fused-scratch`` (it would need unplanned memory); these
-    two run op by op.
+    ``name`` says what; ``docs/environment.md`` lists all of them.
     """
 
     name: str
@@ -143,7 +174,7 @@ class MemoryPlan:
     """Offsets and lives of one step for one set of sizes.
 
     Attributes:
-        buffers: every buffer, in schedule order of birth; arena buffers have offsets.
+        buffers: every buffer, in schedule order of birth, those that the caller gives (inputs, weights) included.
         schedule: node names by position.
         symbols: the sizes this plan was made for, such as ``(("s27", 8192),)``.
         algorithm: the placement that was chosen.
@@ -179,29 +210,54 @@ class MemoryPlan:
         return tuple(buffer for buffer in self.buffers if buffer.kind in kinds)
 
     @cached_property
+    def own(self) -> tuple[Buffer, ...]:
+        """What the step takes memory for: all but inputs and weights."""
+        return tuple(buffer for buffer in self.buffers if not buffer.is_given)
+
+    def in_space(self, *spaces: str) -> tuple[Buffer, ...]:
+        return tuple(buffer for buffer in self.buffers if buffer.space in spaces)
+
+    @cached_property
+    def heights(self) -> dict[str, int]:
+        """Bytes that this plan uses of each space whose memory is planned, by its name; empty ones are left out."""
+        tops: dict[str, int] = {}
+        for buffer in self.in_space(*PLACED):
+            if buffer.offset is not None:
+                tops[buffer.space] = max(tops.get(buffer.space, 0), buffer.offset + buffer.size)
+        return tops
+
+    @cached_property
     def height(self) -> int:
         """Arena bytes this plan uses."""
-        return max((b.offset + b.size for b in self.of_kind("arena") if b.offset is not None), default=0)
+        return self.heights.get("arena", 0)
 
     @cached_property
     def lower_bound(self) -> int:
         """Most arena bytes live at once; ``height`` can never be lower."""
-        return lower_bound(self.of_kind("arena"))
+        return lower_bound(self.in_space("arena"))
 
     @cached_property
     def naive(self) -> int:
         """Arena bytes without any reuse."""
-        return sum(buffer.size for buffer in self.of_kind("arena"))
+        return sum(buffer.size for buffer in self.in_space("arena"))
 
     @cached_property
     def timeline(self) -> tuple[int, ...]:
-        """Live bytes of every kind by schedule position."""
-        return tuple(live_bytes(self.buffers, len(self.schedule)))
+        """Live bytes by schedule position, of all that the step takes memory for on its device."""
+        return tuple(live_bytes(self.in_space("arena", "heap"), len(self.schedule)))
 
     @cached_property
     def outside(self) -> tuple[int, ...]:
         """Live bytes outside of the arena (transients, scratch, outputs) by schedule position."""
-        return tuple(live_bytes(self.of_kind("transient", "scratch", "output"), len(self.schedule)))
+        return tuple(live_bytes(self.in_space("heap"), len(self.schedule)))
+
+    @cached_property
+    def given(self) -> dict[str, int]:
+        """Bytes of what the caller gives, by term: ``{"call": inputs, "model": weights}``."""
+        found: dict[str, int] = {}
+        for buffer in self.in_space("caller"):
+            found[buffer.term] = found.get(buffer.term, 0) + buffer.nbytes
+        return found
 
     @cached_property
     def peak(self) -> int:
@@ -211,7 +267,8 @@ class MemoryPlan:
     @cached_property
     def workspace(self) -> int:
         """What a memory budget has to cover: arena + what is live outside of it, the returned outputs left out."""
-        outside = live_bytes(self.of_kind("transient", "scratch"), len(self.schedule))
+        inside = (buffer for buffer in self.in_space("heap") if buffer.term != "call")
+        outside = live_bytes(inside, len(self.schedule))
         return self.height + max(outside, default=0)
 
     @cached_property
@@ -225,18 +282,21 @@ class MemoryPlan:
         """Raise :class:`PlanError` naming the buffers if two live ones overlap or a field is off."""
         names: set[str] = set()
         for buffer in self.buffers:
-            if buffer.kind not in KINDS:
-                raise PlanError(f"{buffer.describe()}: unknown kind {buffer.kind!r}")
+            if buffer.space not in SPACES:
+                raise PlanError(f"{buffer.describe()}: unknown kind of space, {buffer.space!r} (one of {', '.join(SPACES)})")
+            if buffer.term not in TERMS:
+                raise PlanError(f"{buffer.describe()}: unknown term {buffer.term!r} (one of {', '.join(TERMS)})")
             if buffer.name in names:
                 raise PlanError(f"two buffers are called {buffer.name}")
             names.add(buffer.name)
             if buffer.nbytes < 0 or not 0 <= buffer.start < buffer.end <= len(self.schedule):
                 raise PlanError(f"{buffer.describe()}: not a life within [0, {len(self.schedule)})")
-            if (buffer.kind == "arena") != (buffer.offset is not None):
-                raise PlanError(f"{buffer.describe()}: exactly the arena buffers have an offset")
+            if (buffer.space in PLACED) != (buffer.offset is not None):
+                raise PlanError(f"{buffer.describe()}: exactly the buffers in planned memory have an offset")
             if buffer.offset is not None and (buffer.offset < 0 or buffer.offset % ALIGNMENT):
                 raise PlanError(f"{buffer.describe()}: offset is not a multiple of {ALIGNMENT}")
-        check_overlaps(self.of_kind("arena"))
+        for space in PLACED:
+            check_overlaps(self.in_space(space))
         for name, _ in self.meanings:
             if name not in dict(self.symbols):
                 raise PlanError(f"{name} has a meaning, but is no symbol of this plan")
@@ -259,6 +319,8 @@ class MemoryPlan:
             "budget": self.budget,
             "summary": {
                 "height": self.height,
+                "heights": self.heights,
+                "given": self.given,
                 "lower_bound": self.lower_bound,
                 "naive": self.naive,
                 "peak": self.peak,
@@ -283,7 +345,10 @@ class MemoryPlan:
         if not isinstance(body, dict) or body.get("schema") != SCHEMA:
             raise PlanError(f"not a plan: no 'schema': '{SCHEMA}' in it; write one with options={{'dump': DIR}}")
         if body.get("version") != SCHEMA_VERSION:
-            raise PlanError(f"plan schema version {body.get('version')} is not {SCHEMA_VERSION}: make the plan again")
+            raise PlanError(
+                f"this plan has schema version {body.get('version')}, and what reads it has {SCHEMA_VERSION}: write it "
+                "again, with options={'dump': DIR} or mosaic fit -o"
+            )
         try:
             plan = cls(
                 buffers=tuple(_buffer_from(entry) for entry in body["buffers"]),

@@ -118,7 +118,7 @@ class Planner:
         lives = [
             Interval(b.name, b.start, b.end, size + self.guard)
             for b, size in zip(self.model.kept, nbytes, strict=True)
-            if b.kind == "arena"
+            if b.space == "arena"
         ]
         if self.placement == "auto" and (again := self._stacked_again(lives)) is not None:
             return again
@@ -149,10 +149,10 @@ class Planner:
         sizes = evaluation.sizes
         buffers = self.lives.at(Sizes(sizes.symbols | dict(chunks)), offsets)
         if self.guard:
-            buffers = tuple(replace(b, nbytes=b.nbytes + self.guard) if b.kind == "arena" else b for b in buffers)
+            buffers = tuple(replace(b, nbytes=b.nbytes + self.guard) if b.space == "arena" else b for b in buffers)
         nbytes, unchunked = evaluation.local_bytes(chunks), evaluation.local_bytes(evaluation.rows)
         return MemoryPlan(
-            buffers,
+            (*self.lives.given_at(sizes), *buffers),
             self.lives.schedule,
             symbols=self._numbers(sizes),
             algorithm=algorithm,
@@ -189,7 +189,7 @@ class Planner:
         sizes = evaluation.sizes
         chunks = evaluation.smallest()
         buffers = self.lives.at(Sizes(sizes.symbols | chunks))
-        live = [b for b in buffers if b.kind != "output" and b.start <= position < b.end]
+        live = [b for b in buffers if b.term != "call" and b.start <= position < b.end]
         total = live_bytes(live, len(self.lives.schedule))[position]
         worst = max(live, key=lambda b: b.size)
         main, fits = self.tokens, self.longest(sizes, budget)

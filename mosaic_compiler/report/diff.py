@@ -21,6 +21,12 @@ def diff(before: MemoryPlan, after: MemoryPlan, count: int = 12) -> Iterator[Ren
     for name in _FIGURES:
         old, new = getattr(before, name), getattr(after, name)
         figures.add_row(name.replace("_", " "), format_bytes(old), format_bytes(new), _change(old, new))
+    for space in sorted({*before.heights, *after.heights} - {"arena"}):
+        old, new = before.heights.get(space, 0), after.heights.get(space, 0)
+        figures.add_row(f"height of {space}", format_bytes(old), format_bytes(new), _change(old, new))
+    for term, what in (("call", "inputs"), ("model", "weights")):
+        old, new = before.given.get(term, 0), after.given.get(term, 0)
+        figures.add_row(what, format_bytes(old), format_bytes(new), _change(old, new))
     figures.add_row("buffers", str(len(before.buffers)), str(len(after.buffers)), "")
     figures.add_row("placed by", before.algorithm, after.algorithm, "")
     sizes = [{dict(plan.meanings).get(name, name): size for name, size in plan.symbols} for plan in (before, after)]
@@ -66,7 +72,7 @@ def _at_peak(before: MemoryPlan, after: MemoryPlan, count: int) -> Table:
 
 def _live_at_peak(plan: MemoryPlan) -> dict[str, int]:
     position, found = _worst(plan), dict[str, int]()
-    for buffer in plan.buffers:
+    for buffer in plan.own:
         if buffer.start <= position < buffer.end and buffer.size:
             found[_what(buffer)] = found.get(_what(buffer), 0) + buffer.size
     return found

@@ -38,7 +38,7 @@ def layers(plan: MemoryPlan) -> tuple[Span, ...]:
     if len(starts) < 2:
         return ()
     behind = last[starts[-1][0]]
-    head = min((b.start for b in plan.buffers if b.start > behind), default=len(plan.schedule))
+    head = min((b.start for b in plan.own if b.start > behind), default=len(plan.schedule))
     marks = [("in", 0), *((str(number), start) for number, start in starts), ("head", head)]
     ends = [start for _, start in marks[1:]] + [len(plan.schedule)]
     return tuple(Span(label, start, end) for (label, start), end in zip(marks, ends, strict=True) if start < end)
@@ -48,7 +48,7 @@ def _numbered(plan: MemoryPlan) -> tuple[dict[int, int], dict[int, int]]:
     """Where the first and the last buffer of each layer begins."""
     first: dict[str, dict[int, int]] = {}
     last: dict[str, dict[int, int]] = {}
-    for buffer in plan.buffers:
+    for buffer in plan.own:
         for found in _NUMBER.finditer("." + buffer.module):
             path, number = buffer.module[: max(found.start() - 1, 0)], int(found[1])
             starts, ends = first.setdefault(path, {}), last.setdefault(path, {})

@@ -70,7 +70,7 @@ def html(plan: MemoryPlan) -> str:
                      fill_color=COLOURS[group], line_width=0.5,
                      line_color=RGB.from_hex_string(COLOURS[group]).darken(0.15).to_css(), **hatch)  # fmt: skip
     drawn = [r for r in address.renderers if r.name in COLOURS]
-    address.add_tools(_hover(("buffer", "kind", "tensor", "bytes", "life", "module", "source"), drawn))
+    address.add_tools(_hover(("buffer", "space", "term", "tensor", "bytes", "life", "module", "source"), drawn))
     address.add_layout(Span(location=plan.height / scale, dimension="width", line_color="#808080", line_width=1.5))
 
     curve = ColumnDataSource({"position": np.arange(len(plan.timeline) + 1), "node": [*plan.schedule, ""],
@@ -120,7 +120,7 @@ def html(plan: MemoryPlan) -> str:
             "groups": [(group, COLOURS[group]) for group in COLOURS if any(shape.group == group for shape in shapes)],
             "hatches": HATCHES,
             "marks": [(name, value, *LINES[name], value > top(plan)) for name, value in marks.items()],
-            "largest": sorted(plan.buffers, key=lambda b: (-b.size, b.start, b.name))[:20],
+            "largest": sorted(plan.own, key=lambda b: (-b.size, b.start, b.name))[:20],
             "loops": alike(plan.loops),
             "chunks": chunks,
             "fallbacks": plan.fallbacks,
@@ -181,7 +181,8 @@ def _columns(shapes: Sequence[Rectangle], scale: int) -> ColumnDataSource:
         "bottom": bottom / scale,
         "top": (bottom + [b.size for b in buffers]) / scale,
         "buffer": [b.name for b in buffers],
-        "kind": [b.kind for b in buffers],
+        "space": [b.space for b in buffers],
+        "term": [b.term for b in buffers],
         "tensor": [f"{b.dtype} {'x'.join(map(str, b.shape))}" for b in buffers],
         "bytes": [f"{format_bytes(b.nbytes)} ({b.nbytes:,})" for b in buffers],
         "life": [f"{b.start} to {b.end}" for b in buffers],
@@ -254,7 +255,7 @@ td { max-width: 300px; overflow-wrap: break-word } .number { text-align: right; 
 <ul class="row">
 <li>peak <b>{{ bytes(plan.peak) }}</b></li>
 <li>arena <b>{{ bytes(plan.height) }}</b>, placed by {{ plan.algorithm }}</li>
-<li>{{ plan.buffers | length }} buffers</li>
+<li>{{ plan.own | length }} buffers</li>
 {% if plan.device %}<li>{{ plan.device | upper }} kernels</li>{% endif %}
 </ul>
 <ul class="row">
@@ -272,9 +273,11 @@ td { max-width: 300px; overflow-wrap: break-word } .number { text-align: right; 
 <div id="plot">{{ plot_div | safe }}</div>
 <h2>Largest buffers</h2>
 <div class="wide"><table id="largest">
-<tr><th>buffer<th>kind<th>shape<th>dtype<th class="number">bytes<th class="number">life<th>module<th>source</tr>
+<tr><th>buffer<th>space<th>term<th>shape<th>dtype<th class="number">bytes<th class="number">life
+<th>module<th>source</tr>
 {% for b in largest %}
-<tr><td>{{ b.name }}<td>{{ b.kind }}<td>{{ b.shape | join("x") }}<td>{{ b.dtype }}<td class="number">{{ bytes(b.size) }}
+<tr><td>{{ b.name }}<td>{{ b.space }}<td>{{ b.term }}<td>{{ b.shape | join("x") }}<td>{{ b.dtype }}
+<td class="number">{{ bytes(b.size) }}
 <td class="number">{{ b.start }}-{{ b.end }}<td>{{ b.module }}<td>{{ b.source }}</tr>
 {% endfor %}
 </table></div>

@@ -53,11 +53,11 @@ class Rectangle:
 
 
 def rectangles(plan: MemoryPlan) -> list[Rectangle]:
-    """Every buffer of a plan, in its order."""
-    above = dict(_stack(plan.of_kind("transient", "output", "scratch"), plan.height))
+    """Every buffer that a step takes memory for, in the order of the plan."""
+    above = dict(_stack(plan.in_space("heap"), plan.height))
     return [
         Rectangle(b, b.offset, _role(b)) if b.offset is not None else Rectangle(b, above[b.name], b.kind)
-        for b in plan.buffers
+        for b in plan.own
     ]
 
 
@@ -80,10 +80,10 @@ class Peak:
 
 def peak(plan: MemoryPlan) -> Peak | None:
     """The first such position; ``None`` if nothing is live anywhere."""
-    if not plan.buffers:
+    if not plan.own:
         return None
     position = max(range(len(plan.timeline)), key=plan.timeline.__getitem__)
-    live = [b for b in plan.buffers if b.start <= position < b.end]
+    live = [b for b in plan.own if b.start <= position < b.end]
     return Peak(position, plan.timeline[position], max(live, key=lambda b: b.size))
 
 

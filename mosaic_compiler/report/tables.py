@@ -31,11 +31,20 @@ def summary(plan: MemoryPlan) -> Table:
         ("outside", format_bytes(outside), "outputs, and what opaque ops allocate"),
         ("workspace", format_bytes(plan.workspace), "the peak without outputs: what a memory budget covers"),
         ("peak / average", f"{plan.par:.2f}", "of live bytes over the step"),
+        *((f"height of {space}", format_bytes(top), "") for space, top in plan.heights.items() if space != "arena"),
+        ("given", _given(plan), "the caller's memory, besides the peak"),
         ("sizes", ", ".join(plan.sizes) or "static", ""),
     )
     for name, value, remark in rows:
         table.add_row(name, Text(value, style="bold"), Text(remark, style="dim"))
     return table
+
+
+def _given(plan: MemoryPlan) -> str:
+    """``weights 16.1 GiB, inputs 70.0 KiB``."""
+    names = {"model": "weights", "state": "state", "call": "inputs"}
+    parts = [f"{what} {format_bytes(plan.given[term])}" for term, what in names.items() if term in plan.given]
+    return ", ".join(parts) or "nothing"
 
 
 def loops(plan: MemoryPlan) -> Group:
@@ -96,20 +105,22 @@ def plan_lines(plan: MemoryPlan) -> Iterator[RenderableType]:
 
 
 def largest_buffers(plan: MemoryPlan, count: int = 12) -> Table:
-    """The largest buffers of a plan, with where they come from; equal ones (of layers) in one line."""
-    table = Table(title=f"largest of {len(plan.buffers)} buffers", title_justify="left", box=None, padding=(0, 1))
-    for column in ("buffer", "kind", "shape", "dtype"):
+    """The largest buffers that a step takes memory for, with their origins; equal ones (of layers) in one line."""
+    table = Table(title=f"largest of {len(plan.own)} buffers", title_justify="left", box=None, padding=(0, 1))
+    for column in ("buffer", "space", "term", "shape", "dtype"):
         table.add_column(column, overflow="fold")
     table.add_column("bytes", justify="right", no_wrap=True)
     table.add_column("life", justify="right", no_wrap=True)
     table.add_column("from", overflow="fold")
     groups: dict[tuple[object, ...], list[Buffer]] = {}
-    for buffer in sorted(plan.buffers, key=lambda b: (-b.size, b.start, b.name)):
-        groups.setdefault((buffer.size, buffer.kind, buffer.shape, buffer.dtype, buffer.source), []).append(buffer)
+    for buffer in sorted(plan.own, key=lambda b: (-b.size, b.start, b.name)):
+        key = (buffer.size, buffer.space, buffer.term, buffer.shape, buffer.dtype, buffer.source)
+        groups.setdefault(key, []).append(buffer)
     for buffer, *others in itertools.islice(groups.values(), count):
         table.add_row(
             buffer.name + (f" and {len(others)} like it" if others else ""),
-            buffer.kind,
+            buffer.space,
+            buffer.term,
             "x".join(map(str, buffer.shape)),
             buffer.dtype,
             format_bytes(buffer.size),

@@ -37,7 +37,7 @@ def chrome_trace(plan: MemoryPlan) -> str:
         }
         for loop in plan.loops
     ]  # fmt: skip
-    for number, buffer in enumerate(plan.buffers):
+    for number, buffer in enumerate(plan.own):
         common = {"name": buffer.name, "cat": buffer.kind, "id": number, "pid": 1, "tid": 3}
         events.append({**common, "ph": "b", "ts": buffer.start, "args": _facts(buffer)})
         events.append({**common, "ph": "e", "ts": buffer.end})
@@ -46,7 +46,8 @@ def chrome_trace(plan: MemoryPlan) -> str:
 
 def _facts(buffer: Buffer) -> dict[str, Any]:
     return {
-        "bytes": buffer.nbytes, "offset": buffer.offset, "dtype": buffer.dtype, "shape": list(buffer.shape),
+        "bytes": buffer.nbytes, "space": buffer.space, "term": buffer.term,
+        "offset": buffer.offset, "dtype": buffer.dtype, "shape": list(buffer.shape),
         "op": buffer.op, "module": buffer.module, "source": buffer.source,
     }  # fmt: skip
 
@@ -59,7 +60,7 @@ def memory_snapshot(plan: MemoryPlan) -> dict[str, Any]:
     births: list[list[dict[str, Any]]] = [[] for _ in range(len(plan.schedule) + 1)]
     deaths: list[list[dict[str, Any]]] = [[] for _ in range(len(plan.schedule) + 1)]
     behind = plan.height
-    for buffer in plan.buffers:
+    for buffer in plan.own:
         if buffer.offset is None:
             address, behind = _BASE + behind, behind + buffer.size
         else:

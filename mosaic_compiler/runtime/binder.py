@@ -173,7 +173,7 @@ class Binder:
         shape = [self.sizes(size) for size in tensor.shape]
         stride = [self.sizes(step) for step in tensor.strides]
         buffer = self.shared.placed[self.scope.root_buffers[(node, index)].name]
-        if buffer.kind == "arena":
+        if buffer.space == "arena":
             assert buffer.offset is not None
             assert ir.scatter_of(node, index) is None, "rows are scattered into memory of the caller's"
             limit = buffer.offset + buffer.nbytes
@@ -292,5 +292,5 @@ class Binder:
         for root in roots:
             symbolic = self.scope.root_buffers.get(root)
             buffer = self.shared.placed[symbolic.name] if symbolic is not None else None
-            if buffer is not None and buffer.kind == "arena":
+            if buffer is not None and buffer.space == "arena":
                 self.instructions.append(functools.partial(check_canary, self.shared.arena, buffer))
