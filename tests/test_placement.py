@@ -95,7 +95,7 @@ def test_overlap_check_agrees_with_brute_force(spans):
 @pytest.mark.parametrize(
     ("buffer", "message"),
     [
-        (Buffer("a", "heap", 8, 0, 1), "unknown kind"),
+        (Buffer("a", "attic", 8, 0, 1), "unknown kind"),
         (Buffer("a", "arena", 8, 1, 1, offset=0), "not a life"),
         (Buffer("a", "arena", 8, 0, 3, offset=0), "not a life"),
         (Buffer("a", "arena", -8, 0, 1, offset=0), "not a life"),

@@ -283,7 +283,8 @@ class MemoryPlan:
         names: set[str] = set()
         for buffer in self.buffers:
             if buffer.space not in SPACES:
-                raise PlanError(f"{buffer.describe()}: unknown kind of space, {buffer.space!r} (one of {', '.join(SPACES)})")
+                known = ", ".join(SPACES)
+                raise PlanError(f"{buffer.describe()}: unknown kind of space, {buffer.space!r} (one of {known})")
             if buffer.term not in TERMS:
                 raise PlanError(f"{buffer.describe()}: unknown term {buffer.term!r} (one of {', '.join(TERMS)})")
             if buffer.name in names:
