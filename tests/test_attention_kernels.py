@@ -46,7 +46,8 @@ def attend(*args, heads=8, kv_heads=2, depth=64, depth_of_values=64, keys=500, b
 
 
 def chosen(node, rows, count, varying=None, scratch=1 << 40):
-    return attention.kernel_of(node, Sizes({rows: count}), {rows} if varying is None else varying, scratch)
+    facts = attention.facts_of(node, {rows} if varying is None else varying)
+    return attention.kernel_of(facts, node.target, Sizes({rows: count}), scratch)
 
 
 def test_rows_that_vary_need_no_plan_until_they_are_worth_it():
@@ -118,7 +119,7 @@ def test_a_mask_and_a_wanted_sum_stay():
 def test_other_nodes_keep_their_op():
     graph = fx.Graph()
     node = graph.call_function(aten.neg.default, (graph.placeholder("x"),))
-    assert attention.kernel_of(node, Sizes({}), (), 0) is aten.neg.default
+    assert attention.kernel_of(attention.facts_of(node, ()), node.target, Sizes({}), 0) is aten.neg.default
 
 
 @settings(max_examples=300, deadline=None)

@@ -16,7 +16,8 @@ import mosaic_compiler
 from mosaic_compiler.errors import OptionsError
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.pipeline import PASSES
-from mosaic_compiler.planning.plan import Buffer, MemoryPlan
+from mosaic_compiler.planning.buffers import Buffer
+from mosaic_compiler.planning.plan import MemoryPlan
 from mosaic_compiler.settings import SWITCHES, read_settings
 
 ROOT = Path(__file__).parent.parent

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from mosaic_compiler.errors import PlanError
 from mosaic_compiler.planning import Buffer, MemoryPlan, make_plan
+from mosaic_compiler.planning.buffers import align, check_overlaps
 from mosaic_compiler.planning.placement import ORDERS, Interval, height_of, live_totals, place
-from mosaic_compiler.planning.plan import align, check_overlaps
 from mosaic_compiler.planning.stack import Stack
 
 ALGORITHMS = ["auto", "live-total", "size", "area", "lifetime", "naive"]

@@ -142,7 +142,7 @@ def test_within_the_budget(compiled):
     result = 40 * 16 * 4
     with steps[0]._pool.lease() as arena:
         for budget, is_enough in ((arena.reserved + result - 1, False), (arena.reserved + result, True)):
-            rehearsed = rehearsal.Rehearsal(steps[0]._rehearsal.node.graph, [symbol])
+            rehearsed = rehearsal.Rehearsal(next(iter(steps[0].variants.values())).linked.graph, [symbol])
             assert (rehearsed.of(Sizes({symbol: 40}), arena, budget) is not None) == is_enough
             assert rehearsed.of(Sizes({symbol: 40}), arena, None) is None  # seen
 
@@ -197,13 +197,16 @@ def test_a_budget_that_does_not_suffice(compiled):
 
 def test_operands_that_only_the_data_knows_are_not_rehearsed(monkeypatch):
     """Of the last layer the needed rows are attended; the first attention has all of them."""
+    monkeypatch.setattr(scratch, "CUDNN", ATTENTION)
+    monkeypatch.setattr(attention, "_WORTH_A_PLAN", 0)  # the CPU's has other arguments than FlashAttention
     with torch.no_grad(), observing((steps := []).append):
         step = DenoisingStep(Bidirectional().eval().requires_grad_(False), 31)
         torch.compile(step, backend="mosaic", dynamic=True, options={"disable": ["fuse"]})(*arguments(40))
-    monkeypatch.setattr(scratch, "CUDNN", ATTENTION)
-    graph, known = steps[0].variants["flat"].module.graph, [symbol for symbol, _ in steps[0]._readers]
-    attentions = [node for node in graph.nodes if node.target is ATTENTION]
-    assert [attention.makes_plan(node, known) for node in attentions] == [True] * (LAYERS - 1) + [False]
-    assert not any(attention.makes_plan(node, []) for node in attentions)
+    graph, known = steps[0].variants["flat"].linked.graph, [symbol for symbol, _ in steps[0]._readers]
+    attentions = [linked for linked in graph.ops if linked.function is ATTENTION]
+    assert [attention.makes_plan(linked.op.attention, known) for linked in attentions] == [True] * (LAYERS - 1) + [
+        False
+    ]
+    assert not any(attention.makes_plan(linked.op.attention, []) for linked in attentions)
     assert rehearsal.Rehearsal(graph, known).node is attentions[0]
     assert rehearsal.Rehearsal(graph, []).node is None

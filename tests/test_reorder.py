@@ -11,8 +11,8 @@ from mosaic_compiler.lowering.lifetimes import find_lives
 from mosaic_compiler.passes import trace
 from mosaic_compiler.passes.reorder import ReorderPass
 from mosaic_compiler.passes.verifier import Verifier
+from mosaic_compiler.planning.buffers import lower_bound
 from mosaic_compiler.planning.lives import Sizes
-from mosaic_compiler.planning.plan import lower_bound
 
 
 def bound(module, n):

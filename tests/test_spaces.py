@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import mosaic_compiler
 from mosaic_compiler.errors import PlanError
 from mosaic_compiler.planning import Buffer, MemoryPlan, make_plan
+from mosaic_compiler.planning.buffers import PLACED, SPACES, TERMS, check_overlaps
 from mosaic_compiler.planning.placement import place, place_blocks
-from mosaic_compiler.planning.plan import PLACED, SPACES, TERMS, check_overlaps
 from mosaic_compiler.report.diff import diff
 from mosaic_compiler.report.page import html
 from mosaic_compiler.report.tables import plan_lines

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from mosaic_compiler.ahead.configs import DTYPES, build
 from mosaic_compiler.errors import BudgetError, CaptureError, ConfigError
+from mosaic_compiler.planning.buffers import lower_bound
 from mosaic_compiler.planning.outline import StepOutline
-from mosaic_compiler.planning.plan import MemoryPlan, lower_bound
+from mosaic_compiler.planning.plan import MemoryPlan
 from mosaic_compiler.settings import read_settings
 
 if TYPE_CHECKING:

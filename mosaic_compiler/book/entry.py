@@ -72,6 +72,7 @@ class Op:
             ``attention``, ...; empty if nothing is known.
         rows: which rows of its operands it needs for some rows of its result.
         write: how its results get into given buffers; ``None``: by its own ``out=``, if that is trusted.
+        can_write: whether ``write`` does for a node.
         trusted: its hand-written ``out=`` overload is the functional op, written somewhere else (``None``: if it is
             pointwise).
         trusted_twin: so is its in-place twin, called on a copy of the first operand.
@@ -99,7 +100,8 @@ class Op:
 
     family: str = ""
     rows: RowRule | None = None
-    write: Callable[[fx.Node], Emit | None] | None = None
+    write: Emit | None = None
+    can_write: Callable[[fx.Node], bool] = lambda node: True
     trusted: bool | None = None
     trusted_twin: bool = False
     is_accounted: bool = False

@@ -51,12 +51,12 @@ def copy(**more: Any) -> Op:
 
 def fill(number: float | str, rule: RowRule | None = None, **more: Any) -> Op:
     """One number everywhere; ``"arg1"``: the one in that argument."""
-    return Op("fill", rows=rule, write=writes.filled, fill=number, **more)
+    return Op("fill", rows=rule, write=writes.filled(number), fill=number, **more)
 
 
 def empty() -> Op:
     """Memory as it is."""
-    return Op("empty", write=writes.nothing)
+    return Op("empty", write=writes.nothing, can_write=writes.shares_no_place)
 
 
 def lookup(rule: RowRule | None, **more: Any) -> Op:

@@ -13,45 +13,15 @@ running the graph by itself (``None``: all rows at once).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, fx, nn
 
+from mosaic_compiler.planning.lowered import LoopOutput, Scatter
 
-@dataclass(frozen=True)
-class Scatter:
-    """Rows go where an index says, into zeros with ``total`` rows; pages of memory without such rows are not resident.
-
-    Attributes:
-        index: position of the operand (int64 [rows], sliced) with the number of each row in the result.
-        total, pages: positions of the operands that say how many rows the result has, and pages of ``page`` bytes the
-            rows lie in.
-    """
-
-    index: int
-    total: int
-    pages: int
-    page: int
-
-
-@dataclass(frozen=True)
-class LoopOutput:
-    """One full-length result.
-
-    Attributes:
-        dim: the dim that holds the rows.
-        order: its dims from the largest stride to the smallest.
-        into: position of the operand whose memory it takes over (rows are overwritten as they are done with).
-        scatter: its rows do not stand side by side.
-    """
-
-    dim: int
-    order: tuple[int, ...]
-    into: int | None = None
-    scatter: Scatter | None = None
+__all__ = ["ChunkLoop", "LoopOutput", "Scatter", "loop_of", "rewrite_bodies", "set_loop"]
 
 
 class ChunkLoop(nn.Module):

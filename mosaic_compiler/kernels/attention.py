@@ -20,6 +20,7 @@ from mosaic_compiler import ir
 from mosaic_compiler.book import scratch
 from mosaic_compiler.planning.flash import split_bytes
 from mosaic_compiler.planning.lives import Sizes
+from mosaic_compiler.planning.lowered import Attention
 
 aten = torch.ops.aten
 
@@ -27,30 +28,45 @@ _FLASH = aten._scaled_dot_product_flash_attention.default
 _WORTH_A_PLAN = 1 << 39  # floating-point operations
 
 
-def kernel_of(node: fx.Node, sizes: Sizes, varying: Collection[sympy.Symbol], room: int) -> Callable[..., Any]:
-    """What computes a node at these sizes: its own op, or FlashAttention called like it.
+def facts_of(node: fx.Node, varying: Collection[sympy.Symbol]) -> Attention | None:
+    """What the choice between kernels depends on; ``None`` for all but cuDNN's attention of plain queries.
 
     Args:
         varying: symbols whose values only the data says.
-        room: bytes that the plan has for the node, besides its results.
     """
-    assert callable(node.target)
-    if not scratch.has_flash_twin(node, varying):
-        return node.target
-    query, key = ([sizes(size) for size in scratch.attention_shape(node, operand)] for operand in (0, 1))
-    if work(query, key) >= _WORTH_A_PLAN:
-        return node.target
-    batch, heads, rows, depth = query
-    needed = split_bytes(batch * heads, rows, key[2], depth, scratch.multiprocessors())
-    return _flash_like_cudnn if needed <= room else node.target
-
-
-def makes_plan(node: fx.Node, known: Collection[sympy.Symbol]) -> bool:
-    """cuDNN makes a plan for a node, whose shapes follow from the symbols in ``known``."""
     others = (*node.args[3:], *node.kwargs.values())
     if node.target is not scratch.CUDNN or any(isinstance(other, fx.Node) for other in others):
+        return None
+    tensors = scratch.attention_operands(node)
+    shapes, strides = (tuple(tuple(map(ir.expr_of, part)) for part in parts) for parts in _layouts(tensors))
+    return Attention(shapes, strides, str(tensors[0].dtype), scratch.has_flash_twin(node, varying))
+
+
+def _layouts(tensors: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
+    return [tensor.shape for tensor in tensors], [tensor.stride() for tensor in tensors]
+
+
+def kernel_of(facts: Attention | None, own: Callable[..., Any], sizes: Sizes, room: int) -> Callable[..., Any]:
+    """What computes an attention at these sizes: its own op, or FlashAttention called like it.
+
+    Args:
+        room: bytes that the plan has for it, besides its results.
+    """
+    if facts is None or not facts.varies:
+        return own
+    query, key = ([sizes(size) for size in facts.shapes[operand]] for operand in (0, 1))
+    if work(query, key) >= _WORTH_A_PLAN:
+        return own
+    batch, heads, rows, depth = query
+    needed = split_bytes(batch * heads, rows, key[2], depth, scratch.multiprocessors())
+    return _flash_like_cudnn if needed <= room else own
+
+
+def makes_plan(facts: Attention | None, known: Collection[sympy.Symbol]) -> bool:
+    """cuDNN makes a plan for it, and its shapes follow from the symbols in ``known``."""
+    if facts is None:
         return False
-    numbers = [ir.expr_of(n) for tensor in scratch.attention_operands(node) for n in (*tensor.shape, *tensor.stride())]
+    numbers = [number for parts in (facts.shapes, facts.strides) for part in parts for number in part]
     return all(number.free_symbols <= set(known) for number in numbers)
 
 

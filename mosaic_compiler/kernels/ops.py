@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import sympy
 from torch import Tensor, fx
 
 from mosaic_compiler import ir
-from mosaic_compiler.book import STANDARD, Call, Emit, Op
+from mosaic_compiler.book import STANDARD, Call, Op
 from mosaic_compiler.ir import ops
 from mosaic_compiler.ir.ops import LIBRARY, Statistics, empty_logits, empty_statistics
 from mosaic_compiler.kernels.gather_logits import gather_logits_triton
@@ -43,16 +46,16 @@ for _name, _kernel in {
     LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
 
 
-def _write_gather_logits(node: fx.Node) -> Emit:
-    return lambda outs, args, kwargs: [Call(gather_logits_triton, (*args, outs[0]))]
+def _write_gather_logits(outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
+    return [Call(gather_logits_triton, (*args, outs[0]))]
 
 
-def _write_head_statistics(node: fx.Node) -> Emit:
-    return lambda outs, args, kwargs: [Call(head_statistics_, (list(outs), *args[:5]))]
+def _write_head_statistics(outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
+    return [Call(head_statistics_, (list(outs), *args[:5]))]
 
 
-def _write_scatter_rows(node: fx.Node) -> Emit:
-    return lambda outs, args, kwargs: [Call(Tensor.index_copy_, (outs[0], 0, args[1], args[0]))]
+def _write_scatter_rows(outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
+    return [Call(Tensor.index_copy_, (outs[0], 0, args[1], args[0]))]
 
 
 def _scratch_of_head_statistics(node: fx.Node) -> sympy.Expr:

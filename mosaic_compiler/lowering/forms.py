@@ -11,73 +11,48 @@ This is where an ATen operator's calling convention is decided, once, for planni
 
 from __future__ import annotations
 
-import enum
-import functools
-from collections.abc import Sequence
+import operator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 from torch._ops import OpOverload
 
 from mosaic_compiler import book, ir
-from mosaic_compiler.book import Call, Emit, inplace_twin, native_out
-from mosaic_compiler.ir.clusters import Cluster, cluster_of
+from mosaic_compiler.book import inplace_twin, native_out
+from mosaic_compiler.ir.clusters import cluster_of
 from mosaic_compiler.ir.loops import loop_of
 from mosaic_compiler.kernels import ops as _own_operators  # noqa: F401  (their entries and what runs)
-from mosaic_compiler.kernels.fused import kernel_for
-
-
-class Kind(enum.Enum):
-    NUMBER = "number"  # a size computed from symbols, or getitem: nothing to run
-    CONSTANT = "constant"  # a get_attr of the graph module
-    VIEW = "view"  # shares an operand's storage
-    MUTATION = "mutation"  # writes an operand
-    DESTINATION = "destination"  # writes into a planned buffer
-    OPAQUE = "opaque"  # allocates its own outputs
-    LOOP = "loop"  # runs a body for chunks of rows; its results are planned buffers
+from mosaic_compiler.planning.lowered import Kind
 
 
 @dataclass(frozen=True)
 class Form:
+    """How a node gets its result; ``way``: who writes into its destination (see :class:`LoweredOp`)."""
+
     kind: Kind
-    emit: Emit | None = None
+    way: str = ""
 
 
-def _emit_cluster(cluster: Cluster, outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
-    own = [out for out, into in zip(outs, cluster.into, strict=True) if into is None]
-    return [Call(kernel_for(cluster), (*args, *own))]
-
-
-def _emit_out(
-    op: OpOverload, names: tuple[str, ...], outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]
-) -> list[Call]:
-    return [Call(op, tuple(args), (*kwargs.items(), *zip(names, outs, strict=True)))]
-
-
-def _emit_twin(op: OpOverload, outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
-    return [Call(torch.Tensor.copy_, (outs[0], args[0])), Call(op, (outs[0], *args[1:]), tuple(kwargs.items()))]
-
-
-def _destination(node: fx.Node) -> Emit | None:
+def _way(node: fx.Node) -> str:
+    """Who can write a node's result into a destination; empty: nobody, it allocates."""
     op, known = node.target, book.entry(node)
     assert isinstance(op, OpOverload)
     if known.write is not None:
-        return known.write(node)
+        return "entry" if known.can_write(node) else ""
     if known.is_accounted:
-        return None
+        return ""
     native = native_out(op)
     if native is not None and len(native[1]) == len(ir.tensors_of(node)):
-        return functools.partial(_emit_out, *native)
+        return "out"
     twin = inplace_twin(op)
     first = node.args[0] if node.args else None
     out = ir.tensor_of(node)
     if twin is not None and out is not None and isinstance(first, fx.Node):
         source = ir.tensor_of(first)
         if source is not None and source.dtype == out.dtype:
-            return functools.partial(_emit_twin, twin)
-    return None
+            return "twin"
+    return ""
 
 
 def form_of(node: fx.Node, main_device: torch.device) -> Form:
@@ -90,8 +65,8 @@ def form_of(node: fx.Node, main_device: torch.device) -> Form:
         return Form(Kind.CONSTANT)
     if loop_of(node) is not None:
         return Form(Kind.LOOP)
-    if (cluster := cluster_of(node)) is not None:
-        return Form(Kind.DESTINATION, functools.partial(_emit_cluster, cluster))
+    if cluster_of(node) is not None:
+        return Form(Kind.DESTINATION, "kernel")
     outputs = ir.tensors_of(node)
     if not any(t is not None for t in outputs):
         effect = ir.has_effect(node)
@@ -106,13 +81,11 @@ def form_of(node: fx.Node, main_device: torch.device) -> Form:
         return Form(Kind.OPAQUE)
     if any(t is None or t.device != main_device or t.layout != torch.strided for t in outputs):
         return Form(Kind.OPAQUE)
-    emit = _destination(node)
-    return Form(Kind.OPAQUE) if emit is None else Form(Kind.DESTINATION, emit)
+    way = _way(node)
+    return Form(Kind.DESTINATION, way) if way else Form(Kind.OPAQUE)
 
 
 def _is_getitem(node: fx.Node) -> bool:
-    import operator
-
     return node.target is operator.getitem
 
 

@@ -35,10 +35,11 @@ from mosaic_compiler.ir import prologue_nodes
 from mosaic_compiler.ir.loops import ChunkLoop, loop_of
 from mosaic_compiler.ir.notes import STATIC_INPUTS
 from mosaic_compiler.kernels.scatter_rows import shared_pages
-from mosaic_compiler.lowering.forms import Form, Kind, form_of
+from mosaic_compiler.lowering.forms import Form, form_of
 from mosaic_compiler.lowering.scopes import Lives, LoopSpan, Scope
 from mosaic_compiler.lowering.scratch import scratch_bytes
 from mosaic_compiler.planning.lives import LoopLives, SymbolicBuffer
+from mosaic_compiler.planning.lowered import Kind
 
 
 def find_lives(module: fx.GraphModule) -> Lives:

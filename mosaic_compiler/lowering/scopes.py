@@ -17,7 +17,7 @@ from mosaic_compiler.planning.lives import StepLives, SymbolicBuffer
 
 
 @dataclass(frozen=True)
-class TensorFacts:
+class OwnLayout:
     """Sizes and strides of a result as expressions, in storage of its own."""
 
     dtype: torch.dtype
@@ -36,7 +36,7 @@ class Facts:
         can_be_empty: for some sizes it has nothing to do.
     """
 
-    outputs: tuple[TensorFacts | None, ...]
+    outputs: tuple[OwnLayout | None, ...]
     symbols: frozenset[sympy.Symbol]
     can_be_empty: bool
 
@@ -45,7 +45,7 @@ class Facts:
         outputs = tuple(
             None
             if tensor is None
-            else TensorFacts(
+            else OwnLayout(
                 tensor.dtype,
                 tensor.device,
                 tuple(ir.expr_of(size) for size in tensor.shape),

@@ -26,7 +26,8 @@ from torch._ops import OpOverload
 from mosaic_compiler import book, ir
 from mosaic_compiler.book import MOST_ADDED, Work
 from mosaic_compiler.kernels.fused import supports
-from mosaic_compiler.lowering.forms import Kind, form_of
+from mosaic_compiler.lowering.forms import form_of
+from mosaic_compiler.planning.lowered import Kind
 
 aten = torch.ops.aten
 

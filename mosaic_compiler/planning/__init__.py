@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+from mosaic_compiler.planning.buffers import PLACED, Buffer
 from mosaic_compiler.planning.placement import DEADLINE, place_blocks
-from mosaic_compiler.planning.plan import PLACED, Buffer, MemoryPlan, PlannedLoop
+from mosaic_compiler.planning.plan import MemoryPlan, PlannedLoop
 
 __all__ = ["Buffer", "MemoryPlan", "PlannedLoop", "make_plan"]
 

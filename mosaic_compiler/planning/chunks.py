@@ -29,8 +29,8 @@ import numpy as np
 import sympy
 from numpy.typing import NDArray
 
+from mosaic_compiler.planning.buffers import ALIGNMENT
 from mosaic_compiler.planning.lives import Sizes, StepLives
-from mosaic_compiler.planning.plan import ALIGNMENT
 
 UNIT = 128
 

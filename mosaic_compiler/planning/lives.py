@@ -10,7 +10,7 @@ from types import MappingProxyType
 import sympy
 from sympy.logic.boolalg import Boolean
 
-from mosaic_compiler.planning.plan import Buffer
+from mosaic_compiler.planning.buffers import Buffer
 
 
 class Sizes:

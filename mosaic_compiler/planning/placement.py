@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-from mosaic_compiler.planning.plan import align
+from mosaic_compiler.planning.buffers import align
 from mosaic_compiler.planning.skyline import Skyline
 
 Offsets: TypeAlias = "dict[str, int]"

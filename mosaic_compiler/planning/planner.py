@@ -10,10 +10,11 @@ import sympy
 
 from mosaic_compiler.errors import BudgetError
 from mosaic_compiler.planning.budget import format_bytes
+from mosaic_compiler.planning.buffers import live_bytes
 from mosaic_compiler.planning.chunks import ChunkModel, Evaluation, Shortfall, least, longest
 from mosaic_compiler.planning.lives import LoopLives, Sizes, StepLives
 from mosaic_compiler.planning.placement import DEADLINE, Interval, height_of, live_totals, place_blocks
-from mosaic_compiler.planning.plan import MemoryPlan, PlannedLoop, live_bytes
+from mosaic_compiler.planning.plan import MemoryPlan, PlannedLoop
 from mosaic_compiler.planning.stack import Stack
 from mosaic_compiler.planning.words import in_words
 

@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mosaic_compiler.planning.budget import format_bytes
-from mosaic_compiler.planning.plan import Buffer, MemoryPlan
+from mosaic_compiler.planning.buffers import Buffer
+from mosaic_compiler.planning.plan import MemoryPlan
 from mosaic_compiler.report.tables import alike
 
 _FIGURES = ("peak", "workspace", "height", "lower_bound", "naive")

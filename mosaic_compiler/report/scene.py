@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mosaic_compiler.planning.budget import format_bytes
-from mosaic_compiler.planning.plan import Buffer, MemoryPlan
+from mosaic_compiler.planning.buffers import Buffer
+from mosaic_compiler.planning.plan import MemoryPlan
 
 # Paul Tol's "bright" scheme, which the colour-blind can tell apart; grey is outside of the arena.
 COLOURS = {

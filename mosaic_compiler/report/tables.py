@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mosaic_compiler.planning.budget import format_bytes
-from mosaic_compiler.planning.plan import Buffer, Fallback, MemoryPlan, PlannedLoop
+from mosaic_compiler.planning.buffers import Buffer
+from mosaic_compiler.planning.plan import Fallback, MemoryPlan, PlannedLoop
 
 _BARS = " ▁▂▃▄▅▆▇█"
 

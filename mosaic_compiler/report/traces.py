@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from mosaic_compiler.planning.plan import Buffer, MemoryPlan
+from mosaic_compiler.planning.buffers import Buffer
+from mosaic_compiler.planning.plan import MemoryPlan
 
 _BASE = 0x7F0000000000  # where the snapshot says that the arena begins
 

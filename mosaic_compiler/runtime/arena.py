@@ -18,7 +18,7 @@ import torch
 
 from mosaic_compiler.compat.tensors import storage_over
 from mosaic_compiler.errors import ArenaError
-from mosaic_compiler.planning.plan import align
+from mosaic_compiler.planning.buffers import align
 from mosaic_compiler.runtime.devices import host_memory
 
 _numbers = itertools.count()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from mosaic_compiler.errors import ArenaError, BudgetError
-from mosaic_compiler.planning.plan import align
+from mosaic_compiler.planning.buffers import align
 from mosaic_compiler.runtime.arena import ArenaBytes, next_number
 from mosaic_compiler.runtime.cuda_driver import CudaDriver, Driver, OutOfDeviceMemory, map_new, tried_twice
 

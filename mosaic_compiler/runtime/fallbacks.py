@@ -6,9 +6,9 @@ from torch import fx
 
 from mosaic_compiler import book, ir
 from mosaic_compiler.ir.notes import UNMET_ROWS
-from mosaic_compiler.lowering.forms import Kind
 from mosaic_compiler.lowering.scopes import Lives
 from mosaic_compiler.options import MosaicOptions
+from mosaic_compiler.planning.lowered import Kind
 from mosaic_compiler.planning.plan import Fallback
 from mosaic_compiler.runtime.pools import arena_problem
 from mosaic_compiler.runtime.sparse import page_bytes

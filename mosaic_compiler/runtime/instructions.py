@@ -17,7 +17,7 @@ from mosaic_compiler.book import Call
 from mosaic_compiler.compat.tracing import tree_map_only
 from mosaic_compiler.errors import CanaryError
 from mosaic_compiler.kernels.fused import FusedKernel
-from mosaic_compiler.planning.plan import ALIGNMENT, Buffer
+from mosaic_compiler.planning.buffers import ALIGNMENT, Buffer
 from mosaic_compiler.runtime.arena import Arena
 
 Instruction: TypeAlias = "Callable[[], Any]"

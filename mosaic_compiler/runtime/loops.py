@@ -13,39 +13,39 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
 
-from mosaic_compiler import ir
 from mosaic_compiler.book import Call
-from mosaic_compiler.lowering.forms import Kind
-from mosaic_compiler.lowering.scopes import LoopSpan
 from mosaic_compiler.planning.lives import Sizes
+from mosaic_compiler.planning.lowered import Kind, Root
 from mosaic_compiler.runtime.binder import Binder, Shared
 from mosaic_compiler.runtime.instructions import Instruction, bound_call, drop
+from mosaic_compiler.runtime.link import Linked
 
 
 def bind_loop(
-    span: LoopSpan, operands: Sequence[Any], results: Sequence[Any], sizes: Sizes, shared: Shared
+    name: str, operands: Sequence[Any], results: Sequence[Any], sizes: Sizes, shared: Shared
 ) -> list[Instruction]:
     """The calls of one loop.
 
     Args:
+        name: of the op that calls it.
         operands: bound values of the call's operands: tensors, slots, numbers.
         results: its full-length results (tensors over the arena, or slots).
         sizes: all symbols, the chunk size included.
     """
-    rows = sizes(span.rows)
+    loop = shared.step.loop(name)
+    rows = sizes(loop.rows)
     if not rows:
         return []
-    chunk = min(sizes(span.loop.chunk), rows)
+    chunk = min(sizes(loop.chunk), rows)
     rest = rows % chunk
-    whole = _BodyBinder(span, operands, results, sizes, shared, chunk, start=0, moves=rows > chunk)
+    whole = _BodyBinder(name, operands, results, sizes, shared, chunk, start=0, moves=rows > chunk)
     whole.bind()
     if rows == chunk:
         return whole.instructions
     calls: list[Instruction] = [functools.partial(_run, whole.instructions, whole.move, range(0, rows - rest, chunk))]
     if rest:
-        last = _BodyBinder(span, operands, results, sizes, shared, rest, start=rows - rest, moves=False)
+        last = _BodyBinder(name, operands, results, sizes, shared, rest, start=rows - rest, moves=False)
         last.bind()
         calls += last.instructions
     return calls
@@ -75,7 +75,7 @@ class _BodyBinder(Binder):
 
     def __init__(
         self,
-        span: LoopSpan,
+        name: str,
         operands: Sequence[Any],
         results: Sequence[Any],
         sizes: Sizes,
@@ -85,33 +85,32 @@ class _BodyBinder(Binder):
         start: int,
         moves: bool,
     ) -> None:
-        super().__init__(span.loop.body, span.scope, Sizes(sizes.symbols | {span.loop.chunk: count}), shared)
+        self.loop, self.prefix = shared.step.loop(name), f"{name}."
+        super().__init__(shared.step.bodies[name], Sizes(sizes.symbols | {self.loop.chunk: count}), shared)
         self.role = "chunk" if start == 0 else "remainder"
-        self.loop, self.results, self.count, self.start, self.moves = span.loop, results, count, start, moves
-        self._is_everything = count == sizes(span.rows)
+        self.results, self.count, self.start, self.moves = results, count, start, moves
+        self._is_everything = count == sizes(self.loop.rows)
         self._where = [start]  # late slices read the current start here
         self._cursors: list[_Cursor] = []
-        self._step_of: dict[ir.Root, int] = {}
-        graph = self.module.graph
-        rows, *entries = [node for node in graph.nodes if node.op == "placeholder"]
+        self._step_of: dict[Root, int] = {}
+        rows, *entries = [given.name for given in self.graph.inputs]
         self.values[rows] = count
-        for node, operand, dim in zip(entries, operands, self.loop.operands, strict=True):
-            self.values[node] = operand if dim is None else self._slice(operand, dim, (node, 0))
-        self._parts: tuple[fx.Node, ...] = graph.output_node().args[0]  # type: ignore[assignment]
+        for entry, operand, dim in zip(entries, operands, self.loop.operands, strict=True):
+            self.values[entry] = operand if dim is None else self._slice(operand, dim, (entry, 0))
         self._entries = entries
         self._places = [
-            result if spec.scatter is not None else self._slice(result, spec.dim, self._root_of(index))
+            result if spec.scatter is not None else self._slice(result, spec.dim, self.graph.result_of.get(index))
             for index, (result, spec) in enumerate(zip(results, self.loop.outputs, strict=True))
         ]
 
     def bind(self) -> None:
         """Bind all of the body, and the copies of results that were not written in place."""
-        for node in self.scope.nodes:
-            self.bind_node(node)
-        direct = set(self.scope.direct.values())
-        for index, (part, place) in enumerate(zip(self._parts, self._places, strict=True)):
+        for linked in self.ops:
+            self.bind_node(linked)
+        direct = set(self.graph.direct.values())
+        for index, (part, place) in enumerate(zip(self.graph.results, self._places, strict=True)):
             if index not in direct:
-                scatter, value = self.loop.outputs[index].scatter, self.values[part]
+                scatter, value = self.loop.outputs[index].scatter, self.values[part.name]
                 copy = Call(torch.Tensor.copy_, (place, value))
                 if scatter is not None:
                     rows = self.values[self._entries[scatter.index]]
@@ -128,11 +127,7 @@ class _BodyBinder(Binder):
             c.tensor.set_(c.storage, c.offset + start * c.step, c.shape, c.stride)
 
     # ----------------------------------------------------------------------------------------- slices
-    def _root_of(self, result: int) -> ir.Root | None:
-        """The root in the body that is written straight into a result."""
-        return next((root for root, index in self.scope.direct.items() if index == result), None)
-
-    def _slice(self, whole: Any, dim: int, root: ir.Root | None) -> Any:
+    def _slice(self, whole: Any, dim: int, root: Root | None) -> Any:
         """Rows [start, start + count) of an operand or result."""
         if isinstance(whole, torch.Tensor):
             part = whole.narrow(dim, self.start, self.count)
@@ -158,18 +153,19 @@ class _BodyBinder(Binder):
         return tensor
 
     # ----------------------------------------------------------------------------------------- nodes
-    def _bind(self, node: fx.Node) -> None:
-        super()._bind(node)
-        if not self.moves or self.scope.forms[node].kind is not Kind.VIEW:
+    def _bind(self, linked: Linked) -> None:
+        super()._bind(linked)
+        if not self.moves or linked.kind is not Kind.VIEW:
             return
-        step = self._step_of.get(root) if (root := self.scope.storage.root(node)) is not None else None
-        value = self.values[node]
+        roots = linked.op.roots
+        step = self._step_of.get(roots[0]) if len(roots) == 1 and roots[0] is not None else None
+        value = self.values[linked.name]
         if step is not None and isinstance(value, torch.Tensor):  # a view of a slice moves with it
-            self.values[node] = self._cursor(value, step)
+            self.values[linked.name] = self._cursor(value, step)
 
-    def _output_of(self, node: fx.Node, index: int) -> Any:
-        result = self.scope.direct.get((node, index))
-        return super()._output_of(node, index) if result is None else self._places[result]
+    def _output_of(self, linked: Linked, index: int) -> Any:
+        result = self.graph.direct.get((linked.name, index))
+        return super()._output_of(linked, index) if result is None else self._places[result]
 
 
 def _narrow(slots: list[Any], source: int, target: int, dim: int, where: list[int], count: int) -> None:

@@ -14,20 +14,17 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import sympy
 import torch
-from torch import fx
 
-from mosaic_compiler import ir
-from mosaic_compiler.compat.tracing import tree_flatten
 from mosaic_compiler.errors import ArenaError
 from mosaic_compiler.kernels import attention
-from mosaic_compiler.lowering.scopes import Lives
 from mosaic_compiler.planning.lives import Sizes
+from mosaic_compiler.planning.lowered import Input, Ref
 from mosaic_compiler.planning.plan import MemoryPlan
 from mosaic_compiler.runtime.arena import Arena
 from mosaic_compiler.runtime.binder import Binder, Shared
 from mosaic_compiler.runtime.instructions import Instruction, Slot, drop
+from mosaic_compiler.runtime.link import Linked, LinkedStep
 from mosaic_compiler.runtime.loops import bind_loop
 from mosaic_compiler.runtime.watched import Found
 
@@ -66,8 +63,8 @@ class Program:
     def finish(self) -> None:
         """Bind what is not bound yet."""
         with torch.no_grad():
-            for node in self._binder.calls:
-                self._binder.bind_pending(node)
+            for linked in self._binder.ops:
+                self._binder.bind_pending(linked)
         self.outputs = self._load()
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
@@ -93,10 +90,8 @@ class Program:
 
     def _bind_and_run(self) -> list[Any]:
         binder = self._binder
-        for node, calls in binder.calls.items():
-            if node in binder.pending:
-                calls = binder.bind_pending(node)
-            for call in calls:
+        for linked in binder.ops:
+            for call in binder.bind_pending(linked):
                 call()
         return self._load()
 
@@ -116,116 +111,97 @@ class Program:
 
 
 def bind(
-    module: fx.GraphModule,
-    lives: Lives,
+    linked: LinkedStep,
     plan: MemoryPlan,
     sizes: Sizes,
     inputs: Sequence[Any],
     static: frozenset[int],
     arena: Arena,
     *,
-    varying: frozenset[sympy.Symbol] = frozenset(),
-    early: Sequence[fx.Node] = (),
     poison: bool = False,
-    found: Found = lambda node, problem: None,
+    found: Found = lambda op, problem: None,
 ) -> Program:
-    """Bind a graph to an arena.
+    """Bind a step to an arena.
 
     Args:
-        module: the graph after all passes.
-        lives: its lives; ``plan`` is their placement for ``sizes`` (or for more rows).
+        linked: one graph of the step.
+        plan: its plan for ``sizes`` (or for more rows).
         inputs: this call's inputs (placeholders, then the results of the prologue); those at the
             ``static`` positions (weights) are bound for good.
-        varying: symbols that :meth:`Program.resize` may change.
-        early: the prologue nodes whose results follow the placeholders.
         poison: fill buffers at birth and death, check canaries (the plan must have been made with
             :data:`GUARD` bytes behind each arena buffer).
         found: see :class:`Shared`.
     """
-    placed = {buffer.name: buffer for buffer in plan.buffers}
-    shared = Shared(arena, placed, lives.loops, [None] * len(inputs), poison, found)
-    return Program(_StepBinder(module, lives, plan, sizes, inputs, static, shared, varying, early))
+    placed = {buffer.name: buffer for buffer in plan.own}
+    shared = Shared(linked, arena, placed, [None] * len(inputs), poison, found)
+    return Program(_StepBinder(plan, sizes, inputs, static, shared))
 
 
 class _StepBinder(Binder):
     """Binds the step's own graph, some of it again when the number of computed rows changes.
 
     Attributes:
-        calls: each node's calls, in schedule order.
-        pending: nodes that are to be bound, or bound again; all of them until a run has bound the last one.
+        calls: each op's calls, in schedule order.
+        pending: names of ops that are to be bound, or bound again; all of them until a run has bound the last one.
     """
 
     def __init__(
-        self,
-        module: fx.GraphModule,
-        lives: Lives,
-        plan: MemoryPlan,
-        sizes: Sizes,
-        inputs: Sequence[Any],
-        static: frozenset[int],
-        shared: Shared,
-        varying: frozenset[sympy.Symbol],
-        early: Sequence[fx.Node],
+        self, plan: MemoryPlan, sizes: Sizes, inputs: Sequence[Any], static: frozenset[int], shared: Shared
     ) -> None:
-        super().__init__(module, lives.scope, sizes, shared)
+        linked = shared.step
+        super().__init__(linked.graph, sizes, shared)
         self.plan, self.inputs = plan, len(inputs)  # only their number is kept, so that no caller's tensor is
-        self.calls: dict[fx.Node, list[Instruction]] = {node: [] for node in lives.nodes}
-        self.pending = set(lives.nodes)
-        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-        for index, node in enumerate(placeholders):
-            self.values[node] = self._placeholder(node, index, inputs[index], static)
-        for index, node in enumerate(early, len(placeholders)):
-            self.values[node] = Slot(index)
-        self._varying = varying
-        self._depending = lives.depending_on(varying)
+        self.calls: dict[str, list[Instruction]] = {op.name: [] for op in self.ops}
+        self.pending = set(self.calls)
+        for index, given in enumerate(self.graph.inputs):
+            self.values[given.name] = self._placeholder(given, index, inputs[index], static)
+        for index, name in enumerate(linked.step.early_results, len(self.graph.inputs)):
+            self.values[name] = Slot(index)
+        self._depending = self.graph.depending_on(frozenset(linked.step.symbols))
 
     def resize(self, sizes: Sizes) -> None:
         """Other numbers of computed rows: what depends on them is pending."""
         self.sizes = sizes
         self.pending.update(self._depending)
 
-    def bind_pending(self, node: fx.Node) -> list[Instruction]:
-        """The node's calls, bound if that is pending.  Views must not be inference tensors: later calls may be made
+    def bind_pending(self, linked: Linked) -> list[Instruction]:
+        """The op's calls, bound if that is pending.  Views must not be inference tensors: later calls may be made
         outside of ``torch.inference_mode()``, and write to them."""
-        if node in self.pending:
-            self.instructions = self.calls[node] = []
+        name = linked.name
+        if name in self.pending:
+            self.instructions = self.calls[name] = []
             if torch.is_inference_mode_enabled():
                 with torch.inference_mode(False), torch.no_grad():
-                    self.bind_node(node)
+                    self.bind_node(linked)
             else:
-                self.bind_node(node)
-            self.pending.remove(node)
-        return self.calls[node]
+                self.bind_node(linked)
+            self.pending.remove(name)
+        return self.calls[name]
 
-    def _loop(self, node: fx.Node) -> None:
+    def _loop(self, linked: Linked) -> None:
         """Full-length results, then the body for each chunk."""
-        span = self.shared.loops[node]
-        self.values[node] = tuple(
-            self._output_of(node, index) if spec.into is None else self.values[node.args[spec.into]]  # type: ignore[index]
-            for index, spec in enumerate(span.loop.outputs)
+        name, op = linked.name, linked.op
+        self.values[name] = tuple(
+            self._output_of(linked, index) if spec.into is None else self.values[op.args[spec.into].name]
+            for index, spec in enumerate(self.shared.step.loop(name).outputs)
         )
-        operands, _ = self._resolve(node)
-        with self.shared.reusing(node) as slots:
-            self.instructions += bind_loop(span, operands, self.values[node], self.sizes, self.shared)
+        operands, _ = linked.arguments(self.values)
+        with self.shared.reusing(name) as slots:
+            self.instructions += bind_loop(name, operands, self.values[name], self.sizes, self.shared)
         if slots:
             self.instructions.append(functools.partial(drop, self.shared.slots, [slot.index for slot in slots]))
 
-    def _function_of(self, node: fx.Node) -> Callable[..., Any]:
-        scratch = self.shared.placed.get(f"{node.name}.scratch")
-        return attention.kernel_of(node, self.sizes, self._varying, 0 if scratch is None else scratch.nbytes)
+    def _function_of(self, linked: Linked) -> Callable[..., Any]:
+        scratch = self.shared.placed.get(f"{linked.name}.scratch")
+        room = 0 if scratch is None else scratch.nbytes
+        return attention.kernel_of(linked.op.attention, linked.function, self.sizes, room)
 
     def outputs(self) -> list[Any]:
         """What the step returns: slots, tensors, numbers."""
-        flat, _ = tree_flatten(self.module.graph.output_node().args[0])
-        return [self.values[item] if isinstance(item, fx.Node) else item for item in flat]
+        return [self.values[item.name] if isinstance(item, Ref) else item for item in self.graph.results]
 
-    def _placeholder(self, node: fx.Node, index: int, given: Any, static: frozenset[int]) -> Any:
+    def _placeholder(self, lowered: Input, index: int, given: Any, static: frozenset[int]) -> Any:
         if isinstance(given, torch.Tensor):
             return given.detach() if index in static else Slot(index)
-        if isinstance(given, int) and not self._is_late_number(node):
-            return given
-        return Slot(index)
-
-    def _is_late_number(self, node: fx.Node) -> bool:
-        value = ir.value_of(node)
-        return ir.is_symbolic_number(value) and not self.is_bound(value)
+        is_late = lowered.number is not None and not self.is_bound(lowered.number)
+        return given if isinstance(given, int) and not is_late else Slot(index)

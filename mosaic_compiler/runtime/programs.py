@@ -10,16 +10,14 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import sympy
-from torch import fx
 
-from mosaic_compiler.ir.clusters import clusters_in
+from mosaic_compiler.ir.clusters import Cluster
 from mosaic_compiler.kernels.cluster_form import spans_of
 from mosaic_compiler.kernels.fused import FusedKernel, compile_all, kernel_for
-from mosaic_compiler.lowering.lifetimes import find_lives
-from mosaic_compiler.lowering.scopes import Lives
 from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.planning.outline import capacity
 from mosaic_compiler.planning.planner import Planned
+from mosaic_compiler.runtime.link import LinkedStep
 from mosaic_compiler.runtime.program import Program
 from mosaic_compiler.runtime.prologue import Prologue
 
@@ -37,19 +35,18 @@ _FEW = 32
 class Variant:
     """One graph of a step, with what planning and running have to know of it."""
 
-    module: fx.GraphModule
-    lives: Lives
-    prologue: Prologue
+    linked: LinkedStep
+    clusters: tuple[Cluster, ...]
 
-    @classmethod
-    def of(cls, module: fx.GraphModule) -> Variant:
-        """Of a graph after all of its passes."""
-        return cls(module, find_lives(module), Prologue(module.graph))
+    @functools.cached_property
+    def prologue(self) -> Prologue:
+        """What runs before sizes are known."""
+        return Prologue(self.linked)
 
     @functools.cached_property
     def _kernels(self) -> tuple[tuple[FusedKernel, frozenset[sympy.Expr]], ...]:
         """The kernels, with the elements that their tensors span; equal uses (of layers) once."""
-        uses = ((kernel_for(cluster), spans_of(cluster)) for _, cluster in clusters_in(self.module))
+        uses = ((kernel_for(cluster), spans_of(cluster)) for cluster in self.clusters)
         return tuple(dict.fromkeys(uses))
 
     def compile_kernels(self, sizes: Sizes) -> None:

@@ -10,28 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import sympy
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from mosaic_compiler.ir import BINDS, MAY_REPEAT, prologue_nodes
+from mosaic_compiler.runtime.link import LinkedStep
 
 
 class Prologue:
     """Runs the prologue of one graph.
 
     Attributes:
-        nodes: the prologue, in order.
-        results: those of its nodes that the rest of the step reads.
+        results: names of those of its values that the rest of the step reads.
         symbols: the symbols that it binds, in order.
     """
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self.nodes = prologue_nodes(graph)
-        members = set(self.nodes)
-        self.results = [node for node in self.nodes if not members.issuperset(node.users)]
-        self.symbols: tuple[sympy.Symbol, ...] = tuple(n.meta[BINDS] for n in self.nodes if BINDS in n.meta)
-        self._placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    def __init__(self, linked: LinkedStep) -> None:
+        self._ops = linked.early
+        self.results, self.symbols = linked.step.early_results, linked.step.symbols
+        self._inputs = [given.name for given in linked.step.graph.inputs]
 
     def run(
         self, inputs: Sequence[Any], room: Callable[[int, int], int] = lambda position, count: count
@@ -44,23 +40,23 @@ class Prologue:
                 no fewer.  It is asked where row numbers may be repeated; all rows are the most that is computed.
 
         Returns:
-            The values of ``nodes`` by name, and the numbers for ``symbols``.
+            The values of its ops by name, and the numbers for ``symbols``.
         """
-        if not self.nodes:
+        if not self._ops:
             return {}, ()
-        values: dict[fx.Node, Any] = dict(zip(self._placeholders, inputs, strict=True))
+        values: dict[str, Any] = dict(zip(self._inputs, inputs, strict=True))
         counts: list[int] = []
         with torch.no_grad():
-            for node in self.nodes:
-                args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-                if MAY_REPEAT in node.meta:
-                    count, most = values[node].shape[0], values[node.all_input_nodes[0]].numel()
-                    values[node] = _repeated(values[node], min(room(len(counts), count), most))
-                if BINDS in node.meta:
-                    found = values[node]
+            for linked in self._ops:
+                args, kwargs = linked.arguments(values)
+                found, op = linked.function(*args, **kwargs), linked.op
+                if op.may_repeat:
+                    count, most = found.shape[0], values[op.operands[0]].numel()
+                    found = _repeated(found, min(room(len(counts), count), most))
+                if op.binds is not None:
                     counts.append(found if isinstance(found, int) else found.shape[0])
-        return {node.name: values[node] for node in self.nodes}, tuple(counts)
+                values[op.name] = found
+        return {linked.name: values[linked.name] for linked in self._ops}, tuple(counts)
 
 
 def _repeated(numbers: Tensor, size: int) -> Tensor:

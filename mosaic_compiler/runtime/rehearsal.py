@@ -16,13 +16,12 @@ from threading import get_ident
 
 import sympy
 import torch
-from torch import fx
 
-from mosaic_compiler.book.scratch import attention_operands
 from mosaic_compiler.kernels import attention
 from mosaic_compiler.kernels.cluster_form import span
 from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.runtime.arena import Arena
+from mosaic_compiler.runtime.link import LinkedGraph, object_of
 
 _MOST_WORK = 1 << 42
 """Floating-point operations of an attention that is rehearsed: 7 ms on an H100."""
@@ -49,8 +48,8 @@ class Rehearsal:
         known: symbols with values before a step is planned.
     """
 
-    def __init__(self, graph: fx.Graph, known: Collection[sympy.Symbol]) -> None:
-        self.node = next((node for node in graph.nodes if attention.makes_plan(node, known)), None)
+    def __init__(self, graph: LinkedGraph, known: Collection[sympy.Symbol]) -> None:
+        self.node = next((linked for linked in graph.ops if attention.makes_plan(linked.op.attention, known)), None)
         self._seen: set[tuple[int, tuple[_Operand, ...]]] = set()
 
     def of(self, sizes: Sizes, arena: Arena, budget: int | None) -> Callable[[], None] | None:
@@ -73,15 +72,18 @@ class Rehearsal:
 
     def _operands(self, sizes: Sizes) -> tuple[_Operand, ...]:
         assert self.node is not None
+        facts = self.node.op.attention
+        assert facts is not None
+        layouts = zip(facts.shapes, facts.strides, strict=True)
+        dtype = object_of(facts.dtype)
         return tuple(
-            _Operand(tensor.dtype, tuple(map(sizes, tensor.shape)), tuple(map(sizes, tensor.stride())))
-            for tensor in attention_operands(self.node)
+            _Operand(dtype, tuple(map(sizes, shape)), tuple(map(sizes, strides))) for shape, strides in layouts
         )
 
     def _run(self, operands: Sequence[_Operand], arena: Arena) -> None:
         """All operands are the arena's first bytes: it does not matter what they hold."""
         assert self.node is not None
-        assert callable(self.node.target)
         with torch.inference_mode(False), torch.no_grad(), contextlib.suppress(torch.OutOfMemoryError):
             views = [arena.tensor(0, o.dtype, o.shape, o.strides, arena.reserved) for o in operands]
-            self.node.target(*views, *self.node.args[len(views) :], **self.node.kwargs)
+            others, kwargs = self.node.others(len(views))
+            self.node.function(*views, *others, **kwargs)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mosaic_compiler.errors import ArenaError, BudgetError
 from mosaic_compiler.kernels.scatter_rows import BLOCK_PAGES, touched_runs
-from mosaic_compiler.planning.plan import align
+from mosaic_compiler.planning.buffers import align
 from mosaic_compiler.runtime.cuda_driver import CudaDriver, Driver, OutOfDeviceMemory, index_of, map_new, tried_twice
 from mosaic_compiler.runtime.pools import arena_problem
 

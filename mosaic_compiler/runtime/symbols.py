@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from mosaic_compiler.compat.symbols import free_unbacked_symbols, has_hint, hint
 from mosaic_compiler.errors import CaptureError
 from mosaic_compiler.ir import ops
 from mosaic_compiler.kernels.scatter_rows import pages_per_row
+from mosaic_compiler.planning.lowered import Reading
 from mosaic_compiler.planning.outline import Selected
 
 UNKNOWN = 64
@@ -106,53 +106,49 @@ def _packet(node: fx.Node) -> Any:
     return getattr(node.target, "overloadpacket", None)
 
 
-def _read_value(index: int, inputs: Sequence[Any]) -> int:
-    return int(inputs[index])
-
-
-def _read_size(index: int, dim: int, inputs: Sequence[Any]) -> int:
-    return int(inputs[index].shape[dim])
-
-
-def _read_stride(index: int, dim: int, inputs: Sequence[Any]) -> int:
-    return int(inputs[index].stride(dim))
-
-
-def _read_offset(index: int, inputs: Sequence[Any]) -> int:
-    return int(inputs[index].storage_offset())
-
-
-def symbol_readers(
+def symbol_readings(
     module: fx.GraphModule, placeholders: Sequence[fx.Node], bound: Sequence[sympy.Symbol]
-) -> tuple[tuple[sympy.Symbol, Callable[[Sequence[Any]], int]], ...]:
+) -> tuple[Reading, ...]:
     """For every symbol of the graph that the prologue does not bind, where in the inputs its value stands.
 
     Raises:
         CaptureError: if a symbol is no input's size, stride, storage offset or value.
     """
-    readers: dict[sympy.Symbol, Callable[[Sequence[Any]], int]] = {}
+    found: dict[sympy.Symbol, Reading] = {}
 
-    def offer(number: Any, read: Callable[[Sequence[Any]], int]) -> None:
+    def offer(number: Any, what: str, index: int, dim: int = 0) -> None:
         if isinstance(number, torch.SymInt) and isinstance(symbol := ir.expr_of(number), sympy.Symbol):
-            readers.setdefault(symbol, read)
+            found.setdefault(symbol, Reading(symbol, what, index, dim))
 
     for index, node in enumerate(placeholders):
-        offer(ir.value_of(node), functools.partial(_read_value, index))
+        offer(ir.value_of(node), "value", index)
     for index, node in enumerate(placeholders):
         tensor = ir.tensor_of(node)
         for dim in range(tensor.dim() if tensor is not None else 0):
             assert tensor is not None
-            offer(tensor.shape[dim], functools.partial(_read_size, index, dim))
-            offer(tensor.stride(dim), functools.partial(_read_stride, index, dim))
+            offer(tensor.shape[dim], "size", index, dim)
+            offer(tensor.stride(dim), "stride", index, dim)
         if tensor is not None:
-            offer(tensor.storage_offset(), functools.partial(_read_offset, index))
+            offer(tensor.storage_offset(), "offset", index)
     for node in module.graph.nodes:
         for number in ir.numbers_in(ir.value_of(node)):
             if not ir.is_symbolic_number(number) or free_unbacked_symbols(number):
                 continue
             if isinstance(number, torch.SymFloat):
                 continue
-            missing = ir.expr_of(number).free_symbols - readers.keys() - set(bound)
+            missing = ir.expr_of(number).free_symbols - found.keys() - set(bound)
             if missing:
                 raise CaptureError(f"{node.name} depends on {missing}, which no input's size says")
-    return tuple(readers.items())
+    return tuple(found.values())
+
+
+def reader_of(reading: Reading) -> Callable[[Sequence[Any]], int]:
+    """Reads the value of a symbol off the inputs."""
+    index, dim = reading.index, reading.dim
+    readers: dict[str, Callable[[Sequence[Any]], int]] = {
+        "value": lambda inputs: int(inputs[index]),
+        "size": lambda inputs: int(inputs[index].shape[dim]),
+        "stride": lambda inputs: int(inputs[index].stride(dim)),
+        "offset": lambda inputs: int(inputs[index].storage_offset()),
+    }
+    return readers[reading.what]

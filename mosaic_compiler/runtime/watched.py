@@ -14,24 +14,24 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch import fx
-from torch._ops import OpOverload
 
 from mosaic_compiler import ir
 from mosaic_compiler.compat.tensors import conjugated, negated
 from mosaic_compiler.errors import CaptureError
+from mosaic_compiler.planning.lowered import LoweredOp
 from mosaic_compiler.runtime.instructions import Instruction, Slot
+from mosaic_compiler.runtime.link import Linked
 
 _OURS = frozenset({"aten", "prims", "mosaic"})
 
 
 Layout: TypeAlias = "tuple[tuple[int, ...], str] | None"
 """Strides and lazy bits."""
-Found: TypeAlias = "Callable[[fx.Node, str], None]"
+Found: TypeAlias = "Callable[[LoweredOp, str], None]"
 
 
 def watched(
-    node: fx.Node,
+    linked: Linked,
     run: Instruction,
     arguments: Any,
     layouts: Sequence[Layout],
@@ -42,16 +42,16 @@ def watched(
     """``run``, and copies of those of its results that are not what a plan takes them for.
 
     Args:
-        node: the op, whose schema says that its results are memory of their own.
+        linked: the op, whose schema says that its results are memory of their own.
         arguments: nested, of tensors, slots and what else it is called with.
         layouts: of the results, where they are known when the op is bound.
         taken: addresses of the arena.
-        found: called with the node and ``undeclared-alias`` or ``undeclared-layout`` where that is not so.
+        found: called with the op and ``undeclared-alias`` or ``undeclared-layout`` where that is not so.
 
     The call raises :class:`CaptureError` where a fake kernel is wrong about the number of dims.
     """
     operands = [leaf for leaf in _leaves(arguments) if isinstance(leaf, (torch.Tensor, Slot))]
-    once = isinstance(node.target, OpOverload) and node.target.namespace in _OURS
+    once = linked.op.target.partition(".")[0] in _OURS
     trusted = False
 
     def instruction() -> Any:
@@ -67,12 +67,12 @@ def watched(
             if isinstance(result, torch.Tensor) and result.layout == torch.strided and result.numel():
                 if layout is not None and len(layout[0]) != result.dim():
                     raise CaptureError(
-                        f"{node.target} returns {list(result.shape)}, where its fake kernel says {len(layout[0])} "
+                        f"{linked.op.target} returns {list(result.shape)}, where its fake kernel says {len(layout[0])} "
                         "dims: mend the fake kernel (torch.library.register_fake)"
                     )
                 problem = _problem(result, layout, occupied)
                 if problem is not None:
-                    found(node, problem)
+                    found(linked.op, problem)
                     result, is_clean = _copy(result, layout), False
                 occupied.append(_bytes_of(result))
             own.append(result)

@@ -20,7 +20,7 @@ from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.planning.budget import parse_budget
 from mosaic_compiler.planning.plan import Fallback, MemoryPlan
 from mosaic_compiler.runtime.devices import check_machine
-from mosaic_compiler.runtime.step import CompiledStep, running, within_budget
+from mosaic_compiler.runtime.engine import Step, running, within_budget
 from mosaic_compiler.sampling.calls import ModelCall
 from mosaic_compiler.sampling.proposal import HeadRows, Proposal
 
@@ -60,7 +60,7 @@ class Proposer:
     ) -> None:
         self.plan: MemoryPlan | None = None
         self._said: dict[str, Fallback] = {}
-        self._ran: dict[int, CompiledStep] = {}
+        self._ran: dict[int, Step] = {}
         self._model, self._call, self._rule = model, call, rule
         given = dict(options)
         self._budget = parse_budget(given.pop("memory_budget", None))
@@ -95,7 +95,7 @@ class Proposer:
             return self._proposal()(*arguments) if self._compiled is None else self._run(self._compiled, arguments)
 
     def _run(self, compiled: _Compiled, arguments: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        ran: list[CompiledStep] = []
+        ran: list[Step] = []
         picked = compiled.picked
         with running(ran.append), within_budget(self._budget), picked or nullcontext():
             result: tuple[Tensor, Tensor] = compiled.function(*arguments)

@@ -1,0 +1,213 @@
+"""From a graph and its lives to data: :class:`~mosaic_compiler.planning.lowered.LoweredStep`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._ops import HigherOrderOperator, OpOverload
+
+from mosaic_compiler import ir
+from mosaic_compiler.compat.tracing import tree_flatten
+from mosaic_compiler.errors import CaptureError
+from mosaic_compiler.ir.clusters import Cluster, clusters_in
+from mosaic_compiler.ir.loops import ChunkLoop
+from mosaic_compiler.kernels import attention
+from mosaic_compiler.lowering.forms import Form
+from mosaic_compiler.lowering.scopes import Facts, Lives, Scope
+from mosaic_compiler.planning.lowered import (
+    Input,
+    Kind,
+    LoweredCluster,
+    LoweredGraph,
+    LoweredLoop,
+    LoweredOp,
+    LoweredStep,
+    Named,
+    Ref,
+    TensorFacts,
+)
+
+
+def lower(module: fx.GraphModule, lives: Lives) -> LoweredStep:
+    """The step of a graph after all passes, as data.
+
+    Raises:
+        CaptureError: for arguments of operators that cannot be said by name.
+    """
+    graph = module.graph
+    varying = frozenset(node.meta[ir.BINDS] for node in lives.prologue if ir.BINDS in node.meta)
+    members = set(lives.prologue)
+    bodies: dict[ChunkLoop, LoweredGraph] = {}
+
+    def body_of(loop: ChunkLoop, scope: Scope) -> LoweredGraph:
+        if loop not in bodies:
+            bodies[loop] = _graph(loop.body, scope, varying)
+        return bodies[loop]
+
+    loops = {
+        node.name: LoweredLoop(
+            body_of(span.loop, span.scope), span.loop.operands, span.loop.outputs, span.loop.chunk, span.rows
+        )
+        for node, span in lives.loops.items()
+    }
+    early_scope = Scope(lives.prologue, {n: Form(Kind.OPAQUE) for n in lives.prologue}, lives.scope.storage, {}, {})
+    return LoweredStep(
+        graph=_graph(module, lives.scope, varying),
+        early=tuple(_op(node, early_scope, {}, varying) for node in lives.prologue),
+        early_results=tuple(node.name for node in lives.prologue if not members.issuperset(node.users)),
+        loops=loops,
+        clusters={str(node.target): _cluster(cluster) for node, cluster in clusters_in(module)},
+        constants=tuple(dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "get_attr")),
+        lives=lives.data(),
+        device=str(lives.device),
+    )
+
+
+def _graph(module: fx.GraphModule, scope: Scope, varying: Collection[sympy.Symbol]) -> LoweredGraph:
+    results, _ = tree_flatten(module.graph.output_node().args[0])
+    deaths = scope.deaths
+    return LoweredGraph(
+        inputs=tuple(map(input_of, module.graph.find_nodes(op="placeholder"))),
+        ops=tuple(_op(node, scope, deaths, varying) for node in scope.nodes),
+        results=tuple(map(_argument, results)),
+        places={
+            (root[0].name, root[1]): _local(buffer.name, buffer.loop) for root, buffer in scope.root_buffers.items()
+        },
+        direct={(root[0].name, root[1]): index for root, index in scope.direct.items()},
+    )
+
+
+def _local(name: str, loop: str) -> str:
+    """A buffer's name inside of the body that it is local to."""
+    return name.removeprefix(f"{loop}.") if loop else name
+
+
+def input_of(node: fx.Node) -> Input:
+    """A placeholder, as data."""
+    value, tensor = ir.value_of(node), ir.tensor_of(node)
+    number = ir.expr_of(value) if ir.is_symbolic_number(value) or isinstance(value, (int, float)) else None
+    return Input(node.name, None if tensor is None else _tensor(tensor, tensor.stride()), number)
+
+
+def _tensor(tensor: torch.Tensor, strides: Any) -> TensorFacts:
+    return TensorFacts(
+        str(tensor.dtype),
+        str(tensor.device),
+        tuple(map(ir.expr_of, tensor.shape)),
+        tuple(map(ir.expr_of, strides)),
+        ir.lazy_bits(tensor),
+        ir.expr_of(tensor.storage_offset()) if tensor.layout == torch.strided else sympy.Integer(0),
+    )
+
+
+def _op(
+    node: fx.Node, scope: Scope, deaths: Mapping[fx.Node, list[ir.Root]], varying: Collection[sympy.Symbol]
+) -> LoweredOp:
+    value, form, facts = ir.value_of(node), scope.forms[node], scope.facts_of(node)
+    roots = scope.storage.roots(node)
+    base = ir.alias_base(node) if node.op == "call_function" else None
+    owned = [scope.root_buffers.get((node, index)) for index in range(len(roots))]
+    own = set(ir.free_symbols(node))
+    return LoweredOp(
+        name=node.name,
+        kind=form.kind,
+        target=target_name(node),
+        args=tuple(map(_argument, node.args)),
+        kwargs={name: _argument(given) for name, given in node.kwargs.items()},
+        way=form.way,
+        outputs=_outputs(node, facts),
+        is_list=isinstance(value, (tuple, list)),
+        has_lists=isinstance(value, (tuple, list)) and any(isinstance(part, (tuple, list)) for part in value),
+        number=_number(value),
+        roots=tuple(None if root is None else (root[0].name, root[1]) for root in roots),
+        buffers=tuple(None if buffer is None else _local(buffer.name, buffer.loop) for buffer in owned),
+        dies=tuple((root[0].name, root[1]) for root in deaths.get(node, ())),
+        base=None if base is None else base.name,
+        into=ir.taken_over(node),
+        scatters=tuple(_scatter(node, index) for index in range(len(ir.tensors_of(node)))),
+        read=frozenset(user.args[1] for user in node.users if target_name(user) == "_operator.getitem"),  # type: ignore[misc]
+        symbols=facts.symbols,
+        depends=frozenset(own.union(*(ir.free_symbols(operand) for operand in node.all_input_nodes))),
+        operands=tuple(operand.name for operand in node.all_input_nodes),
+        can_be_empty=facts.can_be_empty,
+        binds=node.meta.get(ir.BINDS),
+        may_repeat=ir.MAY_REPEAT in node.meta,
+        attention=attention.facts_of(node, varying),
+        source=ir.provenance(node).source,
+    )
+
+
+def _outputs(node: fx.Node, facts: Facts) -> tuple[TensorFacts | None, ...]:
+    return tuple(
+        None if tensor is None or known is None else _facts(tensor, known.shape, known.strides)
+        for tensor, known in zip(ir.tensors_of(node), facts.outputs, strict=True)
+    )
+
+
+def _facts(tensor: torch.Tensor, shape: Any, strides: Any) -> TensorFacts:
+    return TensorFacts(str(tensor.dtype), str(tensor.device), tuple(shape), tuple(strides), ir.lazy_bits(tensor))
+
+
+def _number(value: Any) -> Any:
+    """A number as itself or as an expression; ``None`` for what Python computes (floats) and what is none."""
+    if isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, (torch.SymInt, torch.SymBool)):
+        return ir.expr_of(value)
+    return None
+
+
+def _scatter(node: fx.Node, index: int) -> tuple[Ref, Any, int] | None:
+    found = ir.scatter_of(node, index)
+    return None if found is None else (Ref(found[0].name), _argument(found[1]), found[2])
+
+
+def target_name(node: fx.Node) -> str:
+    """What a node calls, by name: ``aten.mm.default``, ``_operator.mul``, ``fused_0``."""
+    target = node.target
+    if isinstance(target, (OpOverload, str)):
+        return str(target)
+    if isinstance(target, HigherOrderOperator):
+        return f"higher_order.{target}"
+    home = getattr(target, "__module__", None) or "builtins"
+    return f"{home}.{getattr(target, '__qualname__', getattr(target, '__name__', ''))}"
+
+
+_NAMED = (torch.dtype, torch.layout, torch.memory_format)
+
+
+def _argument(given: Any) -> Any:
+    if isinstance(given, fx.Node):
+        return Ref(given.name)
+    if isinstance(given, torch.device):
+        return Named(f"device:{given}")
+    if isinstance(given, _NAMED):
+        return Named(str(given))
+    if isinstance(given, tuple):
+        return tuple(map(_argument, given))
+    if isinstance(given, list):
+        return list(map(_argument, given))
+    if isinstance(given, dict):
+        return {name: _argument(value) for name, value in given.items()}
+    if isinstance(given, slice):
+        return slice(*(map(_argument, (given.start, given.stop, given.step))))
+    if given is None or isinstance(given, (bool, int, float, complex, str)):
+        return given
+    raise CaptureError(f"an argument of a {type(given).__name__} ({given!r}) cannot be said by name")
+
+
+def _cluster(cluster: Cluster) -> LoweredCluster:
+    graph = cluster.body.graph
+    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    scope = Scope(tuple(nodes), {n: Form(Kind.OPAQUE) for n in nodes}, ir.StorageMap(graph), {}, {})
+    results: Any = graph.output_node().args[0]
+    return LoweredCluster(
+        inputs=tuple(map(input_of, graph.find_nodes(op="placeholder"))),
+        ops=tuple(_op(node, scope, {}, ()) for node in nodes),
+        results=tuple(node.name for node in results),
+        into=cluster.into,
+    )

@@ -1,0 +1,133 @@
+"""A lowered step is data: it is printed, pickled, planned where there is no torch, and run where there is no graph."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mosaic_compiler.backend import compile_aten
+from mosaic_compiler.errors import CaptureError
+from mosaic_compiler.options import MosaicOptions
+from mosaic_compiler.passes import trace
+from mosaic_compiler.planning.lowered import Kind
+from mosaic_compiler.runtime.loading import LoadedStep
+
+ROOT = Path(__file__).parent.parent
+
+
+def step(x, mask, w, head):
+    """x [N, 8]; the head's rows are read where the mask holds."""
+    q, k, v = ((x @ w)[None, None] * scale for scale in (1.0, 0.5, 2.0))
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v)[0, 0]
+    y = x + torch.nn.functional.silu(y @ w) * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-5)
+    return torch.where(mask, torch.softmax(y @ head, -1).amax(-1), 0.0), y.float()
+
+
+def arguments(n):
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(n, 8, generator=generator)
+    return x, torch.arange(n) % 3 == 0
+
+
+def weights():
+    generator = torch.Generator().manual_seed(7)
+    return {name: torch.randn(8, width, generator=generator) for name, width in (("w_1", 8), ("head_1", 40))}
+
+
+def compiled(**options):
+    module = trace(step, *arguments(12), *weights().values(), dynamic=[(0,), (0,)])
+    return compile_aten(module, MosaicOptions(**options), static_inputs=[2, 3])
+
+
+PLANS = """
+import sys
+sys.modules["torch"] = None  # an import of it fails
+import pickle
+kept = pickle.load(open(sys.argv[1], "rb"))
+for tokens in (4096, 9000, 20000):
+    plan = kept.outline.plan_for(tokens, 0.5).plan
+    small = kept.outline.plan_for(tokens, 0.5, plan.workspace * 9 // 10).plan
+    print(plan.to_json(indent=None), small.to_json(indent=None), sep="\\n")
+print(kept.variants["loops"])
+assert not [name for name in sys.modules if name.startswith("torch.")]
+"""
+
+RUNS = """
+import pickle, sys, torch
+from mosaic_compiler.options import MosaicOptions
+from mosaic_compiler.runtime.loading import LoadedStep
+kept = pickle.load(open(sys.argv[1], "rb"))
+given = torch.load(sys.argv[2])
+step = LoadedStep(kept, given["weights"], MosaicOptions(poison=True))
+results = [step(inputs) for inputs in given["inputs"]]
+torch.save([results, [failure.reason for c in step.variants.values() for k, _ in c._kernels if (failure := k.failure)]],
+           sys.argv[3])
+"""
+
+
+def elsewhere(script, *paths):
+    command = [sys.executable, "-c", script, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert not done.returncode, done.stderr
+    return done.stdout
+
+
+def keep(run, folder):
+    path = folder / "step.pickle"
+    path.write_bytes(pickle.dumps(run.kept.data()))
+    return path
+
+
+def test_it_plans_in_a_process_without_torch(tmp_path):
+    run = compiled(disable=("fuse",))
+    *lines, text = elsewhere(PLANS, keep(run, tmp_path)).split("\n", 6)
+    expected = []
+    for tokens in (4096, 9000, 20000):
+        plan = run.outline.plan_for(tokens, 0.5).plan
+        expected += [plan, run.outline.plan_for(tokens, 0.5, plan.workspace * 9 // 10).plan]
+    assert [json.loads(line)["buffers"] for line in lines] == [json.loads(p.to_json())["buffers"] for p in expected]
+    assert "chunk_loop_0" in text
+    assert "aten._scaled_dot_product_flash_attention_for_cpu.default" in text
+
+
+@pytest.mark.parametrize("fuse", [False, pytest.param(True, marks=pytest.mark.fuse)])
+def test_it_runs_in_another_process_with_weights_by_name(tmp_path, fuse):
+    run = compiled(poison=True, **({} if fuse else {"disable": ("fuse",)}))
+    assert bool(run.kept.variants["flat"].clusters) == fuse
+    given, results = tmp_path / "given.pt", tmp_path / "results.pt"
+    inputs = [arguments(n) for n in (12, 30, 3, 2)]
+    torch.save({"weights": weights(), "inputs": inputs}, given)
+    elsewhere(RUNS, keep(run, tmp_path), given, results)
+    found, failures = torch.load(results)
+    assert not failures
+    for result, own in zip(found, inputs, strict=True):
+        for got, expected in zip(result, step(*own, *weights().values()), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        if not fuse:
+            for got, here in zip(result, run([*own, *weights().values()]), strict=True):
+                assert torch.equal(got, here)
+
+
+def test_what_is_missing_is_said():
+    kept = compiled(disable=("fuse",)).kept
+    with pytest.raises(CaptureError, match="needs 1 more weights: head_1"):
+        LoadedStep(kept, {"w_1": torch.randn(8, 8)})
+    with pytest.raises(CaptureError, match=r"takes 2 inputs besides weights \(x_1, mask_1\), got 1"):
+        LoadedStep(kept, weights())([torch.randn(3, 8)])
+
+
+def test_every_op_says_how_it_gets_its_result():
+    lowered = compiled(disable=("fuse",)).kept.variants["loops"]
+    ops = [*lowered.graph.ops, *(op for loop in lowered.loops.values() for op in loop.body.ops)]
+    assert all(op.way for op in ops if op.kind is Kind.DESTINATION)
+    assert {op.kind for op in ops} >= {Kind.DESTINATION, Kind.VIEW, Kind.LOOP, Kind.NUMBER}
+    assert lowered.symbols
+    text = str(lowered)
+    assert text.startswith("early: ")
+    assert text.splitlines()[-1].startswith("return %")
