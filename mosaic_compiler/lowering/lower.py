@@ -17,7 +17,7 @@ from mosaic_compiler.ir.clusters import Cluster, clusters_in
 from mosaic_compiler.ir.loops import ChunkLoop
 from mosaic_compiler.kernels import attention
 from mosaic_compiler.lowering.forms import Form
-from mosaic_compiler.lowering.scopes import Facts, Lives, Scope
+from mosaic_compiler.lowering.scopes import Lives, Scope
 from mosaic_compiler.planning.lowered import (
     Input,
     Kind,
@@ -90,24 +90,21 @@ def input_of(node: fx.Node) -> Input:
     """A placeholder, as data."""
     value, tensor = ir.value_of(node), ir.tensor_of(node)
     number = ir.expr_of(value) if ir.is_symbolic_number(value) or isinstance(value, (int, float)) else None
-    return Input(node.name, None if tensor is None else _tensor(tensor, tensor.stride()), number)
+    if tensor is None or tensor.layout != torch.strided:
+        return Input(node.name, None, number)
+    return Input(node.name, _tensor(tensor, tensor.stride(), ir.expr_of(tensor.storage_offset())), number)
 
 
-def _tensor(tensor: torch.Tensor, strides: Any) -> TensorFacts:
-    return TensorFacts(
-        str(tensor.dtype),
-        str(tensor.device),
-        tuple(map(ir.expr_of, tensor.shape)),
-        tuple(map(ir.expr_of, strides)),
-        ir.lazy_bits(tensor),
-        ir.expr_of(tensor.storage_offset()) if tensor.layout == torch.strided else sympy.Integer(0),
-    )
+def _tensor(tensor: torch.Tensor, strides: Any, offset: sympy.Expr) -> TensorFacts:
+    sizes, steps = tuple(map(ir.expr_of, tensor.shape)), tuple(map(ir.expr_of, strides))
+    return TensorFacts(str(tensor.dtype), str(tensor.device), sizes, steps, ir.lazy_bits(tensor), offset)
 
 
 def _op(
     node: fx.Node, scope: Scope, deaths: Mapping[fx.Node, list[ir.Root]], varying: Collection[sympy.Symbol]
 ) -> LoweredOp:
-    value, form, facts = ir.value_of(node), scope.forms[node], scope.facts_of(node)
+    value, form, outputs = ir.value_of(node), scope.forms[node], _outputs(node)
+    tensors = [facts for facts in outputs if facts is not None]
     roots = scope.storage.roots(node)
     base = ir.alias_base(node) if node.op == "call_function" else None
     owned = [scope.root_buffers.get((node, index)) for index in range(len(roots))]
@@ -119,7 +116,7 @@ def _op(
         args=tuple(map(_argument, node.args)),
         kwargs={name: _argument(given) for name, given in node.kwargs.items()},
         way=form.way,
-        outputs=_outputs(node, facts),
+        outputs=outputs,
         is_list=isinstance(value, (tuple, list)),
         has_lists=isinstance(value, (tuple, list)) and any(isinstance(part, (tuple, list)) for part in value),
         number=_number(value),
@@ -130,10 +127,10 @@ def _op(
         into=ir.taken_over(node),
         scatters=tuple(_scatter(node, index) for index in range(len(ir.tensors_of(node)))),
         read=frozenset(user.args[1] for user in node.users if target_name(user) == "_operator.getitem"),  # type: ignore[misc]
-        symbols=facts.symbols,
+        symbols=frozenset(s for facts in tensors for n in (*facts.shape, *facts.strides) for s in n.free_symbols),
         depends=frozenset(own.union(*(ir.free_symbols(operand) for operand in node.all_input_nodes))),
         operands=tuple(operand.name for operand in node.all_input_nodes),
-        can_be_empty=facts.can_be_empty,
+        can_be_empty=bool(tensors) and not any(map(_is_filled, tensors)) and not ir.has_effect(node),
         binds=node.meta.get(ir.BINDS),
         may_repeat=ir.MAY_REPEAT in node.meta,
         attention=attention.facts_of(node, varying),
@@ -141,15 +138,17 @@ def _op(
     )
 
 
-def _outputs(node: fx.Node, facts: Facts) -> tuple[TensorFacts | None, ...]:
+def _outputs(node: fx.Node) -> tuple[TensorFacts | None, ...]:
+    """Its tensors, in storage of their own."""
     return tuple(
-        None if tensor is None or known is None else _facts(tensor, known.shape, known.strides)
-        for tensor, known in zip(ir.tensors_of(node), facts.outputs, strict=True)
+        None if t is None else _tensor(t, ir.own_strides(t) if t.layout == torch.strided else (), sympy.Integer(0))
+        for t in ir.tensors_of(node)
     )
 
 
-def _facts(tensor: torch.Tensor, shape: Any, strides: Any) -> TensorFacts:
-    return TensorFacts(str(tensor.dtype), str(tensor.device), tuple(shape), tuple(strides), ir.lazy_bits(tensor))
+def _is_filled(facts: TensorFacts) -> bool:
+    """It has elements, whatever the sizes are."""
+    return all(size.is_Integer and size != 0 for size in facts.shape)
 
 
 def _number(value: Any) -> Any:

@@ -17,50 +17,6 @@ from mosaic_compiler.planning.lives import StepLives, SymbolicBuffer
 
 
 @dataclass(frozen=True)
-class OwnLayout:
-    """Sizes and strides of a result as expressions, in storage of its own."""
-
-    dtype: torch.dtype
-    device: torch.device
-    shape: tuple[sympy.Expr, ...]
-    strides: tuple[sympy.Expr, ...]
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a node produces, as binding needs it.
-
-    Attributes:
-        outputs: its tensors; ``None`` for what is none.
-        symbols: of all sizes and strides.
-        can_be_empty: for some sizes it has nothing to do.
-    """
-
-    outputs: tuple[OwnLayout | None, ...]
-    symbols: frozenset[sympy.Symbol]
-    can_be_empty: bool
-
-    @classmethod
-    def of(cls, node: fx.Node) -> Facts:
-        outputs = tuple(
-            None
-            if tensor is None
-            else OwnLayout(
-                tensor.dtype,
-                tensor.device,
-                tuple(ir.expr_of(size) for size in tensor.shape),
-                tuple(ir.expr_of(step) for step in ir.own_strides(tensor)),
-            )
-            for tensor in ir.tensors_of(node)
-        )
-        tensors = [output for output in outputs if output is not None]
-        numbers = {number for tensor in tensors for number in (*tensor.shape, *tensor.strides)}
-        symbols = frozenset(symbol for number in numbers for symbol in number.free_symbols)
-        filled = any(all(size.is_Integer and size != 0 for size in tensor.shape) for tensor in tensors)
-        return cls(outputs, symbols, bool(tensors) and not filled and not ir.has_effect(node))
-
-
-@dataclass(frozen=True)
 class Scope:
     """One graph that runs: the step's, or the body of one call of a loop.
 
@@ -76,7 +32,6 @@ class Scope:
     storage: ir.StorageMap
     root_buffers: Mapping[ir.Root, SymbolicBuffer]
     direct: Mapping[ir.Root, int]
-    facts: dict[fx.Node, Facts] = field(default_factory=dict)
 
     @cached_property
     def deaths(self) -> dict[fx.Node, list[ir.Root]]:
@@ -91,13 +46,6 @@ class Scope:
         found: dict[fx.Node, list[ir.Root]] = {}
         for root, node in last.items():
             found.setdefault(node, []).append(root)
-        return found
-
-    def facts_of(self, node: fx.Node) -> Facts:
-        """What binding asks of a node, looked up once for all lengths."""
-        found = self.facts.get(node)
-        if found is None:
-            found = self.facts[node] = Facts.of(node)
         return found
 
 
@@ -138,7 +86,6 @@ class Lives(StepLives):
     loops: Mapping[fx.Node, LoopSpan] = field(repr=False)
     unsized: tuple[fx.Node, ...] = ()
     elsewhere: tuple[fx.Node, ...] = ()
-    _dependent: dict[frozenset[sympy.Symbol], tuple[fx.Node, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
@@ -152,14 +99,3 @@ class Lives(StepLives):
         for span in self.loops.values():
             every.update(span.scope.forms)
         return every
-
-    def depending_on(self, symbols: frozenset[sympy.Symbol]) -> tuple[fx.Node, ...]:
-        """The step's own nodes whose results, or something they read, have sizes with these symbols."""
-        if symbols not in self._dependent:
-            found: set[fx.Node] = set()
-            for node in self.scope.nodes:
-                touched = (node, *node.all_input_nodes)  # operands too: those of the prologue are no nodes of the step
-                if found.intersection(touched) or any(ir.free_symbols(other) & symbols for other in touched):
-                    found.add(node)
-            self._dependent[symbols] = tuple(node for node in self.scope.nodes if node in found)
-        return self._dependent[symbols]

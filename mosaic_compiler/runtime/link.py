@@ -185,6 +185,8 @@ class LinkedStep:
     def __init__(self, step: LoweredStep, clusters: Mapping[str, Cluster], constants: Mapping[str, Any]) -> None:
         self.step, self.constants = step, constants
         self.device = torch.device(step.device)
+        self.varying = step.graph.depending_on(frozenset(step.symbols))
+        """Names of ops that depend on how many rows are computed."""
         self.early = [Linked(op, clusters) for op in step.early]
         self.graph = LinkedGraph(step.graph, clusters)
         known: dict[LoweredGraph, LinkedGraph] = {}

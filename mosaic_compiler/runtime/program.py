@@ -157,12 +157,11 @@ class _StepBinder(Binder):
             self.values[given.name] = self._placeholder(given, index, inputs[index], static)
         for index, name in enumerate(linked.step.early_results, len(self.graph.inputs)):
             self.values[name] = Slot(index)
-        self._depending = self.graph.depending_on(frozenset(linked.step.symbols))
 
     def resize(self, sizes: Sizes) -> None:
         """Other numbers of computed rows: what depends on them is pending."""
         self.sizes = sizes
-        self.pending.update(self._depending)
+        self.pending.update(self.shared.step.varying)
 
     def bind_pending(self, linked: Linked) -> list[Instruction]:
         """The op's calls, bound if that is pending.  Views must not be inference tensors: later calls may be made
