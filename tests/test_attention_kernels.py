@@ -22,7 +22,7 @@ from mosaic_compiler.book.scratch import flash_scratch, multiprocessors
 from mosaic_compiler.kernels import attention
 from mosaic_compiler.planning.flash import split_bytes
 from mosaic_compiler.planning.lives import Sizes
-from mosaic_compiler.planning.outline import capacity
+from mosaic_compiler.planning.room import capacity
 
 aten = torch.ops.aten
 CUDNN = aten._scaled_dot_product_cudnn_attention.default

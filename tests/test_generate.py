@@ -374,3 +374,24 @@ def test_512_new_tokens_behind_a_long_text_inside_64_mib(tiny_llada, genesis):
     assert torch.equal(result.sequences, expected)
     assert result.plan.workspace <= 64 << 20
     assert max(b.shape[0] for b in result.plan.buffers if b.shape[-1:] == (8192,)) <= 512
+
+
+def test_a_sampler_is_a_generator_of_steps(monkeypatch):
+    """One more: from left to right, one token a step.  It asks for that position only, and is sent the proposal."""
+    from mosaic_compiler.sampling import run, samplers
+
+    def leftmost(state):
+        for position in range(state.start, state.ids.shape[1]):
+            where = torch.zeros_like(state.ids, dtype=torch.bool)
+            where[:, position] = True
+            proposed, confidence = yield samplers.Wanted(where, position)
+            assert bool(confidence[where].isfinite().all())
+            assert bool((confidence[~where] == float("-inf")).all())
+            state.ids = torch.where(where, proposed, state.ids)
+
+    monkeypatch.setattr(run, "SAMPLERS", {**samplers.SAMPLERS, "llada": leftmost})
+    model, prompt = LLaDALike().eval().requires_grad_(False), torch.tensor([[1, 2, 3]])
+    given = {"gen_length": 8, "steps": 8, "block_length": 8, "mask_token_id": MASK}
+    both = [mosaic_compiler.generate(model, prompt, **given, compile=c) for c in (True, False)]
+    assert torch.equal(both[0].sequences, both[1].sequences)
+    assert not bool((both[0].sequences == MASK).any())

@@ -12,6 +12,8 @@ from typing import Any
 
 import sympy
 
+from mosaic_compiler.planning.room import least_served
+
 _ROWS = 64  # queries that one group of threads works on
 
 
@@ -51,7 +53,7 @@ class SplitBytes(sympy.Function):  # type: ignore[misc]
         heads, rows, keys, depth, processors = map(int, arguments)
         if rows <= 0 or keys <= 0:
             return sympy.Integer(0)
-        least = max(rows // 2 - 32, 1)
+        least = least_served(rows)
         ends = [min(last * _ROWS, rows) for last in range(-(-least // _ROWS), -(-rows // _ROWS) + 1)]
         busy = 2 * processors * _ROWS  # queries in all heads from which nothing is split
         sizes = [split_bytes(heads, end, keys, depth, processors) for end in ends if heads * (end - _ROWS) < busy]

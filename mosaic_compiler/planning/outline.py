@@ -13,16 +13,7 @@ from mosaic_compiler.errors import BudgetError, CaptureError, OptionsError
 from mosaic_compiler.planning.lives import Sizes, StepLives
 from mosaic_compiler.planning.placement import DEADLINE
 from mosaic_compiler.planning.planner import Planned, Planner
-
-
-def capacity(count: int) -> int:
-    """The number of rows to plan for when ``count`` are needed: rounded up by at most 1/32, so that a step
-    whose count changes from call to call does not need a new plan each time.
-
-    capacity(0) == 0, capacity(1) == 32, capacity(1000) == 1024, capacity(4096) == 4096.
-    """
-    unit = max(32, 1 << max(count.bit_length() - 6, 0))
-    return -(-count // unit) * unit
+from mosaic_compiler.planning.room import capacity
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.planning.kept import KeptStep
 from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.planning.lowered import LoweredOp
-from mosaic_compiler.planning.outline import capacity
 from mosaic_compiler.planning.plan import Fallback, MemoryPlan
 from mosaic_compiler.planning.planner import Planned
+from mosaic_compiler.planning.room import capacity
 from mosaic_compiler.runtime.arena import Arena
 from mosaic_compiler.runtime.devices import free_memory
 from mosaic_compiler.runtime.pools import ArenaPool, pool_for

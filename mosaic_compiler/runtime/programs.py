@@ -15,8 +15,8 @@ from mosaic_compiler.ir.clusters import Cluster
 from mosaic_compiler.kernels.cluster_form import spans_of
 from mosaic_compiler.kernels.fused import FusedKernel, compile_all, kernel_for
 from mosaic_compiler.planning.lives import Sizes
-from mosaic_compiler.planning.outline import capacity
 from mosaic_compiler.planning.planner import Planned
+from mosaic_compiler.planning.room import capacity, most_for, serves
 from mosaic_compiler.runtime.link import LinkedStep
 from mosaic_compiler.runtime.program import Program
 from mosaic_compiler.runtime.prologue import Prologue
@@ -26,9 +26,6 @@ Place: TypeAlias = "tuple[int, int | None]"
 
 Key: TypeAlias = "tuple[Place, tuple[int, ...], tuple[int, ...], tuple[int, ...]]"
 """What a program is bound for: where it runs, sizes of inputs, room for computed rows, addresses of weights."""
-
-_FEW = 32
-"""So many rows cost no more than one."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ class Programs(OrderedDict[Key, Bound]):
         else just those."""
 
         def room(position: int, count: int) -> int:
-            symbol, most = self.symbols[position], max(2 * count, _FEW) if count else 0
+            symbol, most = self.symbols[position], most_for(count)
             served = [
                 bound.program.sizes(symbol)
                 for key, bound in self._unchunked(place, numbers, pointers)
@@ -111,7 +108,7 @@ class Programs(OrderedDict[Key, Bound]):
             return key
         place, numbers, rooms, pointers = key
         for other, _ in self._unchunked(place, numbers, pointers):
-            if all(need <= have <= 2 * need for need, have in zip(rooms, other[2], strict=True)):
+            if all(serves(have, need) for need, have in zip(rooms, other[2], strict=True)):
                 return other
         return key
 

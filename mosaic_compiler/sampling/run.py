@@ -1,4 +1,4 @@
-"""``Run``: the loop of one call of ``generate()``, and what it calls at each step."""
+"""``Run``: one call of ``generate()``: a sampler's steps, and the proposals that each of them asks for."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mosaic_compiler.planning.outline import capacity
 from mosaic_compiler.planning.plan import Fallback, MemoryPlan
-from mosaic_compiler.sampling import commit, noise
+from mosaic_compiler.planning.room import capacity, serves
+from mosaic_compiler.sampling import noise
 from mosaic_compiler.sampling.calls import call_for
 from mosaic_compiler.sampling.compiled import Proposer
-from mosaic_compiler.sampling.loop import transfer_counts
 from mosaic_compiler.sampling.request import Sampling
 from mosaic_compiler.sampling.rules import numbers_of, rule_of
+from mosaic_compiler.sampling.samplers import SAMPLERS, State
 
 
 class Run:
@@ -38,8 +38,8 @@ class Run:
         self.sampling = sampling
         batch, self.start = prompt.shape
         new = prompt.new_full((batch, sampling.length), sampling.mask)
-        self.ids = torch.cat([prompt, new], 1)
-        self.given = self.ids != sampling.mask
+        self.state = State(sampling, torch.cat([prompt, new], 1), self.start)
+        self.given = ~self.state.masked
         self.real: Tensor | None = None
         if attention_mask is not None and not bool(attention_mask.bool().all()):
             self.real = torch.cat([attention_mask.bool().to(prompt.device), torch.ones_like(new, dtype=torch.bool)], 1)
@@ -59,73 +59,25 @@ class Run:
         """What ran in another way than asked for."""
         return self._proposer.fallbacks
 
+    @property
+    def ids(self) -> Tensor:
+        """int64 [B, N]: the prompt, and what is known of the rest."""
+        return self.state.ids
+
     def ids_by_step(self) -> Iterator[Tensor]:
         """Run; the ids after each forward pass."""
-        blocks = self._dream() if self.sampling.sampler == "dream" else self._llada()
-        for _ in blocks:
+        sampler = SAMPLERS[self.sampling.sampler](self.state)
+        wanted = next(sampler, None)
+        while wanted is not None:
+            proposals = self._proposals(wanted.where, wanted.step)
+            self.forwards += 1
+            try:
+                wanted = sampler.send(proposals)
+            except StopIteration:
+                wanted = None
             yield self.ids
             if self.sampling.stop_at_eos and self._ended():
                 return
-
-    # ------------------------------------------------------------------------------------ samplers
-    def _llada(self) -> Iterator[None]:
-        given = self.sampling
-        blocks = given.length // given.block_length
-        per_block = given.steps // blocks
-        for block in range(blocks):
-            end = self.start + (block + 1) * given.block_length
-            within = slice(end - given.block_length, end)
-            counts = transfer_counts((self.ids[:, within] == given.mask).sum(1), per_block)
-            if given.threshold is not None:
-                while bool((self.ids[:, within] == given.mask).any()):
-                    before = self.ids
-                    proposed, confidence = self._proposals(self._masked(end), self.forwards)
-                    self.ids = commit.commit_confident(before, proposed, confidence, given.threshold)
-                    self.forwards += 1
-                    yield
-                    if given.temperature == 0 and torch.equal(before, self.ids):
-                        break  # the model proposes the mask itself, and would for ever
-                continue
-            for number in range(per_block):
-                step = block * per_block + number
-                masked = self._masked(end)
-                if bool(counts[:, number].any()) and bool(masked.any()):
-                    proposed, confidence = self._proposals(masked, step)
-                    self.ids = commit.commit_best(self.ids, proposed, confidence, counts[:, number])
-                    self.forwards += 1
-                    yield
-
-    def _masked(self, end: int) -> Tensor:
-        """bool [B, N]: masked positions before the end of a block."""
-        return (self.ids == self.sampling.mask) & (torch.arange(self.ids.shape[1], device=self.ids.device) < end)
-
-    def _dream(self) -> Iterator[None]:
-        given, batch = self.sampling, self.ids.shape[0]
-        times = torch.linspace(1, given.eps, given.steps + 1)
-        everywhere = torch.arange(self.ids.numel(), device=self.ids.device)
-        for step in range(given.steps):
-            masked = self.ids == given.mask
-            if given.algorithm == "origin":
-                last = step == given.steps - 1
-                share = torch.ones(()) if last else 1 - times[step + 1] / times[step]
-                keys = noise.row_keys(given.seed, noise.TRANSFER, step, everywhere)
-                chosen = commit.dream_origin(self.ids, share.to(self.ids.device), masked, keys)
-                if not bool(chosen.any()):
-                    continue
-                proposed, _ = self._proposals(chosen, step)
-                self.ids = torch.where(chosen, proposed, self.ids)
-            else:
-                count = commit.dream_count(int(masked.sum()), batch, step, given.steps, given.eps)
-                if not count:
-                    continue
-                proposed, confidence = self._proposals(masked, step)
-                keys = noise.row_keys(given.seed, noise.CHOICE, step, everywhere)
-                self.ids = commit.commit_dream(
-                    self.ids, proposed, confidence, count,
-                    mask=given.mask, temperature=given.algorithm_temperature, keys=keys,
-                )  # fmt: skip
-            self.forwards += 1
-            yield
 
     def _proposals(self, wanted: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Proposed ids and their confidence, [B, N]; -inf where nothing was wanted."""
@@ -150,7 +102,7 @@ class Run:
     def _room_for(self, count: int) -> int:
         """How many rows to compute where ``count`` are needed: as in the step before, down to half."""
         needed = capacity(count)
-        if not needed <= self._room <= 2 * needed:
+        if not serves(self._room, needed):
             self._room = needed
         return self._room
 
@@ -163,5 +115,5 @@ class Run:
         behind = torch.arange(new.shape[1], device=new.device) > first.unsqueeze(1)
         if not bool(ends.any(1).all()) or bool(((new == self.sampling.mask) & ~behind).any()):
             return False
-        self.ids = torch.cat([self.ids[:, : self.start], torch.where(behind, eos, new)], 1)
+        self.state.ids = torch.cat([self.ids[:, : self.start], torch.where(behind, eos, new)], 1)
         return True

@@ -1,0 +1,120 @@
+"""Samplers: generators of steps.  Each asks for proposals at some positions, is sent them, and commits some of them.
+
+    sampler = llada(state)
+    wanted = next(sampler)                              # the first step: where proposals are wanted
+    wanted = sampler.send((proposed, confidence))       # state.ids have changed; the next step
+    ...                                                 # StopIteration: nothing is masked, or no steps are left
+
+To add one: a generator like these, in :data:`SAMPLERS`; what it can be told is in ``request.py``, how its model is
+asked for proposals in ``rules.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from mosaic_compiler.sampling import commit, noise
+from mosaic_compiler.sampling.loop import transfer_counts
+from mosaic_compiler.sampling.request import Sampling
+
+
+@dataclass
+class State:
+    """What a sampler works on.
+
+    Attributes:
+        ids: int64 [B, N], the prompt and what was committed behind it.
+        start: where the prompt ends.
+    """
+
+    sampling: Sampling
+    ids: Tensor
+    start: int
+
+    @property
+    def masked(self) -> Tensor:
+        """bool [B, N]."""
+        return self.ids == self.sampling.mask
+
+    def masked_before(self, end: int) -> Tensor:
+        """bool [B, N]: masked positions before the end of a block."""
+        return self.masked & (torch.arange(self.ids.shape[1], device=self.ids.device) < end)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One step: where proposals are wanted (bool [B, N]), and its number (for random draws)."""
+
+    where: Tensor
+    step: int
+
+
+Proposals: TypeAlias = "tuple[Tensor, Tensor]"
+"""Ids int64 [B, N] and their confidence [B, N]; -inf where nothing was wanted."""
+
+Sampler: TypeAlias = "Generator[Wanted, Proposals, None]"
+
+
+def llada(state: State) -> Sampler:
+    """Block by block, the most confident proposals first (https://github.com/ML-GSAI/LLaDA, ``generate.py``)."""
+    given, forwards = state.sampling, 0
+    blocks = given.length // given.block_length
+    per_block = given.steps // blocks
+    for block in range(blocks):
+        end = state.start + (block + 1) * given.block_length
+        within = slice(end - given.block_length, end)
+        counts = transfer_counts(state.masked[:, within].sum(1), per_block)
+        if given.threshold is not None:
+            while bool(state.masked[:, within].any()):
+                before = state.ids
+                proposed, confidence = yield Wanted(state.masked_before(end), forwards)
+                state.ids = commit.commit_confident(before, proposed, confidence, given.threshold)
+                forwards += 1
+                if given.temperature == 0 and torch.equal(before, state.ids):
+                    break  # the model proposes the mask itself, and would for ever
+            continue
+        for number in range(per_block):
+            masked = state.masked_before(end)
+            if bool(counts[:, number].any()) and bool(masked.any()):
+                proposed, confidence = yield Wanted(masked, block * per_block + number)
+                state.ids = commit.commit_best(state.ids, proposed, confidence, counts[:, number])
+                forwards += 1
+
+
+def dream(state: State) -> Sampler:
+    """All masked positions at once, a share of them in each step (https://github.com/DreamLM/Dream,
+    ``generation_utils.py``)."""
+    given, batch = state.sampling, state.ids.shape[0]
+    times = torch.linspace(1, given.eps, given.steps + 1)
+    everywhere = torch.arange(state.ids.numel(), device=state.ids.device)
+    for step in range(given.steps):
+        masked = state.masked
+        if given.algorithm == "origin":
+            last = step == given.steps - 1
+            share = torch.ones(()) if last else 1 - times[step + 1] / times[step]
+            keys = noise.row_keys(given.seed, noise.TRANSFER, step, everywhere)
+            chosen = commit.dream_origin(state.ids, share.to(state.ids.device), masked, keys)
+            if not bool(chosen.any()):
+                continue
+            proposed, _ = yield Wanted(chosen, step)
+            state.ids = torch.where(chosen, proposed, state.ids)
+        else:
+            count = commit.dream_count(int(masked.sum()), batch, step, given.steps, given.eps)
+            if not count:
+                continue
+            proposed, confidence = yield Wanted(masked, step)
+            keys = noise.row_keys(given.seed, noise.CHOICE, step, everywhere)
+            state.ids = commit.commit_dream(
+                state.ids, proposed, confidence, count,
+                mask=given.mask, temperature=given.algorithm_temperature, keys=keys,
+            )  # fmt: skip
+
+
+SAMPLERS: Mapping[str, Callable[[State], Sampler]] = MappingProxyType({"llada": llada, "dream": dream})
+"""By the names that :class:`~mosaic_compiler.sampling.request.Sampling` knows."""
