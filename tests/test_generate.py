@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import types
 import weakref
@@ -389,7 +390,7 @@ def test_a_sampler_is_a_generator_of_steps(monkeypatch):
             assert bool((confidence[~where] == float("-inf")).all())
             state.ids = torch.where(where, proposed, state.ids)
 
-    monkeypatch.setattr(run, "SAMPLERS", {**samplers.SAMPLERS, "llada": leftmost})
+    monkeypatch.setattr(run, "SAMPLERS", {"llada": dataclasses.replace(samplers.SAMPLERS["llada"], steps=leftmost)})
     model, prompt = LLaDALike().eval().requires_grad_(False), torch.tensor([[1, 2, 3]])
     given = {"gen_length": 8, "steps": 8, "block_length": 8, "mask_token_id": MASK}
     both = [mosaic_compiler.generate(model, prompt, **given, compile=c) for c in (True, False)]

@@ -64,6 +64,7 @@ from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.runtime.loading import LoadedStep
 kept = pickle.load(open(sys.argv[1], "rb"))
 given = torch.load(sys.argv[2])
+torch.set_num_threads(1)  # as in the tests: results are compared bit for bit
 step = LoadedStep(kept, given["weights"], MosaicOptions(poison=True))
 results = [step(inputs) for inputs in given["inputs"]]
 torch.save([results, [failure.reason for c in step.variants.values() for k, _ in c._kernels if (failure := k.failure)]],
@@ -97,9 +98,10 @@ def test_it_plans_in_a_process_without_torch(tmp_path):
 
 
 @pytest.mark.parametrize("fuse", [False, pytest.param(True, marks=pytest.mark.fuse)])
-def test_it_runs_in_another_process_with_weights_by_name(tmp_path, fuse):
-    run = compiled(poison=True, **({} if fuse else {"disable": ("fuse",)}))
-    assert bool(run.kept.variants["flat"].clusters) == fuse
+@pytest.mark.parametrize("chunks", [None, 7])
+def test_it_runs_in_another_process_with_weights_by_name(tmp_path, fuse, chunks):
+    run = compiled(poison=True, chunk_rows=chunks, **({} if fuse else {"disable": ("fuse",)}))
+    assert bool(run.kept.variants["flat"].graph.clusters) == fuse
     given, results = tmp_path / "given.pt", tmp_path / "results.pt"
     inputs = [arguments(n) for n in (12, 30, 3, 2)]
     torch.save({"weights": weights(), "inputs": inputs}, given)

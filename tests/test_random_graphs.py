@@ -126,11 +126,11 @@ def _tensors(value):
 
 
 def _bind_symbols(module, arguments):
-    from mosaic_compiler.runtime.symbols import symbol_readers
+    from mosaic_compiler.runtime.symbols import reader_of, symbol_readings
 
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    readers = symbol_readers(module, placeholders, ())
-    return [s for s, _ in readers], [read(arguments) for _, read in readers]
+    readings = symbol_readings(module, placeholders, ())
+    return [reading.symbol for reading in readings], [reader_of(reading)(arguments) for reading in readings]
 
 
 @settings(max_examples=8)

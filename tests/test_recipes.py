@@ -55,6 +55,16 @@ def test_a_third_one_is_one_more_recipe(monkeypatch):
     assert seen == ["plain", "flat", "loops"]
 
 
+def test_a_preferred_graph_may_have_loops(monkeypatch):
+    """It runs where it fits without chunks."""
+    apart = LOOPS.without("in-place", name="apart")
+    monkeypatch.setattr(recipes, "RECIPES", (apart, *RECIPES))
+    plans = compile_aten(traced(), OPTIONS).outline
+    needs = {name: planner.plan(plans.sizes_for(500)).plan.workspace for name, planner in plans.planners.items()}
+    assert plans.choose(plans.sizes_for(500), needs["apart"])[0] == "apart"
+    assert plans.choose(plans.sizes_for(500), needs["apart"] // 3)[0] == "loops"
+
+
 def test_recipes_name_passes_that_there_are():
     for recipe in RECIPES:
         assert [made.name for made in passes_of(recipe)] == list(recipe.passes)

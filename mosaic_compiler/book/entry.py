@@ -74,7 +74,7 @@ class Op:
         write: how its results get into given buffers; ``None``: by its own ``out=``, if that is trusted.
         can_write: whether ``write`` does for a node.
         trusted: its hand-written ``out=`` overload is the functional op, written somewhere else (``None``: if it is
-            pointwise).
+            one of PyTorch's that are tagged as pointwise).
         trusted_twin: so is its in-place twin, called on a copy of the first operand.
         is_accounted: where it allocates its results, it allocates nothing but them and its scratch.
         scratch: bytes that it uses inside and frees before it returns.

@@ -63,6 +63,12 @@ def clusters_in(module: fx.GraphModule) -> list[tuple[fx.Node, Cluster]]:
     return found
 
 
+def own_clusters(module: fx.GraphModule) -> dict[str, Cluster]:
+    """The clusters that a graph calls itself, by their names in it (bodies of loops have names of their own)."""
+    found = ((str(node.target), cluster_of(node)) for node in module.graph.nodes)
+    return {name: cluster for name, cluster in found if cluster is not None}
+
+
 def cluster_of(node: fx.Node) -> Cluster | None:
     """The cluster that a node runs, or ``None`` if it is none."""
     cluster = node.meta.get("cluster") if node.op == "call_module" else None

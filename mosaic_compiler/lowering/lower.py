@@ -13,7 +13,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from mosaic_compiler import ir
 from mosaic_compiler.compat.tracing import tree_flatten
 from mosaic_compiler.errors import CaptureError
-from mosaic_compiler.ir.clusters import Cluster, clusters_in
+from mosaic_compiler.ir.clusters import Cluster, own_clusters
 from mosaic_compiler.ir.loops import ChunkLoop
 from mosaic_compiler.kernels import attention
 from mosaic_compiler.lowering.forms import Form
@@ -60,7 +60,6 @@ def lower(module: fx.GraphModule, lives: Lives) -> LoweredStep:
         early=tuple(_op(node, early_scope, {}, varying) for node in lives.prologue),
         early_results=tuple(node.name for node in lives.prologue if not members.issuperset(node.users)),
         loops=loops,
-        clusters={str(node.target): _cluster(cluster) for node, cluster in clusters_in(module)},
         constants=tuple(dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "get_attr")),
         lives=lives.data(),
         device=str(lives.device),
@@ -74,6 +73,7 @@ def _graph(module: fx.GraphModule, scope: Scope, varying: Collection[sympy.Symbo
         inputs=tuple(map(input_of, module.graph.find_nodes(op="placeholder"))),
         ops=tuple(_op(node, scope, deaths, varying) for node in scope.nodes),
         results=tuple(map(_argument, results)),
+        clusters={name: _cluster(cluster) for name, cluster in own_clusters(module).items()},
         places={
             (root[0].name, root[1]): _local(buffer.name, buffer.loop) for root, buffer in scope.root_buffers.items()
         },

@@ -11,6 +11,7 @@ from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler import recipes as recipe_book
+from mosaic_compiler.ir.loops import loop_of
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.base import Machine, Pass
 from mosaic_compiler.passes.canonicalize import CanonicalizePass
@@ -162,8 +163,11 @@ def _differs(ordered: Sequence[Pass], wanted: Sequence[Pass], stages: Sequence[f
 
 
 def _changes(before: fx.GraphModule, after: fx.GraphModule) -> bool:
-    def nodes(module: fx.GraphModule) -> list[Any]:
-        return [(node.name, node.target, [n.name for n in node.all_input_nodes]) for node in module.graph.nodes]
+    def nodes(module: fx.GraphModule) -> list[Any]:  # a loop that was rewritten is another one
+        return [
+            (node.name, node.target, loop_of(node), [operand.name for operand in node.all_input_nodes])
+            for node in module.graph.nodes
+        ]
 
     return after is not before and nodes(after) != nodes(before)
 

@@ -11,7 +11,8 @@ from mosaic_compiler.planning.outline import StepOutline
 
 @dataclass(frozen=True)
 class KeptStep:
-    """One compiled graph, without graphs, tensors or functions.  It can be pickled; planning it needs no torch.
+    """One compiled graph of a caller's.  :meth:`data` has no graphs, tensors or functions in it: that can be pickled,
+    and planning it needs no torch.
 
     Attributes:
         variants: its graphs by the names of their recipes, the preferred ones first; the last one is always there.

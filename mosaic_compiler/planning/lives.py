@@ -39,7 +39,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class SymbolicBuffer:
-    """A buffer whose bytes and shape are still expressions; see :class:`plan.Buffer` for the fields."""
+    """A buffer whose bytes and shape are still expressions; fields as of :class:`buffers.Buffer`."""
 
     name: str
     space: str

@@ -135,7 +135,7 @@ class LoweredOp:
         depends: in those, and in its operands'.
         operands: values that it reads.
         can_be_empty: for some sizes it has nothing to do.
-        binds: the symbol for the number that it gives, if it is of the prologue.
+        binds: the symbol for the number that it gives (or for its result's first size), if it is of the prologue.
         may_repeat: the rows that it numbers may be numbered more than once.
         attention: facts of an attention that cuDNN makes plans for.
         source: file and line.
@@ -186,7 +186,7 @@ def _text(argument: Any) -> str:
 
 @dataclass(frozen=True)
 class Input:
-    """A placeholder: a tensor, or a number (an expression)."""
+    """A placeholder: a strided tensor, a number (an expression), or neither (a sparse tensor, say)."""
 
     name: str
     tensor: TensorFacts | None
@@ -201,6 +201,7 @@ class LoweredGraph:
         inputs: its placeholders.
         ops: what runs, in order (of a step: behind the prologue).
         results: what it returns, flat: :class:`Ref`, numbers, ``None``.
+        clusters: fused regions, by the names under which its ops call them.
         places: the buffer of each storage that it creates.
         direct: of a body: storages that are a slice of the loop's result, by the position of that result.
     """
@@ -208,6 +209,7 @@ class LoweredGraph:
     inputs: tuple[Input, ...]
     ops: tuple[LoweredOp, ...]
     results: tuple[Any, ...]
+    clusters: Mapping[str, LoweredCluster]
     places: Mapping[Root, str]
     direct: Mapping[Root, int] = field(default_factory=dict)
 
@@ -265,7 +267,6 @@ class LoweredStep:
         early: the prologue: what runs before sizes are known.
         early_results: those of its values that the rest reads.
         loops: by the name of the op that calls them.
-        clusters: by the names under which ops call them.
         constants: names of the attributes that it reads.
         lives: what planning needs.
         device: where it runs.
@@ -275,10 +276,14 @@ class LoweredStep:
     early: tuple[LoweredOp, ...]
     early_results: tuple[str, ...]
     loops: Mapping[str, LoweredLoop]
-    clusters: Mapping[str, LoweredCluster]
     constants: tuple[str, ...]
     lives: StepLives
     device: str
+
+    @property
+    def graphs(self) -> tuple[LoweredGraph, ...]:
+        """Its own graph, and the bodies of its loops (those that several calls share, once)."""
+        return tuple(dict.fromkeys((self.graph, *(loop.body for loop in self.loops.values()))))
 
     @property
     def symbols(self) -> tuple[sympy.Symbol, ...]:

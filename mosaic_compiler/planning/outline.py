@@ -87,7 +87,8 @@ class StepOutline:
         *others, main = self.planners
         for name in others:
             planner = self.planners[name]
-            if budget is None or planner.model.at(sizes).peak({}) <= budget:
+            unchunked = planner.model.at(sizes)
+            if budget is None or unchunked.peak(unchunked.rows) <= budget:
                 with suppress(BudgetError):  # its placement is above the lower bound
                     return name, planner.plan(sizes, budget)
         return main, self.planner.plan(sizes, budget)

@@ -11,8 +11,8 @@ FEW = 32
 
 
 def capacity(count: int) -> int:
-    """The number of rows to plan for when ``count`` are needed: rounded up by at most 1/32, so that a step
-    whose count changes from call to call does not need a new plan each time.
+    """The number of rows to plan for when ``count`` are needed: rounded up to a multiple of 32, and from 1,024 rows on
+    by at most 1/32, so that a step whose count changes from call to call does not need a new plan each time.
 
     capacity(0) == 0, capacity(1) == 32, capacity(1000) == 1024, capacity(4096) == 4096.
     """

@@ -1,8 +1,8 @@
 """``Step``: a lowered step that runs.
 
-A call looks up, or makes, three things of decreasing generality: the plan for these sizes and this budget, the program
-bound to these weights and this arena, and then runs the program.  Nothing is ever recompiled for a new length or
-budget, and nothing here knows a graph.
+A call looks up, or makes, two things, the one more general than the other: the plan for these sizes and this budget,
+and the program bound to these weights and this arena.  Then it runs the program.  Nothing is ever recompiled for a new
+length or budget, and nothing here knows a graph.
 """
 
 from __future__ import annotations

@@ -26,6 +26,9 @@ from mosaic_compiler.planning.lowered import (
     TensorFacts,
 )
 
+_MODULES = frozenset({"_operator", "builtins", "math", "torch"})
+"""Where functions on numbers come from; other names begin with a namespace of operators."""
+
 
 @functools.cache
 def function_of(name: str) -> Callable[..., Any]:
@@ -35,14 +38,14 @@ def function_of(name: str) -> Callable[..., Any]:
         CaptureError: if it is not there (a library of operators that is not loaded, say).
     """
     home, *rest = name.split(".")
-    found: Any = getattr(torch.ops, home, None) if len(rest) in (1, 2) and home not in ("torch", "math") else None
     try:
-        if found is not None and not home.startswith("_"):
+        if home in _MODULES:
+            module, _, attribute = name.rpartition(".")
+            found: Any = getattr(importlib.import_module(module), attribute)
+        else:
+            found = getattr(torch.ops, home)
             for part in rest:
                 found = getattr(found, part)
-        else:
-            module, _, attribute = name.rpartition(".")
-            found = getattr(importlib.import_module(module), attribute)
     except (AttributeError, ImportError) as error:
         raise CaptureError(f"{name} is not there: import what registers it ({error})") from None
     function: Callable[..., Any] = found
@@ -58,7 +61,7 @@ def object_of(text: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Destination:
+class Output:
     """A tensor that is made in a given place: see :class:`TensorFacts`."""
 
     facts: TensorFacts
@@ -71,7 +74,7 @@ class Linked:
 
     Attributes:
         op: what it was lowered to.
-        function: what it calls (of loops and constants: nothing).
+        function: what it calls (of loops, clusters and constants: nothing).
         emit: of a destination, the calls that write it.
         outputs: its tensors.
     """
@@ -91,7 +94,7 @@ class Linked:
         self._args = [_linked(argument) for argument in op.args]
         self._kwargs = [(name, *_linked(argument)) for name, argument in op.kwargs.items()]
         self.outputs = tuple(
-            None if facts is None else Destination(facts, object_of(facts.dtype), object_of(f"device:{facts.device}"))
+            None if facts is None else Output(facts, object_of(facts.dtype), object_of(f"device:{facts.device}"))
             for facts in op.outputs
         )
 
@@ -178,23 +181,25 @@ class LinkedStep:
 
     Args:
         step: as data.
-        clusters: its fused regions, by name.
+        clusters: fused regions of each of its graphs, by name.
         constants: its attributes, by name.
     """
 
-    def __init__(self, step: LoweredStep, clusters: Mapping[str, Cluster], constants: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        step: LoweredStep,
+        clusters: Mapping[LoweredGraph, Mapping[str, Cluster]],
+        constants: Mapping[str, Any],
+    ) -> None:
         self.step, self.constants = step, constants
         self.device = torch.device(step.device)
         self.varying = step.graph.depending_on(frozenset(step.symbols))
         """Names of ops that depend on how many rows are computed."""
-        self.early = [Linked(op, clusters) for op in step.early]
-        self.graph = LinkedGraph(step.graph, clusters)
-        known: dict[LoweredGraph, LinkedGraph] = {}
-        self.bodies: dict[str, LinkedGraph] = {}
-        for name, loop in step.loops.items():
-            if loop.body not in known:
-                known[loop.body] = LinkedGraph(loop.body, clusters)
-            self.bodies[name] = known[loop.body]
+        self.early = [Linked(op, clusters[step.graph]) for op in step.early]
+        linked = {graph: LinkedGraph(graph, clusters[graph]) for graph in step.graphs}
+        self.graph = linked[step.graph]
+        self.bodies = {name: linked[loop.body] for name, loop in step.loops.items()}
+        self.clusters = tuple(cluster for graph in step.graphs for cluster in clusters[graph].values())
 
     def loop(self, name: str) -> LoweredLoop:
         """The loop that an op calls."""

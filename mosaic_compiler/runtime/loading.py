@@ -28,8 +28,9 @@ class LoadedStep(Step):
     """A kept step with its weights: call it with the other inputs, in their order.
 
     Args:
-        kept: as a :class:`~mosaic_compiler.runtime.step.CompiledStep` has it, pickled or not.
-        weights: parameters and buffers by the names of :attr:`KeptStep.inputs`; constants of the graph by theirs.
+        kept: of a :class:`~mosaic_compiler.runtime.step.CompiledStep` (:meth:`KeptStep.data`, where it was pickled).
+        weights: parameters and buffers by the names of the graph's inputs (:attr:`KeptStep.inputs`); constants of the
+            graphs by theirs.
         options: the run time's (budget, poison mode, ...), not those of passes.
 
     Raises:
@@ -58,8 +59,10 @@ class LoadedStep(Step):
 
 
 def _variant(lowered: LoweredStep, constants: Mapping[str, Any]) -> Variant:
-    clusters = {name: cluster_from(cluster) for name, cluster in lowered.clusters.items()}
-    return Variant(LinkedStep(lowered, clusters, constants), tuple(clusters.values()))
+    clusters = {
+        graph: {name: cluster_from(cluster) for name, cluster in graph.clusters.items()} for graph in lowered.graphs
+    }
+    return Variant(LinkedStep(lowered, clusters, constants))
 
 
 def cluster_from(lowered: LoweredCluster) -> Cluster:

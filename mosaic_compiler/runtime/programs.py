@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 
 import sympy
 
-from mosaic_compiler.ir.clusters import Cluster
 from mosaic_compiler.kernels.cluster_form import spans_of
 from mosaic_compiler.kernels.fused import FusedKernel, compile_all, kernel_for
 from mosaic_compiler.planning.lives import Sizes
@@ -33,7 +32,6 @@ class Variant:
     """One graph of a step, with what planning and running have to know of it."""
 
     linked: LinkedStep
-    clusters: tuple[Cluster, ...]
 
     @functools.cached_property
     def prologue(self) -> Prologue:
@@ -43,7 +41,7 @@ class Variant:
     @functools.cached_property
     def _kernels(self) -> tuple[tuple[FusedKernel, frozenset[sympy.Expr]], ...]:
         """The kernels, with the elements that their tensors span; equal uses (of layers) once."""
-        uses = ((kernel_for(cluster), spans_of(cluster)) for cluster in self.clusters)
+        uses = ((kernel_for(cluster), spans_of(cluster)) for cluster in self.linked.clusters)
         return tuple(dict.fromkeys(uses))
 
     def compile_kernels(self, sizes: Sizes) -> None:

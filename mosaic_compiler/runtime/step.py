@@ -14,7 +14,8 @@ from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.errors import FallbackError
-from mosaic_compiler.ir.clusters import clusters_in
+from mosaic_compiler.ir.clusters import clusters_in, own_clusters
+from mosaic_compiler.ir.loops import loop_of
 from mosaic_compiler.kernels.fused import kernel_for
 from mosaic_compiler.lowering.lifetimes import find_lives
 from mosaic_compiler.lowering.lower import lower
@@ -140,6 +141,9 @@ class CompiledStep(Step):
 
 def _variant(module: fx.GraphModule, lowered: LoweredStep) -> Variant:
     """One graph, linked."""
-    clusters = {str(node.target): cluster for node, cluster in clusters_in(module)}
+    clusters = {lowered.graph: own_clusters(module)}
+    for node in module.graph.nodes:
+        if (loop := loop_of(node)) is not None:
+            clusters[lowered.loops[node.name].body] = own_clusters(loop.body)
     constants = {name: operator.attrgetter(name)(module) for name in lowered.constants}
-    return Variant(LinkedStep(lowered, clusters, constants), tuple(clusters.values()))
+    return Variant(LinkedStep(lowered, clusters, constants))

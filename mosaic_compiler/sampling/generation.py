@@ -15,7 +15,7 @@ from mosaic_compiler.planning.plan import Fallback, MemoryPlan
 from mosaic_compiler.sampling.bidirectional import check_bidirectional, check_padding
 from mosaic_compiler.sampling.calls import is_dream_like
 from mosaic_compiler.sampling.compiled import dynamo_as_needed
-from mosaic_compiler.sampling.request import EOS_RULES, EndTokens, Sampling
+from mosaic_compiler.sampling.request import CHECKS, EOS_RULES, EndTokens, Sampling
 from mosaic_compiler.sampling.run import Run
 
 
@@ -125,8 +125,8 @@ def generate(
         BudgetError: before the first step, if it does not fit.
     """
     config = getattr(model, "config", None)
-    if sampler not in ("auto", "llada", "dream"):
-        raise ValueError(f"sampler must be auto, llada or dream, got {sampler!r}")
+    if sampler not in CHECKS:
+        raise ValueError(f"sampler must be one of {', '.join(CHECKS)}, got {sampler!r}")
     if eos_rule not in EOS_RULES:
         raise ValueError(f"eos_rule must be one of {', '.join(EOS_RULES)}, got {eos_rule!r}")
     if gen_length is not None and max_new_tokens is not None and gen_length != max_new_tokens:

@@ -6,7 +6,9 @@ Without torch: the command line checks what it was given before it loads anythin
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 EOS_RULES = ("code", "logits", "confidence")
 DREAM_ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
@@ -73,31 +75,45 @@ class Sampling:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}")
         if self.threshold is not None and not 0 < self.threshold <= 1:
             raise ValueError(f"threshold must be above 0 and at most 1, got {self.threshold}")
-        if self.sampler == "dream":
-            if self.algorithm not in DREAM_ALGORITHMS:
-                raise ValueError(f"alg must be one of {', '.join(DREAM_ALGORITHMS)}, got {self.algorithm!r}")
-            if not 0 <= self.eps < 1:
-                raise ValueError(f"eps must be at least 0 and below 1, got {self.eps}")
-            if self.guidance or self.threshold is not None:
-                raise ValueError("cfg_scale and threshold are LLaDA's: leave them out, or take sampler='llada'")
-            return
-        if self.sampler == "llada" and (self.top_p is not None or self.top_k is not None):
-            raise ValueError("top_p and top_k are Dream's: leave them out, or give alg (one of Dream's)")
-        if self.remasking not in ("low_confidence", "random"):
-            raise ValueError(f"remasking must be low_confidence or random, got {self.remasking!r}")
-        if self.block_length < 1 or self.length % self.block_length:
-            raise ValueError(
-                f"gen_length {self.length} must be a multiple of block_length {self.block_length}: "
-                f"take {-(-self.length // max(self.block_length, 1)) * max(self.block_length, 1)} tokens"
-            )
-        blocks = self.length // self.block_length
-        if self.steps % blocks:
-            raise ValueError(
-                f"steps {self.steps} must be a multiple of the {blocks} blocks: "
-                f"take {-(-self.steps // blocks) * blocks}"
-            )
+        CHECKS[self.sampler](self)
 
     @property
     def has_top_p(self) -> bool:
         """It leaves tokens out."""
         return self.top_p is not None and self.top_p < 1
+
+
+def _check_dream(given: Sampling) -> None:
+    if given.algorithm not in DREAM_ALGORITHMS:
+        raise ValueError(f"alg must be one of {', '.join(DREAM_ALGORITHMS)}, got {given.algorithm!r}")
+    if not 0 <= given.eps < 1:
+        raise ValueError(f"eps must be at least 0 and below 1, got {given.eps}")
+    if given.guidance or given.threshold is not None:
+        raise ValueError("cfg_scale and threshold are LLaDA's: leave them out, or take sampler='llada'")
+
+
+def _check_llada(given: Sampling) -> None:
+    if given.top_p is not None or given.top_k is not None:
+        raise ValueError("top_p and top_k are Dream's: leave them out, or give alg (one of Dream's)")
+    _check_blocks(given)
+
+
+def _check_blocks(given: Sampling) -> None:
+    if given.remasking not in ("low_confidence", "random"):
+        raise ValueError(f"remasking must be low_confidence or random, got {given.remasking!r}")
+    if given.block_length < 1 or given.length % given.block_length:
+        raise ValueError(
+            f"gen_length {given.length} must be a multiple of block_length {given.block_length}: "
+            f"take {-(-given.length // max(given.block_length, 1)) * max(given.block_length, 1)} tokens"
+        )
+    blocks = given.length // given.block_length
+    if given.steps % blocks:
+        raise ValueError(
+            f"steps {given.steps} must be a multiple of the {blocks} blocks: take {-(-given.steps // blocks) * blocks}"
+        )
+
+
+CHECKS: Mapping[str, Callable[[Sampling], None]] = MappingProxyType(
+    {"auto": _check_blocks, "llada": _check_llada, "dream": _check_dream}
+)
+"""What makes no sense for a sampler, by its name; ``auto``: which one it is the model will say."""

@@ -20,12 +20,15 @@ float64 tensors without dims, ``top_k`` as a number.  They are inputs of the com
 temperature compiles nothing; a rule only knows which of them there are."""
 
 
-def rule_of(sampling: Sampling) -> nn.Module:
-    """The rule of a sampler."""
-    is_hot = sampling.temperature > 0
-    if sampling.sampler == "dream":
-        return DreamRule(is_hot, sampling.has_top_p, sampling.top_k is not None, sampling.algorithm)
-    return LLaDARule(is_hot, sampling.ends, wide=sampling.threshold is not None)
+def llada_rule(sampling: Sampling) -> nn.Module:
+    """LLaDA's, with what changes its graph."""
+    return LLaDARule(sampling.temperature > 0, sampling.ends, wide=sampling.threshold is not None)
+
+
+def dream_rule(sampling: Sampling) -> nn.Module:
+    """Dream's, likewise."""
+    is_hot, has_top_k = sampling.temperature > 0, sampling.top_k is not None
+    return DreamRule(is_hot, sampling.has_top_p, has_top_k, sampling.algorithm)
 
 
 def numbers_of(sampling: Sampling) -> Numbers:

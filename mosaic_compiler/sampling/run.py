@@ -14,7 +14,7 @@ from mosaic_compiler.sampling import noise
 from mosaic_compiler.sampling.calls import call_for
 from mosaic_compiler.sampling.compiled import Proposer
 from mosaic_compiler.sampling.request import Sampling
-from mosaic_compiler.sampling.rules import numbers_of, rule_of
+from mosaic_compiler.sampling.rules import numbers_of
 from mosaic_compiler.sampling.samplers import SAMPLERS, State
 
 
@@ -44,9 +44,9 @@ class Run:
         if attention_mask is not None and not bool(attention_mask.bool().all()):
             self.real = torch.cat([attention_mask.bool().to(prompt.device), torch.ones_like(new, dtype=torch.bool)], 1)
         self.forwards = self._room = 0
-        self._numbers = numbers_of(sampling)
+        self._kind, self._numbers = SAMPLERS[sampling.sampler], numbers_of(sampling)
         self._proposer = Proposer(
-            model, call_for(model, self.real is not None), rule_of(sampling), options, is_compiled
+            model, call_for(model, self.real is not None), self._kind.rule(sampling), options, is_compiled
         )
 
     @property
@@ -66,7 +66,7 @@ class Run:
 
     def ids_by_step(self) -> Iterator[Tensor]:
         """Run; the ids after each forward pass."""
-        sampler = SAMPLERS[self.sampling.sampler](self.state)
+        sampler = self._kind.steps(self.state)
         wanted = next(sampler, None)
         while wanted is not None:
             proposals = self._proposals(wanted.where, wanted.step)
@@ -84,7 +84,7 @@ class Run:
         given, length = self.sampling, self.ids.shape[1]
         cells = wanted.flatten().nonzero().squeeze(1)
         rows = cells
-        if given.sampler == "dream":  # position n is predicted from row n - 1
+        if self._kind.is_shifted:
             rows = torch.where(cells % length > 0, cells - 1, cells)
         keys = noise.row_keys(given.seed, noise.TOKENS, step, cells)
         room = self._room_for(len(cells)) - len(cells)  # some rows again, so that one program serves many steps
@@ -92,7 +92,7 @@ class Run:
         unguided = torch.where(self.given, given.mask, self.ids) if given.guidance > 0 else None
         token, confidence = self._proposer(self.ids, *padded, self._numbers, unguided, self.real)
         token, confidence = token[: len(cells)], confidence[: len(cells)]
-        if given.sampler == "llada" and given.remasking == "random":
+        if self._kind.may_draw and given.remasking == "random":
             drawn = noise.uniform(noise.row_keys(given.seed, noise.CONFIDENCE, step, cells), 1).squeeze(1).float()
             confidence = torch.where(confidence < 0, -1.0, drawn)  # below 0: see EndTokens
         proposed, scores = self.ids.flatten().clone(), confidence.new_full((self.ids.numel(),), float("-inf"))

@@ -5,8 +5,8 @@
     wanted = sampler.send((proposed, confidence))       # state.ids have changed; the next step
     ...                                                 # StopIteration: nothing is masked, or no steps are left
 
-To add one: a generator like these, in :data:`SAMPLERS`; what it can be told is in ``request.py``, how its model is
-asked for proposals in ``rules.py``.
+To add one: a generator like these and a rule (``rules.py``) in :data:`SAMPLERS`, and what it can be told in
+``request.CHECKS``.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from types import MappingProxyType
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mosaic_compiler.sampling import commit, noise
 from mosaic_compiler.sampling.loop import transfer_counts
 from mosaic_compiler.sampling.request import Sampling
+from mosaic_compiler.sampling.rules import dream_rule, llada_rule
 
 
 @dataclass
@@ -116,5 +117,27 @@ def dream(state: State) -> Sampler:
             )  # fmt: skip
 
 
-SAMPLERS: Mapping[str, Callable[[State], Sampler]] = MappingProxyType({"llada": llada, "dream": dream})
-"""By the names that :class:`~mosaic_compiler.sampling.request.Sampling` knows."""
+@dataclass(frozen=True)
+class Published:
+    """A sampler, with all that belongs to it.
+
+    Attributes:
+        steps: the generator.
+        rule: from logits to proposals, for what it is told.
+        is_shifted: position n is predicted from row n - 1.
+        may_draw: with ``remasking="random"``, confidence is drawn.
+    """
+
+    steps: Callable[[State], Sampler]
+    rule: Callable[[Sampling], nn.Module]
+    is_shifted: bool = False
+    may_draw: bool = False
+
+
+SAMPLERS: Mapping[str, Published] = MappingProxyType(
+    {
+        "llada": Published(llada, llada_rule, may_draw=True),
+        "dream": Published(dream, dream_rule, is_shifted=True),
+    }
+)
+"""By name; ``request.CHECKS`` has the same names."""
