@@ -2,9 +2,10 @@
 
 ``options={"dump": DIR}`` writes one folder per graph::
 
-    DIR/graph-000/00-captured.py   01-canonicalize.py   02-in-place.py   plan.json
+    DIR/graph-000/00-captured.py   01-canonicalize.py   02-in-place.py   lowered-loops.txt   plan.json
 
-Each ``.py`` file runs by itself: it rebuilds the graph and calls it on random inputs.
+Each ``.py`` file runs by itself: it rebuilds the graph and calls it on random inputs.  ``lowered-*.txt`` are the graphs
+of the step as they are bound: every op, how it gets its result, and the buffer that it goes into.
 """
 
 from __future__ import annotations
@@ -100,6 +101,9 @@ class GraphDump:
             self._number += 1
 
     def compiled(self, step: CompiledStep) -> None:
+        if self._folder is not None:
+            for name, lowered in step.kept.variants.items():
+                (self._folder / f"lowered-{name}.txt").write_text(f"{lowered}\n")
         if self._level >= 1:
             _say(f"compiled a graph of {len(step.lives.schedule)} nodes, {len(step.fallbacks)} fallbacks")
         if self._level >= 3:

@@ -114,6 +114,11 @@ def test_dump_writes_runnable_graphs_and_the_plan(tmp_path):
     files = sorted(path.name for path in folder.glob("*.py"))
     assert files == ["00-captured.py", *(f"{i:02d}-{p.name}.py" for i, p in enumerate(PASSES, 1))]
     assert MemoryPlan.from_json((folder / "plan.json").read_text()) == report.plan
+    lowered = {path.name: path.read_text() for path in folder.glob("lowered-*.txt")}
+    assert "lowered-loops.txt" in lowered
+    assert all(
+        "[destination] -> " in text and text.splitlines()[-1].startswith("return %") for text in lowered.values()
+    )
     printed = set()
     for name in files:
         source = (folder / name).read_text()
