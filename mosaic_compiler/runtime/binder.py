@@ -177,6 +177,7 @@ class Binder:
                 self.instructions.append(functools.partial(fill, buffer.offset, limit - GUARD, DEAD))
                 self.instructions.append(functools.partial(fill, limit - GUARD, limit, CANARY))
             return view
+        assert buffer.space == "heap", f"{buffer.describe()}: steps have no memory of their own but the arena"
         slot = self._slot(linked, index, (linked.name, index))
         make: Instruction = functools.partial(torch.empty_strided, shape, stride, dtype=made.dtype, device=made.device)
         if scatter is not None:
