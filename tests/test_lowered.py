@@ -65,7 +65,7 @@ from mosaic_compiler.runtime.loading import LoadedStep
 kept = pickle.load(open(sys.argv[1], "rb"))
 given = torch.load(sys.argv[2])
 torch.set_num_threads(1)  # as in the tests: results are compared bit for bit
-step = LoadedStep(kept, given["weights"], MosaicOptions(poison=True))
+step = LoadedStep(kept, given["weights"], MosaicOptions(poison=True, chunk_rows=given["chunks"]))
 results = [step(inputs) for inputs in given["inputs"]]
 torch.save([results, [failure.reason for c in step.variants.values() for k, _ in c._kernels if (failure := k.failure)]],
            sys.argv[3])
@@ -100,11 +100,11 @@ def test_it_plans_in_a_process_without_torch(tmp_path):
 @pytest.mark.parametrize("fuse", [False, pytest.param(True, marks=pytest.mark.fuse)])
 @pytest.mark.parametrize("chunks", [None, 7])
 def test_it_runs_in_another_process_with_weights_by_name(tmp_path, fuse, chunks):
-    run = compiled(poison=True, chunk_rows=chunks, **({} if fuse else {"disable": ("fuse",)}))
+    run = compiled(chunk_rows=chunks, **({} if fuse else {"disable": ("fuse",)}))
     assert bool(run.kept.variants["flat"].graph.clusters) == fuse
     given, results = tmp_path / "given.pt", tmp_path / "results.pt"
     inputs = [arguments(n) for n in (12, 30, 3, 2)]
-    torch.save({"weights": weights(), "inputs": inputs}, given)
+    torch.save({"weights": weights(), "inputs": inputs, "chunks": chunks}, given)
     elsewhere(RUNS, keep(run, tmp_path), given, results)
     found, failures = torch.load(results)
     assert not failures
@@ -133,3 +133,63 @@ def test_every_op_says_how_it_gets_its_result():
     text = str(lowered)
     assert text.startswith("early: ")
     assert text.splitlines()[-1].startswith("return %")
+
+
+def test_options_of_running_are_those_of_the_loaded_step():
+    """A step that was compiled without poison mode runs in it, in chunks, within another budget."""
+    run = compiled(disable=("fuse",))
+    for options in ({"poison": True}, {"poison": True, "chunk_rows": 5}, {"chunk_rows": 3}, {"memory_budget": "8MiB"}):
+        loaded = LoadedStep(pickle.loads(pickle.dumps(run.kept.data())), weights(), MosaicOptions(**options))
+        for n in (12, 33, 2):
+            for got, expected in zip(loaded(arguments(n)), step(*arguments(n), *weights().values()), strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------ what ops are called with
+library = torch.library.Library("math", "FRAGMENT")  # a namespace that is called like a module of Python's
+library.define("half(Tensor x) -> Tensor")
+library.impl("half", lambda x: x / 2, "CompositeExplicitAutograd")
+torch.library.register_fake("math::half", torch.empty_like, lib=library)
+
+
+@torch.library.custom_op("lowered::add_one", mutates_args={"x"})
+def add_one(x: torch.Tensor) -> None:
+    x.add_(1)
+
+
+def writes(x):
+    y = x * 1
+    add_one(y)
+    return y * 2
+
+
+def compares(x):
+    return x + 1, x.shape[0] > 5, torch.sym_not(x.shape[0] > 5), torch.add(x > 0, x.shape[0] > 5)
+
+
+def literals(x):
+    ids = torch.arange(x.shape[0]) % 4
+    y = torch.nn.functional.silu(x @ x.t())
+    masks = ids == torch.tensor(0), torch.isin(ids, torch.tensor([0, 3])), torch.tensor([True, False, False, True])[ids]
+    return tuple(torch.where(mask, (y @ x).softmax(-1).amax(-1), 0.0) for mask in masks)
+
+
+def one_row(x):
+    logits = (x @ x.t()) @ x
+    return logits[0], logits[-1], logits[x.shape[0] // 2]
+
+
+CALLS = [writes, compares, literals, one_row, lambda x: torch.ops.math.half(x) + 1]
+
+
+@pytest.mark.parametrize("function", CALLS)
+@pytest.mark.parametrize("options", [{}, {"poison": True, "chunk_rows": 2}])
+def test_what_ops_are_called_with(function, options):
+    fast = torch.compile(function, backend="mosaic", dynamic=True, options=options)
+    for n in (4, 9):
+        x = torch.randn(n, 6)
+        with torch.no_grad():
+            got, expected = fast(x.clone()), function(x.clone())
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        for one, other in zip(got, expected, strict=True) if isinstance(got, tuple) else ():
+            assert type(one) is type(other)

@@ -12,13 +12,13 @@ from torch._ops import HigherOrderOperator, OpOverload
 
 from mosaic_compiler import ir
 from mosaic_compiler.compat.tracing import tree_flatten
-from mosaic_compiler.errors import CaptureError
 from mosaic_compiler.ir.clusters import Cluster, own_clusters
 from mosaic_compiler.ir.loops import ChunkLoop
 from mosaic_compiler.kernels import attention
 from mosaic_compiler.lowering.forms import Form
 from mosaic_compiler.lowering.scopes import Lives, Scope
 from mosaic_compiler.planning.lowered import (
+    GETITEM,
     Input,
     Kind,
     LoweredCluster,
@@ -33,11 +33,7 @@ from mosaic_compiler.planning.lowered import (
 
 
 def lower(module: fx.GraphModule, lives: Lives) -> LoweredStep:
-    """The step of a graph after all passes, as data.
-
-    Raises:
-        CaptureError: for arguments of operators that cannot be said by name.
-    """
+    """The step of a graph after all passes, as data."""
     graph = module.graph
     varying = frozenset(node.meta[ir.BINDS] for node in lives.prologue if ir.BINDS in node.meta)
     members = set(lives.prologue)
@@ -126,7 +122,7 @@ def _op(
         base=None if base is None else base.name,
         into=ir.taken_over(node),
         scatters=tuple(_scatter(node, index) for index in range(len(ir.tensors_of(node)))),
-        read=frozenset(user.args[1] for user in node.users if target_name(user) == "_operator.getitem"),  # type: ignore[misc]
+        read=frozenset(user.args[1] for user in node.users if target_name(user) == GETITEM),  # type: ignore[misc]
         symbols=frozenset(s for facts in tensors for n in (*facts.shape, *facts.strides) for s in n.free_symbols),
         depends=frozenset(own.union(*(ir.free_symbols(operand) for operand in node.all_input_nodes))),
         operands=tuple(operand.name for operand in node.all_input_nodes),
@@ -166,14 +162,14 @@ def _scatter(node: fx.Node, index: int) -> tuple[Ref, Any, int] | None:
 
 
 def target_name(node: fx.Node) -> str:
-    """What a node calls, by name: ``aten.mm.default``, ``_operator.mul``, ``fused_0``."""
+    """What a node calls, by name: ``aten.mm.default``, ``python:_operator.mul``, ``fused_0``."""
     target = node.target
     if isinstance(target, (OpOverload, str)):
         return str(target)
     if isinstance(target, HigherOrderOperator):
         return f"higher_order.{target}"
     home = getattr(target, "__module__", None) or "builtins"
-    return f"{home}.{getattr(target, '__qualname__', getattr(target, '__name__', ''))}"
+    return f"python:{home}.{getattr(target, '__qualname__', getattr(target, '__name__', ''))}"
 
 
 _NAMED = (torch.dtype, torch.layout, torch.memory_format)
@@ -194,9 +190,9 @@ def _argument(given: Any) -> Any:
         return {name: _argument(value) for name, value in given.items()}
     if isinstance(given, slice):
         return slice(*(map(_argument, (given.start, given.stop, given.step))))
-    if given is None or isinstance(given, (bool, int, float, complex, str)):
-        return given
-    raise CaptureError(f"an argument of a {type(given).__name__} ({given!r}) cannot be said by name")
+    if isinstance(given, OpOverload):  # what a mutable custom op is wrapped in is called with it
+        return Named(f"op:{given}")
+    return given  # numbers, strings; of anything else there is no name, and a step that has it cannot be kept on disk
 
 
 def _cluster(cluster: Cluster) -> LoweredCluster:

@@ -185,7 +185,7 @@ class Selectors(Emitter):
         numbers = self.emit(aten.view.default, numbers, [self.size(size) for size in sizes])
         moved = self._grids[segment] = self._apply(move, base, numbers)
         if len(rows.shape_of(moved)) != 1:
-            count = sympy.prod([ir.expr_of(size) for size in rows.shape_of(moved)])
+            count = sympy.Mul(*(ir.expr_of(size) for size in rows.shape_of(moved)))
             moved = self.emit(aten.reshape.default, moved, [self._product(moved, count)])
         if segment.source is None:
             return moved

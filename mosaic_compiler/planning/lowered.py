@@ -18,6 +18,9 @@ from mosaic_compiler.planning.lives import StepLives
 
 _ZERO = sympy.Integer(0)
 
+GETITEM = "python:_operator.getitem"
+"""The target of an op that is one result of an op with several."""
+
 Root: TypeAlias = "tuple[str, int]"
 """A storage: the value that creates it, and which of its results it is."""
 
@@ -43,7 +46,7 @@ class Ref:
 
 @dataclass(frozen=True)
 class Named:
-    """An object of PyTorch's, as an argument: ``torch.float32``, ``device:cuda:0``."""
+    """An object of PyTorch's, as an argument: ``torch.float32``, ``device:cuda:0``, ``op:aten.mm.default``."""
 
     text: str
 
@@ -117,7 +120,7 @@ class LoweredOp:
     Attributes:
         name: of its value.
         kind: how it gets its result.
-        target: the operator (``aten.mm.default``), function (``_operator.mul``), attribute, loop or cluster.
+        target: the operator (``aten.mm.default``), function (``python:_operator.mul``), attribute, loop or cluster.
         args, kwargs: nested; values are :class:`Ref`, objects of PyTorch's :class:`Named`.
         way: who writes into its destination: ``entry`` (the book's), ``out``, ``twin`` or ``kernel``.
         outputs: its tensors; ``None`` for what is none.

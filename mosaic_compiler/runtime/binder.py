@@ -10,12 +10,13 @@ from typing import Any, TypeAlias
 
 import sympy
 import torch
+from sympy.logic.boolalg import Boolean
 
 from mosaic_compiler.book import Call
 from mosaic_compiler.errors import CaptureError
 from mosaic_compiler.planning.buffers import Buffer
 from mosaic_compiler.planning.lives import Sizes
-from mosaic_compiler.planning.lowered import Kind, Root
+from mosaic_compiler.planning.lowered import GETITEM, Kind, Root
 from mosaic_compiler.runtime.arena import Arena
 from mosaic_compiler.runtime.instructions import (
     CANARY,
@@ -136,12 +137,13 @@ class Binder:
 
     def _number(self, linked: Linked) -> Any:
         number = linked.op.number
-        if linked.op.target == "_operator.getitem" or number is None:  # floats as Python does: it rounds each time
+        if linked.op.target == GETITEM or number is None:  # floats as Python does: it rounds each time
             args, kwargs = linked.arguments(self.values)
             return linked.function(*args, **kwargs)
         if not isinstance(number, sympy.Basic):
             return number
-        return bool(self.sizes(number)) if number.is_Boolean else self.sizes(number)
+        is_true_or_false = isinstance(number, Boolean) and not number.is_Symbol  # a symbol could be either
+        return bool(self.sizes(number)) if is_true_or_false else self.sizes(number)
 
     def _destination(self, linked: Linked) -> None:
         op = linked.op

@@ -188,7 +188,7 @@ class Step:
             values,
             frozenset(self._static),
             arena,
-            poison=self.options.poison,
+            poison=self.kept.outline.guard > 0,
             found=self.found,
         )
         self.bound(program)

@@ -26,9 +26,6 @@ from mosaic_compiler.planning.lowered import (
     TensorFacts,
 )
 
-_MODULES = frozenset({"_operator", "builtins", "math", "torch"})
-"""Where functions on numbers come from; other names begin with a namespace of operators."""
-
 
 @functools.cache
 def function_of(name: str) -> Callable[..., Any]:
@@ -37,15 +34,12 @@ def function_of(name: str) -> Callable[..., Any]:
     Raises:
         CaptureError: if it is not there (a library of operators that is not loaded, say).
     """
-    home, *rest = name.split(".")
     try:
-        if home in _MODULES:
-            module, _, attribute = name.rpartition(".")
+        if name.startswith("python:"):
+            module, _, attribute = name.removeprefix("python:").rpartition(".")
             found: Any = getattr(importlib.import_module(module), attribute)
         else:
-            found = getattr(torch.ops, home)
-            for part in rest:
-                found = getattr(found, part)
+            found = functools.reduce(getattr, name.split("."), torch.ops)
     except (AttributeError, ImportError) as error:
         raise CaptureError(f"{name} is not there: import what registers it ({error})") from None
     function: Callable[..., Any] = found
@@ -54,9 +48,11 @@ def function_of(name: str) -> Callable[..., Any]:
 
 @functools.cache
 def object_of(text: str) -> Any:
-    """``torch.float32``, or the device of ``device:cuda:0``."""
+    """``torch.float32``, the device of ``device:cuda:0``, the operator of ``op:aten.mm.default``."""
     if text.startswith("device:"):
         return torch.device(text.removeprefix("device:"))
+    if text.startswith("op:"):
+        return function_of(text.removeprefix("op:"))
     return getattr(torch, text.removeprefix("torch."))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -18,6 +19,7 @@ from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.planning.kept import KeptStep
 from mosaic_compiler.planning.lowered import Input, LoweredCluster, LoweredStep, TensorFacts
 from mosaic_compiler.runtime.engine import Step
+from mosaic_compiler.runtime.instructions import GUARD
 from mosaic_compiler.runtime.link import Linked, LinkedStep, object_of
 from mosaic_compiler.runtime.programs import Variant
 
@@ -31,7 +33,8 @@ class LoadedStep(Step):
         kept: of a :class:`~mosaic_compiler.runtime.step.CompiledStep` (:meth:`KeptStep.data`, where it was pickled).
         weights: parameters and buffers by the names of the graph's inputs (:attr:`KeptStep.inputs`); constants of the
             graphs by theirs.
-        options: the run time's (budget, poison mode, ...), not those of passes.
+        options: those of running (``memory_budget``, ``chunk_rows``, ``poison``, ``program_cache``); what passes did is
+            done.
 
     Raises:
         CaptureError: if a weight or an operator is missing.
@@ -46,7 +49,9 @@ class LoadedStep(Step):
         self._given = [weights[given.name] if i in static else None for i, given in enumerate(kept.inputs)]
         self._free = [i for i in range(len(kept.inputs)) if i not in static]
         variants = {name: _variant(lowered, weights) for name, lowered in kept.variants.items()}
-        super().__init__(kept, variants, options or MosaicOptions())
+        options = options or MosaicOptions()
+        outline = replace(kept.outline.data(), guard=GUARD if options.poison else 0, chunk_rows=options.chunk_rows)
+        super().__init__(replace(kept, outline=outline), variants, options)
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         if len(inputs) != len(self._free):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mosaic_compiler.planning.lowered import Kind
 from mosaic_compiler.runtime.link import LinkedStep
 
 
@@ -28,6 +29,8 @@ class Prologue:
         self._ops = linked.early
         self.results, self.symbols = linked.step.early_results, linked.step.symbols
         self._inputs = [given.name for given in linked.step.graph.inputs]
+        constants = (op for op in linked.step.graph.ops if op.kind is Kind.CONSTANT)
+        self._constants = {op.name: linked.constants[op.target] for op in constants}
 
     def run(
         self, inputs: Sequence[Any], room: Callable[[int, int], int] = lambda position, count: count
@@ -44,7 +47,7 @@ class Prologue:
         """
         if not self._ops:
             return {}, ()
-        values: dict[str, Any] = dict(zip(self._inputs, inputs, strict=True))
+        values: dict[str, Any] = self._constants | dict(zip(self._inputs, inputs, strict=True))
         counts: list[int] = []
         with torch.no_grad():
             for linked in self._ops:
