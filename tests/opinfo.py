@@ -59,6 +59,12 @@ _UNPOOLED = (
 OTHER_STRIDES = {"nn_functional_max_unpool2d": _UNPOOLED, "nn_functional_max_unpool2d_grad": _UNPOOLED}
 """Operators of which strides are not compared, and why."""
 
+ROUNDED = {
+    "logit": "eager PyTorch divides in bfloat16 before it takes the logarithm, and is up to 0.006 off between 0.45 and "
+    "0.55; a fused kernel is 0.0005 off"
+}
+"""Operators that eager rounds more coarsely than reduced precision is allowed (twice as much here), and how."""
+
 OTHER_DTYPES = ("float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool", "complex64")
 
 TOLERANCES = {
@@ -370,6 +376,8 @@ def _compare(sample: Sample, name: str, mine: Any, theirs: Any) -> None:
             raise DiffersError(f"{name}: {what} {getattr(mine, what)}, not {getattr(theirs, what)}")
     if sample.op not in NOT_OURS:
         rtol, atol = TOLERANCES.get(theirs.dtype, (0.0, 0.0))
+        if sample.op in ROUNDED and theirs.dtype in (torch.bfloat16, torch.float16):
+            atol *= 2
         try:
             torch.testing.assert_close(mine, theirs, rtol=rtol, atol=atol, equal_nan=True)
         except AssertionError as error:
