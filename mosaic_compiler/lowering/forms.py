@@ -72,7 +72,7 @@ def form_of(node: fx.Node, main_device: torch.device) -> Form:
         effect = ir.has_effect(node)
         return Form(Kind.OPAQUE if effect or not _computable(node) else Kind.NUMBER)
     if not isinstance(node.target, OpOverload):
-        return Form(Kind.NUMBER if _is_getitem(node) else Kind.OPAQUE)
+        return Form(Kind.NUMBER if node.target is operator.getitem else Kind.OPAQUE)
     if ir.mutated_arguments(node):
         return Form(Kind.MUTATION)
     if ir.is_view(node):
@@ -83,10 +83,6 @@ def form_of(node: fx.Node, main_device: torch.device) -> Form:
         return Form(Kind.OPAQUE)
     way = _way(node)
     return Form(Kind.DESTINATION, way) if way else Form(Kind.OPAQUE)
-
-
-def _is_getitem(node: fx.Node) -> bool:
-    return node.target is operator.getitem
 
 
 def _computable(node: fx.Node) -> bool:

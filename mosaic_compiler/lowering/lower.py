@@ -57,7 +57,6 @@ def lower(module: fx.GraphModule, lives: Lives) -> LoweredStep:
         early_results=tuple(node.name for node in lives.prologue if not members.issuperset(node.users)),
         loops=loops,
         constants=tuple(dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "get_attr")),
-        lives=lives.data(),
         device=str(lives.device),
     )
 
@@ -66,15 +65,19 @@ def _graph(module: fx.GraphModule, scope: Scope, varying: Collection[sympy.Symbo
     results, _ = tree_flatten(module.graph.output_node().args[0])
     deaths = scope.deaths
     return LoweredGraph(
-        inputs=tuple(map(input_of, module.graph.find_nodes(op="placeholder"))),
+        inputs=tuple(map(_input, module.graph.find_nodes(op="placeholder"))),
         ops=tuple(_op(node, scope, deaths, varying) for node in scope.nodes),
         results=tuple(map(_argument, results)),
         clusters={name: _cluster(cluster) for name, cluster in own_clusters(module).items()},
-        places={
-            (root[0].name, root[1]): _local(buffer.name, buffer.loop) for root, buffer in scope.root_buffers.items()
-        },
-        direct={(root[0].name, root[1]): index for root, index in scope.direct.items()},
+        places={_root(root): _local(buffer.name, buffer.loop) for root, buffer in scope.root_buffers.items()},
+        direct={_root(root): index for root, index in scope.direct.items()},
     )
+
+
+def _root(root: ir.Root) -> tuple[str, int]:
+    """A storage by the name of the node that makes it."""
+    node, index = root
+    return node.name, index
 
 
 def _local(name: str, loop: str) -> str:
@@ -82,7 +85,7 @@ def _local(name: str, loop: str) -> str:
     return name.removeprefix(f"{loop}.") if loop else name
 
 
-def input_of(node: fx.Node) -> Input:
+def _input(node: fx.Node) -> Input:
     """A placeholder, as data."""
     value, tensor = ir.value_of(node), ir.tensor_of(node)
     number = ir.expr_of(value) if ir.is_symbolic_number(value) or isinstance(value, (int, float)) else None
@@ -116,9 +119,9 @@ def _op(
         is_list=isinstance(value, (tuple, list)),
         has_lists=isinstance(value, (tuple, list)) and any(isinstance(part, (tuple, list)) for part in value),
         number=_number(value),
-        roots=tuple(None if root is None else (root[0].name, root[1]) for root in roots),
+        roots=tuple(None if root is None else _root(root) for root in roots),
         buffers=tuple(None if buffer is None else _local(buffer.name, buffer.loop) for buffer in owned),
-        dies=tuple((root[0].name, root[1]) for root in deaths.get(node, ())),
+        dies=tuple(map(_root, deaths.get(node, ()))),
         base=None if base is None else base.name,
         into=ir.taken_over(node),
         scatters=tuple(_scatter(node, index) for index in range(len(ir.tensors_of(node)))),
@@ -201,7 +204,7 @@ def _cluster(cluster: Cluster) -> LoweredCluster:
     scope = Scope(tuple(nodes), {n: Form(Kind.OPAQUE) for n in nodes}, ir.StorageMap(graph), {}, {})
     results: Any = graph.output_node().args[0]
     return LoweredCluster(
-        inputs=tuple(map(input_of, graph.find_nodes(op="placeholder"))),
+        inputs=tuple(map(_input, graph.find_nodes(op="placeholder"))),
         ops=tuple(_op(node, scope, {}, ()) for node in nodes),
         results=tuple(node.name for node in results),
         into=cluster.into,

@@ -55,6 +55,13 @@ class SymbolicBuffer:
     """The call of a loop that it is local to."""
     term: str = "step"
 
+    def sized(self, nbytes: int, shape: tuple[int, ...], offset: int | None = None) -> Buffer:
+        """This with numbers for its expressions."""
+        return Buffer(
+            self.name, self.space, nbytes, self.start, self.end, self.dtype, shape, self.op, self.module, self.source,
+            offset, self.term,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class LoopLives:
@@ -122,10 +129,9 @@ class StepLives:
             sizes = Sizes(given | missing)
         values = [sizes(expr) for expr in self._table[0]]
         return tuple(
-            Buffer(b.name, b.space, values[nbytes], b.start, b.end, b.dtype, tuple([values[i] for i in shape]), b.op,
-                   b.module, b.source, offsets.get(b.name), b.term)
+            b.sized(values[nbytes], tuple([values[i] for i in shape]), offsets.get(b.name))
             for b, nbytes, shape in self._table[1]
-        )  # fmt: skip
+        )
 
     def data(self) -> StepLives:
         """This alone, without what a subclass has."""
@@ -133,14 +139,7 @@ class StepLives:
 
     def given_at(self, sizes: Sizes) -> tuple[Buffer, ...]:
         """Inputs and weights with concrete bytes."""
-        return (
-            *self._fixed_given,
-            *(
-                Buffer(b.name, b.space, sizes(b.nbytes), b.start, b.end, b.dtype, tuple(map(sizes, b.shape)), b.op,
-                       b.module, b.source, None, b.term)
-                for b in self._sized_given
-            ),
-        )  # fmt: skip
+        return (*self._fixed_given, *(b.sized(sizes(b.nbytes), tuple(map(sizes, b.shape))) for b in self._sized_given))
 
     @cached_property
     def _sized_given(self) -> tuple[SymbolicBuffer, ...]:
@@ -150,11 +149,7 @@ class StepLives:
     def _fixed_given(self) -> tuple[Buffer, ...]:
         """Those whose sizes are numbers (weights), made once."""
         sized, none = set(self._sized_given), Sizes({})
-        return tuple(
-            Buffer(b.name, b.space, none(b.nbytes), b.start, b.end, b.dtype, tuple(map(none, b.shape)), b.op, b.module,
-                   b.source, None, b.term)
-            for b in self.given if b not in sized
-        )  # fmt: skip
+        return tuple(b.sized(none(b.nbytes), tuple(map(none, b.shape))) for b in self.given if b not in sized)
 
     @cached_property
     def _table(self) -> tuple[list[sympy.Expr], list[tuple[SymbolicBuffer, int, tuple[int, ...]]]]:

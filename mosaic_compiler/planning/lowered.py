@@ -14,8 +14,6 @@ from typing import Any, TypeAlias
 
 import sympy
 
-from mosaic_compiler.planning.lives import StepLives
-
 _ZERO = sympy.Integer(0)
 
 GETITEM = "python:_operator.getitem"
@@ -263,7 +261,7 @@ class Reading:
 
 @dataclass(frozen=True, eq=False)
 class LoweredStep:
-    """One graph of a step, ready to be planned, bound and run.
+    """One graph of a step, ready to be bound and run.
 
     Attributes:
         graph: what runs.
@@ -271,7 +269,6 @@ class LoweredStep:
         early_results: those of its values that the rest reads.
         loops: by the name of the op that calls them.
         constants: names of the attributes that it reads.
-        lives: what planning needs.
         device: where it runs.
     """
 
@@ -280,7 +277,6 @@ class LoweredStep:
     early_results: tuple[str, ...]
     loops: Mapping[str, LoweredLoop]
     constants: tuple[str, ...]
-    lives: StepLives
     device: str
 
     @property
