@@ -25,7 +25,7 @@ class CaptureError(MosaicError):
 
 
 class InvariantError(MosaicError):
-    """A pass broke one of the graph invariants of ``passes/verifier.py``."""
+    """A pass broke one of the graph invariants of ``passes/verifier/``."""
 
     def __init__(self, pass_name: str, invariant: str, detail: str) -> None:
         super().__init__(f"pass {pass_name!r} broke the invariant {invariant!r}: {detail}")

@@ -13,13 +13,12 @@ import threading
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from mosaic_compiler.compat.dynamo import RESUMED, code_of_frame, graph_breaks
+from mosaic_compiler.compat.dynamo import RESUMED, code_of_frame, graph_breaks, wrapped_in_frame
 from mosaic_compiler.planning.plan import Fallback
 
 logger = logging.getLogger("mosaic_compiler")
-
-"""How Dynamo's names for the rest of a function begin."""
 
 NAMED = ("all-rows", "undeclared-alias", "undeclared-layout", "data-dependent-size")
 """Fallbacks that are worth a line."""
@@ -67,7 +66,7 @@ def compiled(fallbacks: Sequence[Fallback]) -> tuple[str, ...]:
     """
     code = code_of_frame()
     found, _open.told = _breaks_since(_open.told, code)
-    name = _name_of(code)
+    name = _name_of(code, wrapped_in_frame())
     rest = code is not None and code.co_name.startswith(RESUMED)
     function = next((f for f in reversed(_open.functions) if rest and f.name == name), None)
     if function is None:
@@ -115,8 +114,18 @@ def _in_a_line(found: object) -> str:
     return f"a graph break{where}: {first[0][:160]}"
 
 
-def _name_of(code: types.CodeType | None) -> str:
-    """``forward (remote/model.py)``; the rest of a function that was cut is called like the function."""
+def _name_of(code: types.CodeType | None, wrapped: Any = None) -> str:
+    """``forward (remote/model.py)``; the rest of a function that was cut is called like the function.
+
+    Args:
+        code: of the frame that is compiled.
+        wrapped: what that frame calls, if it is none of the user's.
+    """
+    if wrapped is not None:
+        method = getattr(wrapped, "forward", wrapped)
+        code = getattr(method, "__code__", None)
+        if code is None:
+            return str(getattr(wrapped, "__name__", type(wrapped).__name__))
     if code is None:
         return "a function"
     name = code.co_name

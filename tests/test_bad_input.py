@@ -434,12 +434,20 @@ def test_a_forecast_of_a_function_that_fails_says_what_and_where(caplog):
         def forward(self, x):
             raise ValueError("no such thing")
 
+    class OwnError(Exception):
+        pass
+
+    class RaisingItsOwn(nn.Module):
+        def forward(self, x):
+            raise OwnError("no such thing")
+
     for fn, message in (
         (
             Failing(),
             r"TypeError: topk\(\): argument 'k' .*must be int, not NoneType \(.*test_bad_input.py:\d+ in forward\)",
         ),
         (Raising(), r"ValueError\('no such thing'\) \(.*test_bad_input.py:\d+ in forward\)"),
+        (RaisingItsOwn(), r"traced: OwnError.* \(.*test_bad_input.py:\d+ in forward\)"),
         (
             lambda x: x @ torch.ones(7, 7),
             r"RuntimeError: .* same reduction dim, .* \(.*test_bad_input.py:\d+ in <lambda>",

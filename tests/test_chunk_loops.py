@@ -15,7 +15,7 @@ from mosaic_compiler.errors import BudgetError, InvariantError
 from mosaic_compiler.ir.loops import ChunkLoop, loop_of
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes import CanonicalizePass, run_passes, trace
-from mosaic_compiler.passes.labels import Edge, find_labels
+from mosaic_compiler.passes.chunk_loops.labels import Edge, find_labels
 from mosaic_compiler.planning.chunks import candidates
 from mosaic_compiler.planning.lives import Sizes
 

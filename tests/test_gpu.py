@@ -421,7 +421,7 @@ def test_benchmarks_run(tmp_path, which):
     assert done.returncode == 0, done.stderr[-3000:]
     results = {path.stem: json.loads(path.read_text())["rows"] for path in tmp_path.glob("*.json")}
     assert results.keys() == set(BENCHMARKS[which])
-    known = {path.stem for path in (root / "benchmarks/results").glob("*.json")} - {"step_cpu", "budget_cpu"}
+    known = {path.stem for path in (root / "benchmarks/gpu").glob("[!_]*.py")} - {"benchmark", "models"}
     assert known == {*BENCHMARKS["steps"], *BENCHMARKS["uses"]}
     assert all(results.values())
     assert all("error" not in row for name in ("generate", "drop_in") for row in results.get(name, ()))

@@ -128,6 +128,14 @@ def test_explain_has_one_peak_of_all_graphs():
     assert str(report).startswith("3 graphs; peak of all together: at most ")
 
 
+def test_what_dynamo_wraps_has_its_own_name(lines):
+    """Modules of PyTorch's and builtin functions have no frame that Dynamo looks at."""
+    with torch.no_grad():
+        torch.compile(torch.nn.Linear(4, 4), backend="mosaic")(torch.ones(6, 4))
+        torch.compile(torch.sin, backend="mosaic")(torch.ones(6, 4))
+    assert lines() == [("INFO", "mosaic: forward (modules/linear.py): 1 graph"), ("INFO", "mosaic: sin: 1 graph")]
+
+
 def test_breaks_of_other_backends_are_not_ours(lines):
     torch.compile(broken, backend="eager")(torch.ones(6, 4))
     scope = {"torch": torch}

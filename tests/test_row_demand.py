@@ -17,8 +17,8 @@ from mosaic_compiler.backend import compile_aten, observing
 from mosaic_compiler.book import STANDARD
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes import CanonicalizePass, run_passes, trace
-from mosaic_compiler.passes.demand import analyse
 from mosaic_compiler.passes.row_demand import RowDemandPass
+from mosaic_compiler.passes.row_demand.demand import analyse
 from mosaic_compiler.planning.room import capacity
 from mosaic_compiler.sampling import DenoisingStep, block_window
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
-from mosaic_compiler.compat.dynamo import ObservedException, TorchDynamoException
+from mosaic_compiler.compat.dynamo import ObservedException, TorchDynamoException, raised_by_the_model
 
 
 def is_graph_break(error: Exception) -> bool:
@@ -31,10 +31,10 @@ def what_and_where(error: Exception) -> str:
 
 def _origin(error: BaseException | None) -> str | None:
     """The innermost error that is not Dynamo's; ``None`` if all are."""
-    found = None
+    found, outermost = None, error
     while error is not None:
         if isinstance(error, ObservedException):  # one that the model raises: it is only in the text
-            found = _first_line(error).removeprefix("raised exception ")
+            found = raised_by_the_model(outermost, error)
         elif not isinstance(error, TorchDynamoException):
             found = f"{type(error).__name__}: {_first_line(error)}"
         error = error.__cause__ or error.__context__

@@ -1,4 +1,4 @@
-"""What the ops of a fused kernel go over (``passes/grouping.py`` puts those together that go over the same)."""
+"""What the ops of a fused kernel go over (``passes/fuse/grouping.py`` puts those together that go over the same)."""
 
 from __future__ import annotations
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import types
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch._dynamo import config
+from torch._dynamo import config, external_utils
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
@@ -33,6 +34,8 @@ __all__ = [
     "innermost_backend",
     "lookup_backend",
     "modules_in",
+    "raised_by_the_model",
+    "wrapped_in_frame",
 ]
 
 RESUMED = "torch_dynamo_resume_in_"
@@ -50,6 +53,31 @@ def code_of_frame() -> types.CodeType | None:
         code: types.CodeType = InstructionTranslator.current_tx().f_code
         return code
     return None
+
+
+def wrapped_in_frame() -> Any:
+    """What is called in the frame that Dynamo traces now, if it made that frame itself (``None`` otherwise).
+
+    It does for what has no frame of its own that it would look at: modules of PyTorch's, functions without a source.
+    """
+    code = code_of_frame()
+    if code is None or code.co_filename != external_utils.__file__:
+        return None
+    cells = dict(zip(code.co_freevars, InstructionTranslator.current_tx().closure or (), strict=False))
+    return cells["fn"].cell_contents if "fn" in cells else None
+
+
+def raised_by_the_model(told: BaseException, observed: ObservedException) -> str:
+    """The error that the traced code itself raises, as Python writes it: ``ValueError('no such thing')``.
+
+    The text of Dynamo's own error in torch 2.13.  In 2.11 that names the type only, and the error that a caller gets
+    (``told``) says ``raised exception ValueError([ConstantVariable(str: 'no such thing')])``; of classes that are not
+    Python's own it says ``UserDefinedExceptionObjectVariable(MyError)``.
+    """
+    texts = [str(error).partition("raised exception ")[2].partition("\n")[0] for error in (observed, told)]
+    text = next((text for text in texts if text and not text.startswith("ExceptionVariable(")), texts[0])
+    text = re.sub(r"ConstantVariable\(\w+: (.*?)\)(?=[\],)])", r"\1", text)
+    return re.sub(r"\w+Variable\((\w+)\)", r"\1", re.sub(r"\(\[(.*)\]\)$", r"(\1)", text)).rstrip(".")
 
 
 def has_given_up() -> bool:

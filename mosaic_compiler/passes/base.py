@@ -17,7 +17,8 @@ class Pass(Protocol):
     """One rewrite: a frozen dataclass that maps a GraphModule to a new, equal GraphModule.
 
     The argument is never changed; a pass that finds nothing to do may return it.  ``name`` is the kebab-case of the
-    file and class name: ``in-place`` is ``InPlacePass`` in ``passes/in_place.py``.
+    file and class name: ``in-place`` is ``InPlacePass`` in ``passes/in_place.py``.  What only one
+    pass uses stands beside it, in a folder of its name.
     """
 
     name: ClassVar[str]

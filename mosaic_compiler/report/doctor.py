@@ -20,7 +20,9 @@ class Finding:
 def examine() -> Iterator[Finding]:
     """Look at versions, the device, its virtual memory, and the kernels that will be used."""
     yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
-    yield _package("torch", "pip install torch")
+    import torch
+
+    yield Finding("torch", torch.__version__)  # its package may not say for which devices it was built
     yield _package("triton", "comes with the CUDA builds of torch; without it fused kernels are C++ on the CPU")
     yield _package("transformers", "pip install 'mosaic-compiler[hf]' to load models")
     yield _package("cuda-bindings", "pip install 'mosaic-compiler[cuda]' for the virtual-memory arena on GPUs")

@@ -1,4 +1,4 @@
-"""Backward analysis: at which rows is each value read?  See ``passes/row_demand.py``."""
+"""Backward analysis: at which rows is each value read?  See ``passes/row_demand/``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,16 @@ from torch._ops import OpOverload
 from mosaic_compiler import book, ir
 from mosaic_compiler.book import Layout, Space, rows
 from mosaic_compiler.ir.sizes import is_readable, size_sources
-from mosaic_compiler.passes.demands import Condition, Demand, Demands, Literal, Segment, choices_of, is_complete
-from mosaic_compiler.passes.moves import kept_dims, moved_dims, movement_base, movement_steps
+from mosaic_compiler.passes.row_demand.demands import (
+    Condition,
+    Demand,
+    Demands,
+    Literal,
+    Segment,
+    choices_of,
+    is_complete,
+)
+from mosaic_compiler.passes.row_demand.moves import kept_dims, moved_dims, movement_base, movement_steps
 
 aten = torch.ops.aten
 

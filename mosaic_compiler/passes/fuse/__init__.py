@@ -15,12 +15,12 @@ from mosaic_compiler.ir.keys import structural_key
 from mosaic_compiler.ir.loops import rewrite_bodies
 from mosaic_compiler.ir.sorting import sort_nodes
 from mosaic_compiler.passes.base import Pass
-from mosaic_compiler.passes.grouping import Group, find_groups, is_absorbed_view, makes_constant
+from mosaic_compiler.passes.fuse.grouping import Group, find_groups, is_absorbed_view, makes_constant
 
 
 @dataclass(frozen=True)
 class FusePass(Pass):
-    """Replace each group of ops that ``passes/grouping.py`` finds by one call of a cluster (``ir/clusters.py``).
+    """Replace each group of ops that ``grouping.py`` finds by one call of a cluster (``ir/clusters.py``).
 
     Norms, rotary embeddings, gated activations, residuals with the norm behind them, casts and the sampler's arithmetic
     become one kernel each, in loop bodies too.  Equal clusters share one submodule, and compile once.

@@ -1,6 +1,6 @@
 """Which values become loop results, and which loop computes each of them.
 
-A value inside of a loop has rows (``passes/labels.py``).  It has to exist at full length (is *materialised*) if
+A value inside of a loop has rows (``labels.py``).  It has to exist at full length (is *materialised*) if
 
 - somebody needs all of its rows: keys and values, an op without a rule, the caller; or
 - a later loop needs its rows, and cannot compute them again cheaply from what is materialised anyway.
@@ -27,7 +27,7 @@ from torch import fx
 
 from mosaic_compiler import book, ir
 from mosaic_compiler.book import Space, rows
-from mosaic_compiler.passes.labels import Edge, Labels
+from mosaic_compiler.passes.chunk_loops.labels import Edge, Labels
 
 _NARROW = 64
 """Bytes per row up to which a cheap value may exist at full length outside of a loop (numbers per row)."""

@@ -24,8 +24,8 @@ from mosaic_compiler.compat.symbols import new_number
 from mosaic_compiler.ir.emitter import Emitter
 from mosaic_compiler.ir.keys import structural_key
 from mosaic_compiler.ir.loops import ChunkLoop, LoopOutput
-from mosaic_compiler.passes.labels import Labels
-from mosaic_compiler.passes.regions import Contents, Operand, Region
+from mosaic_compiler.passes.chunk_loops.labels import Labels
+from mosaic_compiler.passes.chunk_loops.regions import Contents, Operand, Region
 
 aten = rows.aten
 

@@ -22,10 +22,10 @@ from mosaic_compiler.book import FLAT, Layout, Space, rows
 from mosaic_compiler.ir.emitter import Emitter
 from mosaic_compiler.ir.sizes import size_sources
 from mosaic_compiler.passes.constants import constant_of
-from mosaic_compiler.passes.demand import can_resize
-from mosaic_compiler.passes.demands import Demand, Demands, Segment, choices_of
-from mosaic_compiler.passes.moves import moved_dims
-from mosaic_compiler.passes.selectors import Selectors
+from mosaic_compiler.passes.row_demand.demand import can_resize
+from mosaic_compiler.passes.row_demand.demands import Demand, Demands, Segment, choices_of
+from mosaic_compiler.passes.row_demand.moves import moved_dims
+from mosaic_compiler.passes.row_demand.selectors import Selectors
 
 aten = torch.ops.aten
 

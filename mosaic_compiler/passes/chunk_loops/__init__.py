@@ -16,9 +16,9 @@ from mosaic_compiler.ir.loops import ChunkLoop
 from mosaic_compiler.ir.notes import UNRULED
 from mosaic_compiler.ir.sizes import UnreadableSizeError, size_sources
 from mosaic_compiler.passes.base import Pass
-from mosaic_compiler.passes.labels import Labels, find_labels
-from mosaic_compiler.passes.loop_bodies import BodyFactory
-from mosaic_compiler.passes.regions import Operand, Region, Regions, contents_of, find_regions
+from mosaic_compiler.passes.chunk_loops.labels import Labels, find_labels
+from mosaic_compiler.passes.chunk_loops.loop_bodies import BodyFactory
+from mosaic_compiler.passes.chunk_loops.regions import Operand, Region, Regions, contents_of, find_regions
 
 aten = torch.ops.aten
 
@@ -27,8 +27,8 @@ aten = torch.ops.aten
 class ChunkLoopsPass(Pass):
     """Cut the graph into loops over rows; only what must exist at full length leaves a loop.
 
-    ``passes/labels.py`` finds out which values have rows and which edges need just the same rows,
-    ``passes/regions.py`` decides what is materialised and which loop computes it, ``passes/loop_bodies.py``
+    ``labels.py`` finds out which values have rows and which edges need just the same rows,
+    ``regions.py`` decides what is materialised and which loop computes it, ``loop_bodies.py``
     builds the bodies.  Each loop is a submodule with a symbolic chunk size (``mosaic_compiler/ir/loops.py``); run
     with all rows in one chunk it does what the graph did before, plus the cheap values it computes again.
 

@@ -1,4 +1,4 @@
-"""Demands: which rows of each value are read, and by whom.  ``passes/demand.py`` finds them.
+"""Demands: which rows of each value are read, and by whom.  ``demand.py`` finds them.
 
 A :class:`Demand` of a node is a set of *conditions* (each a conjunction of boolean masks; a row is needed if
 any of them holds) and a list of *moves* (rows that a slice, an index or a shift of the value picks).
@@ -18,7 +18,7 @@ from torch import fx
 from mosaic_compiler import book, ir
 from mosaic_compiler.book import Layout, Space, rows
 from mosaic_compiler.compat.symbols import hint_of
-from mosaic_compiler.passes.moves import movement_base
+from mosaic_compiler.passes.row_demand.moves import movement_base
 
 
 @dataclass(frozen=True)

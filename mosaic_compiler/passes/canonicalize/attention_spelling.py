@@ -7,8 +7,8 @@ from torch import fx
 from torch._ops import OpOverload
 
 from mosaic_compiler import book, ir
+from mosaic_compiler.passes.canonicalize.rewriter import Rewriter
 from mosaic_compiler.passes.constants import constant_of
-from mosaic_compiler.passes.rewriter import Rewriter
 
 aten = torch.ops.aten
 

@@ -10,9 +10,9 @@ from torch import fx
 from mosaic_compiler import ir
 from mosaic_compiler.ir.notes import Note
 from mosaic_compiler.passes.base import Pass
-from mosaic_compiler.passes.compaction import Compactor
-from mosaic_compiler.passes.demand import analyse
-from mosaic_compiler.passes.demands import Demands
+from mosaic_compiler.passes.row_demand.compaction import Compactor
+from mosaic_compiler.passes.row_demand.demand import analyse
+from mosaic_compiler.passes.row_demand.demands import Demands
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from mosaic_compiler import ir
 from mosaic_compiler.book import Space, rows
 from mosaic_compiler.ir.emitter import Emitter
 from mosaic_compiler.ir.sizes import size_sources
-from mosaic_compiler.passes.demands import Condition, Demands, Segment
-from mosaic_compiler.passes.moves import movement_base, movement_steps, row_index
+from mosaic_compiler.passes.row_demand.demands import Condition, Demands, Segment
+from mosaic_compiler.passes.row_demand.moves import movement_base, movement_steps, row_index
 
 aten = torch.ops.aten
 

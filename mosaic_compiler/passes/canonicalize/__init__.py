@@ -14,11 +14,11 @@ from torch import fx
 from torch._ops import OpOverload
 
 from mosaic_compiler import book, ir
-from mosaic_compiler.passes.attention_spelling import drop_relayout, drop_true_mask, fold_repeated_heads
 from mosaic_compiler.passes.base import Pass
-from mosaic_compiler.passes.common_subexpressions import merge_common_subexpressions
+from mosaic_compiler.passes.canonicalize.attention_spelling import drop_relayout, drop_true_mask, fold_repeated_heads
+from mosaic_compiler.passes.canonicalize.common_subexpressions import merge_common_subexpressions
+from mosaic_compiler.passes.canonicalize.rewriter import Rewriter
 from mosaic_compiler.passes.constants import constant_of
-from mosaic_compiler.passes.rewriter import Rewriter
 
 aten = torch.ops.aten
 prims = torch.ops.prims

@@ -9,10 +9,10 @@ in-place   a write into a buffer of the step is legal (``passes/in_place.py``, `
 loops      operands and results of a loop agree with its body: the same tensors with c rows
 clusters   operands and results of a cluster have the layout of its body's
 quadratic  no value grows faster with the inputs' sizes than some value did before (no new N x N)
-repeats    rows that may be computed more than once count once (``passes/repeats.py``)
+repeats    rows that may be computed more than once count once (``repeats.py``)
 ========== ==================================================================================
 
-``passes/facts.py`` reads off a graph what signature, effects and quadratic compare; ``passes/legal_writes.py`` judges
+``facts.py`` reads off a graph what signature, effects and quadratic compare; ``legal_writes.py`` judges
 in-place.
 """
 
@@ -33,9 +33,9 @@ from mosaic_compiler.compat.symbols import free_unbacked_symbols
 from mosaic_compiler.errors import InvariantError
 from mosaic_compiler.ir.clusters import Cluster, cluster_of
 from mosaic_compiler.ir.loops import ChunkLoop, loop_of
-from mosaic_compiler.passes.facts import facts_of, fastest_growing
-from mosaic_compiler.passes.legal_writes import illegal_writes
-from mosaic_compiler.passes.repeats import counted_repeats
+from mosaic_compiler.passes.verifier.facts import facts_of, fastest_growing
+from mosaic_compiler.passes.verifier.legal_writes import illegal_writes
+from mosaic_compiler.passes.verifier.repeats import counted_repeats
 
 INVARIANTS = ("topology", "metadata", "signature", "effects", "in-place", "loops", "clusters", "quadratic", "repeats")
 
