@@ -67,7 +67,7 @@ def wrapped_in_frame() -> Any:
     return cells["fn"].cell_contents if "fn" in cells else None
 
 
-def raised_by_the_model(told: BaseException, observed: ObservedException) -> str:
+def raised_by_the_model(told: BaseException | None, observed: ObservedException) -> str:
     """The error that the traced code itself raises, as Python writes it: ``ValueError('no such thing')``.
 
     The text of Dynamo's own error in torch 2.13.  In 2.11 that names the type only, and the error that a caller gets

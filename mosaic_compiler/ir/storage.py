@@ -29,6 +29,14 @@ class StorageMap:
     def add(self, node: fx.Node) -> None:
         self._roots[node] = self._compute(node)
 
+    def update(self, node: fx.Node) -> None:
+        """Look again at a node that has changed, and at what aliases it."""
+        before = self._roots[node]
+        self.add(node)
+        if self._roots[node] != before:
+            for user in node.users:
+                self.update(user)
+
     def roots(self, node: fx.Node) -> tuple[Root | None, ...]:
         return self._roots[node]
 

@@ -42,26 +42,27 @@ class ReuseRowsPass(Pass):
 
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
         module = ir.copy_graph(module)
+        storage = ir.StorageMap(module.graph)
         variants: dict[Any, tuple[str, ChunkLoop]] = {}
         for node in module.graph.nodes:
             loop = loop_of(node)
             if loop is None:
                 continue
-            outputs = _placed(node, loop)
+            outputs = _placed(node, loop, storage)
             if (loop, outputs) not in variants:
                 taken = str(node.target) in {name for name, _ in variants.values()}
                 name = f"{node.target}_{len(variants)}" if taken else str(node.target)
                 variants[loop, outputs] = name, loop.with_outputs(outputs)
             set_loop(module, node, *variants[loop, outputs])
+            storage.update(node)
         module.graph.lint()
         module.recompile()
         return module
 
 
-def _placed(node: fx.Node, loop: ChunkLoop) -> tuple[LoopOutput, ...]:
+def _placed(node: fx.Node, loop: ChunkLoop, storage: ir.StorageMap) -> tuple[LoopOutput, ...]:
     """The loop's outputs, each in the memory of an operand where that is legal."""
     outputs = list(loop.outputs)
-    storage = ir.StorageMap(node.graph)
     free = list(loop.sliced())
     for index, spec in enumerate(outputs):
         if spec.scatter is not None:

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch._ops import OpOverload
@@ -33,7 +34,7 @@ from mosaic_compiler.compat.symbols import free_unbacked_symbols
 from mosaic_compiler.errors import InvariantError
 from mosaic_compiler.ir.clusters import Cluster, cluster_of
 from mosaic_compiler.ir.loops import ChunkLoop, loop_of
-from mosaic_compiler.passes.verifier.facts import facts_of, fastest_growing
+from mosaic_compiler.passes.verifier.facts import Facts, facts_of, fastest_growing
 from mosaic_compiler.passes.verifier.legal_writes import illegal_writes
 from mosaic_compiler.passes.verifier.repeats import counted_repeats
 
@@ -49,9 +50,9 @@ class Verifier:
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
-        self._reference = facts_of(module)
-        self._checked: tuple[Any, ...] = ()
         self._seen: dict[int, _Seen] = {}
+        self._reference = self._facts(module.graph, ir.StorageMap(module.graph))
+        self._checked: tuple[Any, ...] = ()
         self._known: dict[Any, Any] = {}
         self._clusters: dict[Cluster, tuple[tuple[str, str], ...]] = {}
         self._bodies: dict[ChunkLoop, tuple[tuple[str, str], ...]] = {}
@@ -70,12 +71,13 @@ class Verifier:
             fail("topology", problem)
         for problem in self._metadata(module):
             fail("metadata", problem)
-        facts = facts_of(module)
+        storage = ir.StorageMap(module.graph)
+        facts = self._facts(module.graph, storage)
         if facts.outputs != self._reference.outputs:
             fail("signature", f"outputs were {self._reference.outputs}, now {facts.outputs}")
         if facts.effects != self._reference.effects:
             fail("effects", f"effects were {self._reference.effects}, now {facts.effects}")
-        for problem in illegal_writes(module.graph):
+        for problem in illegal_writes(module.graph, storage):
             fail("in-place", problem)
         for node in module.graph.nodes:
             for invariant, problem in self._loop(node):
@@ -88,6 +90,10 @@ class Verifier:
         for problem in counted_repeats(module.graph):
             fail("repeats", problem)
         self._checked = checked
+
+    def _facts(self, graph: fx.Graph, storage: ir.StorageMap) -> Facts:
+        seen = [self._see(ir.value_of(node)).unbacked for node in graph.nodes]
+        return facts_of(graph, storage, set().union(*seen))
 
     # ----------------------------------------------------------------------------------- metadata
     def _metadata(self, module: fx.GraphModule) -> Iterator[str]:
@@ -122,14 +128,15 @@ class Verifier:
                 yield from self._cluster(node)
             return
         if loop not in self._bodies:
-            body = loop.body
+            body, storage = loop.body, ir.StorageMap(loop.body.graph)
             problems = [("topology", problem) for problem in _topology(body.graph)]
             problems = problems or [("metadata", problem) for problem in self._metadata(body)]
-            problems += [("in-place", problem) for problem in illegal_writes(body.graph)]
+            problems += [("in-place", problem) for problem in illegal_writes(body.graph, storage)]
             problems += [
                 found for inner in body.graph.nodes if inner.op == "call_module" for found in self._cluster(inner)
             ]
-            problems += [("effects", f"{n.name} has an effect") for n in body.graph.nodes if _is_effect_in_body(n)]
+            effects = [inner for inner in body.graph.nodes if _is_effect_in_body(inner, storage)]
+            problems += [("effects", f"{effect.name} has an effect") for effect in effects]
             self._bodies[loop] = tuple(problems)
         for invariant, problem in self._bodies[loop]:
             yield invariant, f"{node.name}: {problem}"
@@ -195,16 +202,16 @@ class Verifier:
 
 @dataclass(frozen=True)
 class _Seen:
-    """A value (kept, so that its ``id`` stays its own), its layout, and whether that has sizes only the data knows."""
+    """A value (kept, so that its ``id`` stays its own), its layout, and the symbols in it that only the data knows."""
 
     value: Any
     layout: Any
-    unbacked: bool
+    unbacked: frozenset[sympy.Symbol]
 
     @classmethod
     def of(cls, value: Any) -> _Seen:
         numbers = filter(ir.is_symbolic_number, ir.numbers_in(value))
-        return cls(value, ir.layout_of(value), any(map(free_unbacked_symbols, numbers)))
+        return cls(value, ir.layout_of(value), frozenset().union(*map(free_unbacked_symbols, numbers)))
 
 
 def _without_offsets(layout: Any) -> Any:
@@ -215,11 +222,10 @@ def _without_offsets(layout: Any) -> Any:
     return tuple(map(_without_offsets, layout)) if isinstance(layout, tuple) else layout
 
 
-def _is_effect_in_body(node: fx.Node) -> bool:
+def _is_effect_in_body(node: fx.Node, storage: ir.StorageMap) -> bool:
     """A body runs once per chunk: it may write its own buffers, and nothing else."""
     if node.op != "call_function" or not ir.has_effect(node):
         return False
-    storage = ir.StorageMap(node.graph)
     roots = [root for written in ir.mutated_arguments(node) for root in storage.roots(written)]
     return not roots or any(root is None or not ir.is_computed(root) for root in roots)
 

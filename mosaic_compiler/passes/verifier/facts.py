@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,6 @@ import sympy
 from torch import fx
 
 from mosaic_compiler import ir
-from mosaic_compiler.compat.symbols import free_unbacked_symbols
 from mosaic_compiler.compat.tracing import tree_flatten
 from mosaic_compiler.ir.loops import loop_of
 
@@ -25,12 +24,16 @@ class Facts:
     degree: int
 
 
-def facts_of(module: fx.GraphModule) -> Facts:
-    """Read off the graph what every pass must preserve."""
-    graph = module.graph
-    storage = ir.StorageMap(graph)
+def facts_of(graph: fx.Graph, storage: ir.StorageMap, unbacked: Iterable[sympy.Symbol]) -> Facts:
+    """Read off the graph what every pass must preserve.
+
+    Args:
+        unbacked: symbols in its values that only the data knows.  A pass may bind another one to the same number, so
+            all of them count as one.
+    """
     output = graph.output_node()
-    data = _data_symbols(graph)
+    bound = {node.meta[ir.BINDS] for node in graph.nodes if ir.BINDS in node.meta}
+    data = dict.fromkeys(bound.union(unbacked), sympy.Symbol("data"))
     flat, _ = tree_flatten(output.args[0])
     outputs = tuple(_output_fact(item, storage, data) for item in flat)
     constant = _bounded_symbols(graph)
@@ -42,16 +45,6 @@ def _bounded_symbols(graph: fx.Graph) -> dict[sympy.Symbol, sympy.Expr]:
     """Numbers of rows that a mask of constant size selects, with that size: they do not grow with the inputs."""
     bounds = {node.meta[ir.BINDS]: ir.most_of(node) for node in graph.nodes if ir.BINDS in node.meta}
     return {symbol: most for symbol, most in bounds.items() if not most.free_symbols}
-
-
-def _data_symbols(graph: fx.Graph) -> dict[sympy.Symbol, sympy.Symbol]:
-    """Symbols whose value only the data knows.  A pass may bind another one to the same number, so all of
-    them count as one."""
-    found: set[sympy.Symbol] = {node.meta[ir.BINDS] for node in graph.nodes if ir.BINDS in node.meta}
-    numbers = (number for node in graph.nodes for number in ir.numbers_in(ir.value_of(node)))
-    for expr in {ir.expr_of(number) for number in numbers if ir.is_symbolic_number(number)}:
-        found |= free_unbacked_symbols(expr)
-    return dict.fromkeys(found, sympy.Symbol("data"))
 
 
 def _output_fact(item: Any, storage: ir.StorageMap, data: dict[sympy.Symbol, sympy.Symbol]) -> Any:

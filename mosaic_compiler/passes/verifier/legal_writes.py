@@ -14,9 +14,8 @@ from mosaic_compiler.ir.loops import loop_of
 from mosaic_compiler.passes.reuse_rows import late_readers
 
 
-def illegal_writes(graph: fx.Graph) -> Iterator[str]:
+def illegal_writes(graph: fx.Graph, storage: ir.StorageMap) -> Iterator[str]:
     """Writes into storage of the step that somebody could notice.  Judged from the graph alone."""
-    storage = ir.StorageMap(graph)
     escaping_values = graph.output_node().all_input_nodes
     order = {node: index for index, node in enumerate(graph.nodes)}
     readers: dict[ir.Root, list[fx.Node]] = {}

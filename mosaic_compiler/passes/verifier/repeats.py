@@ -28,18 +28,17 @@ def counted_repeats(graph: fx.Graph) -> Iterator[str]:
     repeated = {node.meta[ir.BINDS] for node in graph.nodes if ir.MAY_REPEAT in node.meta}
     if not repeated:
         return
+    symbols = {node: _symbols_of(node) for node in graph.nodes}
     for node in graph.nodes:
-        lost = repeated & _symbols_of(node.all_input_nodes) - _symbols_of([node])
+        read = [symbols[operand] for operand in node.all_input_nodes]
+        lost = repeated & set().union(*read) - symbols[node]
         if not lost or ir.is_view(node) or node.target in _PUT_BACK or node.op == "call_module":
             continue  # loops and clusters work row by row
         yield f"{node.name} has none of the {', '.join(map(str, lost))} rows of its operands, which may be repeated"
 
 
-def _symbols_of(nodes: list[fx.Node]) -> set[sympy.Symbol]:
+def _symbols_of(node: fx.Node) -> set[sympy.Symbol]:
     """In sizes of tensors and in numbers (strides and offsets of views do not matter)."""
-    found: set[sympy.Symbol] = set()
-    for node in nodes:
-        tensors = [tensor for tensor in ir.tensors_of(node) if tensor is not None]
-        numbers = [n for tensor in tensors for n in tensor.shape] or ir.numbers_in(node.meta.get("val"))
-        found.update(*(ir.expr_of(number).free_symbols for number in numbers if ir.is_symbolic_number(number)))
-    return found
+    tensors = [tensor for tensor in ir.tensors_of(node) if tensor is not None]
+    numbers = [n for tensor in tensors for n in tensor.shape] or ir.numbers_in(ir.value_of(node))
+    return set().union(*(ir.expr_of(number).free_symbols for number in numbers if ir.is_symbolic_number(number)))
