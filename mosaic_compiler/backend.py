@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -29,12 +28,13 @@ from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.base import Machine
 from mosaic_compiler.passes.needed_rows import settle_sizes
 from mosaic_compiler.passes.pipeline import make_family
+from mosaic_compiler.runtime.observers import Observers
 from mosaic_compiler.runtime.sparse import page_bytes
 from mosaic_compiler.runtime.step import CompiledStep
 from mosaic_compiler.settings import read_settings
 from mosaic_compiler.true_masks import drop_true_masks
 
-_observers = threading.local()
+_compiling: Observers[CompiledStep] = Observers()
 watch_methods()
 
 
@@ -97,8 +97,7 @@ def compile_aten(module: fx.GraphModule, options: MosaicOptions, static_inputs: 
     step = CompiledStep(family.graphs, options, family.records, static_inputs, on_plan=dump.plan, captured=module)
     dump.compiled(step)
     step.end_at(graph_log.compiled(step.fallbacks))
-    for notify in getattr(_observers, "stack", ()):
-        notify(step)
+    _compiling.tell(step)
     return step
 
 
@@ -130,15 +129,9 @@ def _no_guards(module: fx.GraphModule) -> AbstractContextManager[None]:
     return nullcontext() if environment is None else environment.suppress_guards()
 
 
-@contextmanager
-def observing(observe: Callable[[CompiledStep], None]) -> Iterator[None]:
+def observing(observe: Callable[[CompiledStep], None]) -> AbstractContextManager[None]:
     """Call ``observe`` with every step that this thread compiles inside the ``with`` block."""
-    stack = _observers.__dict__.setdefault("stack", [])
-    stack.append(observe)
-    try:
-        yield
-    finally:
-        stack.remove(observe)
+    return _compiling.told(observe)
 
 
 def _refuse_gradients(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

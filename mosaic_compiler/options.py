@@ -11,7 +11,7 @@ from typing import Any
 from mosaic_compiler.errors import OptionsError
 from mosaic_compiler.planning.budget import parse_budget
 from mosaic_compiler.planning.placement import DEADLINE
-from mosaic_compiler.recipes import LOOPS
+from mosaic_compiler.recipes import PASS_NAMES
 from mosaic_compiler.settings import Settings, read_settings
 
 ROW_CHOICES = ("all", "masked", "before_masked")
@@ -67,8 +67,8 @@ class MosaicOptions:
         _expect(isinstance(self.strict, bool), "strict", "True or False", self.strict)
         _expect(isinstance(self.disable, tuple), "disable", "a list of pass names", self.disable)
         for name in self.disable:
-            if name not in LOOPS.passes:
-                raise OptionsError(f"disable: no pass is called {name!r}{nearest(str(name), LOOPS.passes)}")
+            if name not in PASS_NAMES:
+                raise OptionsError(f"disable: no pass is called {name!r}{nearest(str(name), PASS_NAMES)}")
         if self.placement not in PLACEMENTS:
             raise OptionsError(f"placement={self.placement!r}{nearest(str(self.placement), PLACEMENTS)}")
         seconds = self.placement_deadline

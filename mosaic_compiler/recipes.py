@@ -64,3 +64,6 @@ FLAT = LOOPS.without("chunk-loops", "scatter-results", "reuse-rows", name="flat"
 
 RECIPES = (FLAT, LOOPS)
 """The graphs of a step, the preferred ones first; the last one is always made."""
+
+PASS_NAMES = tuple(dict.fromkeys(name for recipe in reversed(RECIPES) for name in recipe.passes))
+"""All passes, those of the last recipe first."""

@@ -57,6 +57,29 @@ def test_explain_reports_plan_passes_and_provenance():
         assert expected in text
 
 
+GLOBAL = Block().eval()
+
+
+def test_modules_have_their_own_names_wherever_they_come_from():
+    def of_a_global(x):
+        return GLOBAL(x)
+
+    here = sys.modules[__name__]
+
+    def of_a_closure(x):
+        return here.GLOBAL(x)
+
+    def of_an_argument(x, block):
+        return block(x)
+
+    x, names = torch.randn(3, 7, 16), set()
+    with torch.no_grad():
+        for fn, given in ((of_a_global, ()), (of_a_closure, ()), (of_an_argument, (GLOBAL,))):
+            plan = mosaic_compiler.explain(fn, x, *given).plan
+            names |= {b.module for b in plan.buffers if b.op.startswith("aten.addmm")}
+    assert names == {"GLOBAL.up", "up"}
+
+
 def test_sizes_are_called_what_they_are_in_the_graph():
     def step(ids, mask, weight, times):
         rows = torch.nn.functional.embedding(ids, weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mosaic_compiler
+from mosaic_compiler.backend import compile_aten
 from mosaic_compiler.errors import PlanError
+from mosaic_compiler.options import MosaicOptions
+from mosaic_compiler.passes import trace
 from mosaic_compiler.planning import Buffer, MemoryPlan, make_plan
 from mosaic_compiler.planning.buffers import PLACED, SPACES, TERMS, check_overlaps
+from mosaic_compiler.planning.lives import StepLives
 from mosaic_compiler.planning.placement import place, place_blocks
+from mosaic_compiler.planning.planner import Planner
 from mosaic_compiler.report.diff import diff
+from mosaic_compiler.report.scene import COLOURS, rectangles
 from mosaic_compiler.report.tables import plan_lines
 
 STEPS = 12
@@ -134,6 +141,36 @@ def test_reports_show_every_space():
     changes = shown(diff(before, after))
     assert "height of host" in changes
     assert "weights" in changes
+
+
+@given(lives, lives, lives)
+def test_in_pictures_each_space_has_addresses_of_its_own(first, second, third):
+    heap = [replace(buffer, space="heap") for buffer in buffers_of(third, prefix="t")]
+    plan = make_plan([*buffers_of(first), *buffers_of(second, "host", "h"), *heap], [f"n{i}" for i in range(STEPS)])
+    shapes = rectangles(plan)
+    assert [shape.buffer for shape in shapes] == list(plan.buffers)
+    assert all(shape.group in COLOURS for shape in shapes)
+    placed = [replace(shape.buffer, space="arena", offset=shape.offset) for shape in shapes]
+    check_overlaps(placed)
+    assert COLOURS.keys() >= set(PLACED) - {"arena"}
+
+
+def test_budgets_and_peaks_count_the_devices_memory_only():
+    """Of a step with a large buffer in the host's memory."""
+    step = compile_aten(
+        trace(lambda x, w: torch.relu(x @ w) @ w, torch.randn(9, 6), torch.randn(6, 6), dynamic=[(0,)]), MosaicOptions()
+    )
+    given, sizes = step.outline.planner.lives, step.outline.sizes_for(9)
+    symbol = next(iter(given.symbols))
+    host = [replace(given.buffers[0], name=f"kept{i}", space="host", nbytes=symbol * (1 << 40)) for i in range(3)]
+    with_host = Planner(
+        StepLives((*given.buffers, *host), given.given, given.schedule, given.device_type, given.regions)
+    )
+    alone = step.outline.planner.plan(sizes).plan
+    plan = with_host.plan(sizes, budget=alone.workspace).plan
+    assert (plan.peak, plan.workspace, plan.height) == (alone.peak, alone.workspace, alone.height)
+    assert plan.heights["host"] == 3 * 9 << 40
+    assert MemoryPlan.from_json(plan.to_json()) == plan
 
 
 def test_the_page_shows_every_space():

@@ -100,7 +100,10 @@ class Provenance:
 
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
-_PREFIX = re.compile(r"^L\['[^']*'\]\.?")
+_PREFIX = re.compile(
+    r"^(?:(?:L\['[^']*'\]|G\['__import_[^']*'\])(?:\[\d+\]|\.__closure__\[\d+\]\.cell_contents)*\.?|G\['([^']*)'\])"
+)
+"""What Dynamo calls an argument (of several, of a closure), the module of Python that a global is in, and a global."""
 
 
 def provenance(node: fx.Node) -> Provenance:
@@ -112,7 +115,8 @@ def provenance(node: fx.Node) -> Provenance:
     if frames:
         path, line = frames[-1]
         source = f"{'/'.join(path.split('/')[-2:])}:{line}"
-    return Provenance(module=_PREFIX.sub("", paths[-1]) if paths else "", source=source)
+    module = _PREFIX.sub(lambda found: found[1] or "", paths[-1]) if paths else ""
+    return Provenance(module, source)
 
 
 def graph_module(root: Any, graph: fx.Graph) -> fx.GraphModule:

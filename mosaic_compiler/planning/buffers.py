@@ -22,6 +22,8 @@ ALIGNMENT = 512  # bytes: what CUDA's caching allocator and vectorised kernels e
 SPACES = ("arena", "host", "heap", "caller")
 PLACED = ("arena", "host")
 """Spaces whose memory is planned: their buffers have offsets."""
+ON_DEVICE = ("arena", "heap")
+"""Spaces of which a step takes memory on its device: what a budget and a peak count."""
 TERMS = ("op", "step", "call", "state", "model")
 
 _KINDS = {

@@ -29,7 +29,7 @@ import numpy as np
 import sympy
 from numpy.typing import NDArray
 
-from mosaic_compiler.planning.buffers import ALIGNMENT
+from mosaic_compiler.planning.buffers import ALIGNMENT, ON_DEVICE
 from mosaic_compiler.planning.lives import Sizes, StepLives
 
 UNIT = 128
@@ -90,7 +90,7 @@ class ChunkModel:
         self.positions = len(lives.schedule)
         chunks = set(lives.chunks)
         self._index: dict[sympy.Expr, int] = {}
-        kept = self.kept = [b for b in lives.buffers if b.term != "call"]
+        kept = self.kept = [b for b in lives.buffers if b.term != "call" and b.space in ON_DEVICE]
         sizes = [self._index.setdefault(b.nbytes, len(self._index)) for b in kept]
         self._size_of = np.array(sizes, dtype=np.int64)
         self._starts = np.array([b.start for b in kept], dtype=np.int64)

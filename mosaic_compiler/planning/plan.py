@@ -17,6 +17,7 @@ from typing import Any
 from mosaic_compiler.errors import PlanError
 from mosaic_compiler.planning.buffers import (
     ALIGNMENT,
+    ON_DEVICE,
     PLACED,
     SPACES,
     TERMS,
@@ -157,7 +158,7 @@ class MemoryPlan:
     @cached_property
     def timeline(self) -> tuple[int, ...]:
         """Live bytes by schedule position, of all that the step takes memory for on its device."""
-        return tuple(live_bytes(self.in_space("arena", "heap"), len(self.schedule)))
+        return tuple(live_bytes(self.in_space(*ON_DEVICE), len(self.schedule)))
 
     @cached_property
     def outside(self) -> tuple[int, ...]:

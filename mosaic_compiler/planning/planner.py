@@ -10,7 +10,7 @@ import sympy
 
 from mosaic_compiler.errors import BudgetError
 from mosaic_compiler.planning.budget import format_bytes
-from mosaic_compiler.planning.buffers import live_bytes
+from mosaic_compiler.planning.buffers import PLACED, live_bytes
 from mosaic_compiler.planning.chunks import ChunkModel, Evaluation, Shortfall, least, longest
 from mosaic_compiler.planning.lives import LoopLives, Sizes, StepLives
 from mosaic_compiler.planning.placement import DEADLINE, Interval, height_of, live_totals, place_blocks
@@ -66,6 +66,9 @@ class Planner:
         self.symbols = lives.symbols
         self.meanings = tuple(pair for pair in meanings if pair[0] in map(str, self.symbols))
         self._blocks = {buffer.name: buffer.loop for buffer in lives.buffers if buffer.loop}
+        self._elsewhere = [
+            space for space in PLACED if any(b.space == space for b in lives.buffers if space != "arena")
+        ]
         self._loops = [(region.chunk, _described(region)) for region in lives.regions]
 
     @property
@@ -149,6 +152,10 @@ class Planner:
     ) -> MemoryPlan:
         sizes = evaluation.sizes
         buffers = self.lives.at(Sizes(sizes.symbols | dict(chunks)), offsets)
+        for space in self._elsewhere:
+            own = [buffer for buffer in buffers if buffer.space == space]
+            _, found = place_blocks(own, self._blocks, self.placement, deadline=self.deadline)
+            buffers = tuple(replace(b, offset=found.get(b.name, b.offset)) for b in buffers)
         if self.guard:
             buffers = tuple(replace(b, nbytes=b.nbytes + self.guard) if b.space == "arena" else b for b in buffers)
         nbytes, unchunked = evaluation.local_bytes(chunks), evaluation.local_bytes(evaluation.rows)

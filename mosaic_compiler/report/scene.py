@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mosaic_compiler.planning.budget import format_bytes
-from mosaic_compiler.planning.buffers import Buffer
+from mosaic_compiler.planning.buffers import ON_DEVICE, Buffer
 from mosaic_compiler.planning.plan import MemoryPlan
 
 # Paul Tol's "bright" scheme, which the colour-blind can tell apart; grey is outside of the arena.
@@ -21,8 +21,9 @@ COLOURS = {
     "transient": "#BBBBBB",
     "output": "#BBBBBB",
     "scratch": "#BBBBBB",
+    "host": "#DDDDDD",
 }
-HATCHES = {"output": "x", "scratch": "/"}
+HATCHES = {"output": "x", "scratch": "/", "host": "."}
 """What tells the grey groups apart."""
 
 LINES = {  # colour and dash
@@ -46,7 +47,8 @@ _ROLES = (  # for colours only: the first that matches the module path, or the s
 
 @dataclass(frozen=True)
 class Rectangle:
-    """One buffer: its life on x, ``[offset, offset + size)`` on y; what is outside of the arena is above it."""
+    """One buffer: its life on x, ``[offset, offset + size)`` on y; what is outside of the arena is above it, and above
+    that the other spaces, one on the other."""
 
     buffer: Buffer
     offset: int
@@ -56,8 +58,15 @@ class Rectangle:
 def rectangles(plan: MemoryPlan) -> list[Rectangle]:
     """Every buffer that a step takes memory for, in the order of the plan."""
     above = dict(_stack(plan.in_space("heap"), plan.height))
+    floor = max((above[b.name] + b.size for b in plan.in_space("heap")), default=plan.height)
+    floors = {"arena": 0}
+    for space, height in plan.heights.items():
+        if space not in floors:
+            floors[space], floor = floor, floor + height
     return [
-        Rectangle(b, b.offset, _role(b)) if b.offset is not None else Rectangle(b, above[b.name], b.kind)
+        Rectangle(b, above[b.name], b.kind)
+        if b.offset is None
+        else Rectangle(b, floors[b.space] + b.offset, _role(b) if b.space == "arena" else b.space)
         for b in plan.own
     ]
 
@@ -81,10 +90,10 @@ class Peak:
 
 def peak(plan: MemoryPlan) -> Peak | None:
     """The first such position; ``None`` if nothing is live anywhere."""
-    if not plan.own:
+    if not plan.in_space(*ON_DEVICE):
         return None
     position = max(range(len(plan.timeline)), key=plan.timeline.__getitem__)
-    live = [b for b in plan.own if b.start <= position < b.end]
+    live = [b for b in plan.in_space(*ON_DEVICE) if b.start <= position < b.end]
     return Peak(position, plan.timeline[position], max(live, key=lambda b: b.size))
 
 
@@ -94,6 +103,7 @@ def headline(plan: MemoryPlan) -> tuple[str, str]:
     outside = plan.peak - plan.height
     split = f" (arena {format_bytes(plan.height)}, outside of it {format_bytes(outside)})" if outside else ""
     figures = [f"peak {format_bytes(plan.peak)}{split}"]
+    figures += [f"{space} {format_bytes(height)}" for space, height in plan.heights.items() if space != "arena"]
     if plan.budget is not None:
         figures.append(f"budget {format_bytes(plan.budget)}")
     if plan.device:

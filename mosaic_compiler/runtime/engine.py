@@ -8,7 +8,6 @@ length or budget, and nothing here knows a graph.
 from __future__ import annotations
 
 import functools
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ from mosaic_compiler.planning.planner import Planned
 from mosaic_compiler.planning.room import capacity
 from mosaic_compiler.runtime.arena import Arena
 from mosaic_compiler.runtime.devices import free_memory
+from mosaic_compiler.runtime.observers import Observers
 from mosaic_compiler.runtime.pools import ArenaPool, pool_for
 from mosaic_compiler.runtime.program import Program, bind
 from mosaic_compiler.runtime.programs import Bound, Programs, Variant
@@ -35,7 +35,6 @@ from mosaic_compiler.runtime.symbols import reader_of
 from mosaic_compiler.runtime.weights import Weights
 
 _budget: ContextVar[int | None] = ContextVar("memory_budget", default=None)
-_running = threading.local()
 
 
 @contextmanager
@@ -49,15 +48,12 @@ def within_budget(nbytes: int | None) -> Iterator[None]:
         _budget.reset(token)
 
 
-@contextmanager
-def running(observe: Callable[[Step], None]) -> Iterator[None]:
+def running(observe: Callable[[Step], None]) -> AbstractContextManager[None]:
     """Call ``observe`` with every step that this thread runs inside of the ``with`` block, when it begins."""
-    stack = _running.__dict__.setdefault("stack", [])
-    stack.append(observe)
-    try:
-        yield
-    finally:
-        stack.remove(observe)
+    return _running.told(observe)
+
+
+_running: Observers[Step] = Observers()
 
 
 class Step:
@@ -116,8 +112,7 @@ class Step:
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         pointers = tuple([inputs[i].data_ptr() for i in self._static])
         numbers = tuple([read(inputs) for _, read in self._readers])
-        for notify in getattr(_running, "stack", ()):
-            notify(self)
+        _running.tell(self)
         with self._pool.lease() as arena:
             place = (arena.number, self.budget)
             early, counts = self._prologue.run(inputs, self._programs.room(place, numbers, pointers))
