@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_models import Toy, ids, toys
@@ -152,6 +153,28 @@ def test_labels_are_sound(toy, batch, length, data):
         for a, b, layout in pairs:
             if layout is not None and isinstance(a, torch.Tensor):
                 assert not other_rows_changed(a, b, layout, batch, row), (node, source)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+def test_batch_entries_that_are_rows_attend_to_their_own_keys(chunk):
+    """One position each; or positions in front, as ``nn.MultiheadAttention`` has them."""
+
+    def one_position(x, w):  # [B, 1, D]
+        q, k, v = ((x @ w[i]).view(-1, 1, 2, 4).transpose(1, 2) for i in range(3))
+        return (F.scaled_dot_product_attention(q, k.repeat(1, 1, 3, 1), v.repeat(1, 1, 3, 1)) + k).flatten(1) @ w[3]
+
+    def in_front(x, w):  # [N, B, D]
+        q, k, v = ((x @ w[i]).view(x.shape[0], -1, 4).transpose(0, 1) for i in range(3))
+        attended = torch.bmm(torch.softmax(torch.bmm(q, k.mT), -1), v)
+        return attended.transpose(0, 1).reshape(-1, 8) @ w[3]
+
+    w = torch.randn(4, 8, 8)
+    options = {"chunk_rows": chunk, "poison": True, "disable": ("fuse",)}
+    for f, shapes in ((one_position, [(7, 1, 8), (4, 1, 8)]), (in_front, [(7, 3, 8), (5, 2, 8), (2, 5, 8)])):
+        fast = torch.compile(f, backend="mosaic", dynamic=True, options=options)
+        for shape in shapes:
+            x = torch.randn(shape)
+            torch.testing.assert_close(fast(x, w), f(x, w), rtol=1e-4, atol=1e-4)
 
 
 def test_an_op_without_a_rule_needs_all_rows_and_is_named():

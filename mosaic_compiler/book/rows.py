@@ -188,11 +188,16 @@ def bmm_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer
     left, right = node.args[0], node.args[1]
     if layout[2] is not None:
         return None
-    if layout[1] is None and layout[0] in (FLAT, len(space) - 1):
-        return [Operand(left, layout), Operand(right, layout)]  # type: ignore[arg-type]
+    if _is_taken_in_part(layout[0], space):
+        return None if layout[1] is not None else [Operand(left, layout), Operand(right, layout)]  # type: ignore[arg-type]
     if layout[0] is not None and not isinstance(space, ChunkSpace):
         return None
     return [Operand(left, layout), Operand(right, None)]  # type: ignore[arg-type]
+
+
+def _is_taken_in_part(label: Label, space: Space) -> bool:
+    """A run of rows has some of this dim's indices (of other dims it has all)."""
+    return label in (FLAT, len(space) - 1)
 
 
 def layer_norm_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
@@ -206,8 +211,8 @@ def layer_norm_rows(node: fx.Node, output: int, layout: Layout, space: Space) ->
 
 def attention_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     """Query rows are independent; keys and values are needed whole.  Queries of different batch entries
-    meet different keys, so rows must not span the batch (or heads).  What a causal query sees depends on where it
-    stands among all of them."""
+    meet different keys, so rows must not span the batch (or heads); where batch entries are rows, keys and values have
+    the same rows.  What a causal query sees depends on where it stands among all of them."""
     query, key, value = node.args[:3]
     labels = (*layout, None) if output == 1 else layout
     if ir.argument(node, "is_causal") is not False:
@@ -216,7 +221,12 @@ def attention_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> 
         return None
     if labels[0] is not None and not isinstance(space, ChunkSpace):
         return None
-    operands = [Operand(query, labels), Operand(key, None), Operand(value, None)]  # type: ignore[arg-type]
+    theirs: Layout | None = None
+    if _is_taken_in_part(labels[0], space):
+        theirs = (labels[0], None, None, None)
+        if labels != theirs:
+            return None
+    operands = [Operand(query, labels), Operand(key, theirs), Operand(value, theirs)]  # type: ignore[arg-type]
     mask = ir.argument(node, "attn_mask") or ir.argument(node, "attn_bias")
     if isinstance(mask, fx.Node):
         operands.append(Operand(mask, aligned(mask, (labels[0], None, labels[2], None))))
