@@ -8,13 +8,14 @@ are constants as well, as whole numbers are: as inputs, each would be a tensor m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from mosaic_compiler.compat.dynamo import TensorifyState, modules_in
+from mosaic_compiler.compat.dynamo import TensorifyState, modules_in, owner_of
 from mosaic_compiler.compat.symbols import expression_of, guard_scalar, hint_of, is_float, name_of, values_in
 from mosaic_compiler.compat.tracing import fake_mode_among
 
@@ -38,8 +39,8 @@ _ARITHMETIC = frozenset(
     }
 )
 
-_settled: dict[str, float] = {}
-"""Floats of modules that became constants, by where Dynamo finds them."""
+_settled: MutableMapping[object, dict[str, float]] = weakref.WeakKeyDictionary()
+"""Floats that became constants, by the module that has them and their names."""
 
 
 def specialize_floats(module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
@@ -90,14 +91,14 @@ def specialize_floats(module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any
 
 
 def _of_inner_modules(module: fx.GraphModule) -> set[str]:
-    """Names of floats that are attributes of modules inside of another one, unless their value has changed."""
+    """Names of floats that are attributes of modules inside of another one, unless that module had another value."""
     found = set()
     for node in module.graph.find_nodes(op="placeholder"):
         number, source = _float_in(node), getattr(node, "_dynamo_source", None)
         if number is None or source is None or modules_in(source) < 2:
             continue
-        value = hint_of(number)
-        if _settled.setdefault(source.name, value) == value:
+        owner, value = owner_of(source), hint_of(number)
+        if owner is not None and _settled.setdefault(owner, {}).setdefault(source.member, value) == value:
             found.add(name_of(number))
     return found
 

@@ -10,12 +10,13 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import nn
 from torch._dynamo import config, external_utils
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
 from torch._dynamo.exc import BackendCompilerFailed, ObservedException, TorchDynamoException
-from torch._dynamo.source import UnspecializedNNModuleSource
+from torch._dynamo.source import AttrSource, UnspecializedNNModuleSource
 from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
 from torch._dynamo.utils import graph_break_reasons
 
@@ -34,6 +35,7 @@ __all__ = [
     "innermost_backend",
     "lookup_backend",
     "modules_in",
+    "owner_of",
     "raised_by_the_model",
     "wrapped_in_frame",
 ]
@@ -93,6 +95,17 @@ def modules_in(source: Any) -> int:
         count += isinstance(source, UnspecializedNNModuleSource)
         source = getattr(source, "base", None)
     return count
+
+
+def owner_of(source: Any) -> nn.Module | None:
+    """The module that Dynamo reads an attribute of, while it compiles; ``None`` if it is another kind of source."""
+    if not isinstance(source, AttrSource):
+        return None
+    with contextlib.suppress(AttributeError, LookupError, NameError):  # not called by Dynamo, or found by its helpers
+        output = InstructionTranslator.current_tx().output
+        owner = source.base.get_value({"L": output.local_scope, "G": output.global_scope}, {}, {})
+        return owner if isinstance(owner, nn.Module) else None
+    return None
 
 
 def configured(values: Mapping[str, Any]) -> AbstractContextManager[Any]:
