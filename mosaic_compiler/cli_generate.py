@@ -22,7 +22,8 @@ def generate(
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="text to begin with")] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="a file with the text to begin with")] = None,
-    gen_length: Annotated[int, typer.Option(help="new tokens")] = 128,
+    infill: Annotated[Path | None, typer.Option(help="a file whose masks, <mask> or ___, are filled in")] = None,
+    gen_length: Annotated[int | None, typer.Option(help="new tokens; 128 if left out")] = None,
     steps: Annotated[int, typer.Option(help="steps in all")] = 32,
     block_length: Annotated[int | None, typer.Option(help="LLaDA: tokens per block")] = None,
     budget: Annotated[str | None, typer.Option(help="memory for activations, such as 64MiB")] = None,
@@ -46,23 +47,25 @@ def generate(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="for machines: no live text")] = False,
 ) -> None:
-    """Fill in new tokens behind a prompt; the text settles in the terminal."""
+    """Fill in new tokens behind a prompt, or the masks of a text; the text settles in the terminal."""
     import time
 
     from mosaic_compiler.sampling.request import Sampling
 
-    if (prompt is None) == (file is None):
-        raise ConfigError("give the text to begin with: --prompt TEXT, or --file FILE")
-    if file is not None:
+    if (prompt is not None) + (file is not None) + (infill is not None) != 1:
+        raise ConfigError("give the text to begin with: --prompt TEXT, or --file FILE; or --infill FILE")
+    if (source := infill or file) is not None:
         try:
-            prompt = file.read_text()
+            prompt = source.read_text()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{file}: {getattr(error, 'strerror', None) or 'no text'}") from None
+            raise ConfigError(f"{source}: {getattr(error, 'strerror', None) or 'no text'}") from None
+    assert prompt is not None
+    length = _length(infill, prompt, gen_length, eos)
     limit = None if budget is None else parse_bytes("--budget", budget)
     try:  # what can be known to be wrong without a model, before one is loaded
         Sampling(
-            sampler="auto" if alg is None else "dream", length=gen_length, steps=steps,
-            block_length=gen_length if block_length is None else block_length, temperature=temperature, guidance=cfg,
+            sampler="auto" if alg is None else "dream", length=length, steps=steps,
+            block_length=(length or 1) if block_length is None else block_length, temperature=temperature, guidance=cfg,
             remasking=remasking, threshold=threshold, algorithm=alg or "origin", top_p=top_p, top_k=top_k,
         ).check()  # fmt: skip
     except ValueError as error:
@@ -71,7 +74,7 @@ def generate(
     out = Console(file=sys.stdout)
     live = out.is_terminal and not as_json
     with redirect_stdout(sys.stderr):  # what a model's own code prints is not its text
-        from mosaic_compiler.report.load import load_model
+        from mosaic_compiler.report.load import ids_with_masks, load_model
 
         loaded, tokenizer = load_model(model, parse_dtype(dtype), device=device, trust_remote_code=trust_remote_code)
         import torch
@@ -80,32 +83,51 @@ def generate(
         from mosaic_compiler.sampling.generation import generate as run
         from mosaic_compiler.sampling.generation import mask_of
 
-        ids = torch.tensor([tokenizer(prompt).input_ids], dtype=torch.int64, device=next(loaded.parameters()).device)
-        started = time.perf_counter()
         try:
             mask = mask_of(loaded, mask_id, tokenizer.mask_token_id)
+            tokens = tokenizer(prompt).input_ids if infill is None else ids_with_masks(tokenizer, prompt, mask)
+            ids = torch.tensor([tokens], dtype=torch.int64, device=next(loaded.parameters()).device)
+            shown = ids.shape[1] if infill is None else 0
+            started = time.perf_counter()
             result = run(
-                loaded, ids, gen_length=gen_length, steps=steps, block_length=block_length, memory_budget=limit,
+                loaded, ids, gen_length=length, steps=steps, block_length=block_length, memory_budget=limit,
                 temperature=temperature, cfg_scale=cfg, remasking=remasking, threshold=threshold, alg=alg,
                 top_p=top_p, top_k=top_k, bidirectional=bidirectional, mask_token_id=mask, eos_token_id=eos,
                 stop_at_eos=eos is not None,
-                streamer=LiveText(tokenizer, mask, ids.shape[1], out) if live else None,
+                streamer=LiveText(tokenizer, mask, shown, out) if live else None,
                 progress=sys.stderr.isatty() and not live and not as_json,
                 generator=torch.Generator().manual_seed(seed),
             )  # fmt: skip
         except ValueError as error:
             raise error if isinstance(error, MosaicError) else ConfigError(str(error)) from None
     seconds = time.perf_counter() - started
-    new = result.sequences[0, ids.shape[1] :]
-    text = tokenizer.decode(new, skip_special_tokens=True)
+    text = tokenizer.decode(result.sequences[0, shown:], skip_special_tokens=True)
+    new = result.sequences[0, shown:] if infill is None else result.sequences[ids == mask]
+    given = result.sequences.shape[1] - len(new)
     peak = None if result.plan is None else result.plan.workspace
     if as_json:
         print(json.dumps({
-            "text": text, "tokens": new.tolist(), "prompt_tokens": ids.shape[1], "steps": result.steps,
+            "text": text, "tokens": new.tolist(), "prompt_tokens": given, "steps": result.steps,
             "seconds": seconds, "workspace": peak,
         }))  # fmt: skip
         return
     if not live:
         print(text)
-    said = f"{len(new)} tokens behind {ids.shape[1]} in {seconds:.1f} s, {result.steps} steps"
+    where = "behind" if infill is None else "among"
+    said = f"{len(new)} tokens {where} {given} in {seconds:.1f} s, {result.steps} steps"
     Console(stderr=True).print(said + ("" if peak is None else f", {format_bytes(peak)} of activations"), style="dim")
+
+
+def _length(infill: Path | None, text: str, gen_length: int | None, eos: int | None) -> int:
+    """How many tokens are appended."""
+    from mosaic_compiler.sampling.request import MASKS
+
+    if infill is None:
+        if gen_length == 0:
+            raise ConfigError("gen_length must be at least 1; masks in a text are filled in by --infill FILE")
+        return 128 if gen_length is None else gen_length
+    if gen_length or eos is not None:
+        raise ConfigError("--infill appends nothing to its text: leave out --gen-length and --eos")
+    if not MASKS.search(text):
+        raise ConfigError(f"{infill}: nothing to fill in: write <mask> or ___ for each token that is missing")
+    return 0

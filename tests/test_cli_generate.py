@@ -97,6 +97,60 @@ def test_generate_prints_text_or_json(run, tmp_path):
     assert "8 tokens behind" in err
 
 
+def test_masks_of_a_text_are_filled_in(run, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("In the beginning God ___ the heaven and the <mask>. And the earth was without")
+    arguments = ("generate", "--infill", text, "--steps", "2", "--budget", "64MiB")
+    code, out, _ = run(*arguments, "--json")
+    assert code == 0
+    answer = json.loads(out)
+    assert len(answer["tokens"]) == 2
+    assert answer["steps"] == 2
+    assert answer["text"] == "In the beginning God made the heaven and the earth. And the earth was without"
+    code, out, err = run(*arguments)
+    assert code == 0
+    assert out == answer["text"] + "\n"
+    assert f"2 tokens among {answer['prompt_tokens']}" in err
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_mask_is_one_token_between_those_of_the_text(own):
+    """Also of a tokenizer that has none, and sets tokens around a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    from mosaic_compiler.report.load import ids_with_masks
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(9)} | {"<s>": 9, "</s>": 10, "?": 11}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 9), ("</s>", 10)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **({"mask_token": "w5"} if own else {}))
+    assert ids_with_masks(tokenizer, "w1 ___ w2 <mask><mask> w3", 5) == [9, 1, 5, 2, 5, 5, 3, 10]
+    assert ids_with_masks(tokenizer, "______", 5) == [9, 5, 5, 10]
+    assert ids_with_masks(tokenizer, "<mask> w1", 5) == [9, 5, 1, 10]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("nothing is missing", (), "write <mask> or ___"),
+        ("a ___", ("--gen-length", "8"), "leave out --gen-length"),
+        ("a ___", ("--eos", "7"), "leave out --gen-length"),
+        ("a ___", ("--prompt", "x"), "or --infill FILE"),
+    ],
+)
+def test_infilling_that_makes_no_sense_is_found_before_a_model_is_loaded(
+    run, monkeypatch, tmp_path, text, options, message
+):
+    monkeypatch.setattr("mosaic_compiler.report.load.load_model", None)
+    (tmp_path / "text").write_text(text)
+    code, _, err = run("generate", "--infill", tmp_path / "text", *options)
+    assert code == 2
+    assert message in " ".join(err.split())
+
+
 @pytest.mark.parametrize(
     ("kind", "auto", "options"),
     [

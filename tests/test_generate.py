@@ -110,6 +110,98 @@ def test_llada(batch, length, seed, sizes, per_block, temperature, guidance, rem
     assert torch.equal(got.sequences, expected)
 
 
+def infilled(logits_fn, ids, steps, block_length, temperature, noise):
+    """LLaDA's sampler over the masked tokens of the ids, position by position: an oracle."""
+    x, (batch, length) = ids.clone(), ids.shape
+    begins, begin = [], 0
+    while begin < length:
+        if bool((x[:, begin] == MASK).any()):
+            begins.append(begin)
+            begin += block_length
+        else:
+            begin += 1
+    step = 0
+    for number, begin in enumerate(begins):
+        own = steps // len(begins) + (number < steps % len(begins))
+        end = min(begin + block_length, length)
+        quota = [published.schedule(int((x[b, begin:end] == MASK).sum()), own) for b in range(batch)]
+        for i in range(own):
+            cells = [(b, n) for b in range(batch) for n in range(end) if x[b, n] == MASK]
+            if cells and any(quota[b][i] for b in range(batch)):
+                logits = logits_fn(x)
+                drawn = noise.uniform(step, cells, logits.shape[-1]) if temperature else [None] * len(cells)
+                tokens = [published.gumbel_token(logits[c], temperature, u) for c, u in zip(cells, drawn, strict=True)]
+                sure = [float(logits[c].softmax(-1)[t]) for c, t in zip(cells, tokens, strict=True)]
+                for b in range(batch):
+                    mine = [j for j, cell in enumerate(cells) if cell[0] == b]
+                    for rank in published.first_k([sure[j] for j in mine], quota[b][i]):
+                        x[cells[mine[rank]]] = tokens[mine[rank]]
+            step += 1
+    return x
+
+
+def with_masks(ids, seed, share):
+    """The ids with masks in places of their own in each row, and one at least."""
+    where = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)) < share
+    where[:, seed % ids.shape[1]] = True
+    return torch.where(where, MASK, ids)
+
+
+@settings(max_examples=100)
+@given(
+    batches, st.integers(1, 14), seeds, st.integers(1, 5), st.integers(0, 9), temperatures, st.sampled_from([0.2, 0.7])
+)
+def test_infilling(batch, length, seed, block, more_steps, temperature, share):
+    model, ids = Scores(seed % 7), with_masks(prompt_of(batch, length, seed), seed, share)
+    steps = length + more_steps
+    generator, number = seeded(seed)
+    got = mosaic_compiler.generate(
+        model, ids, gen_length=0, block_length=block, steps=steps, temperature=temperature, generator=generator,
+        compile=False,
+    )  # fmt: skip
+    expected = infilled(logits_of(model), ids, steps, block, temperature, Addressed(number, length))
+    assert torch.equal(got.sequences, expected)
+    assert torch.equal(got.sequences[ids != MASK], ids[ids != MASK])
+
+
+@settings(max_examples=40)
+@given(batches, prompts, seeds, st.sampled_from([(8, 8), (8, 4), (12, 3)]), st.integers(1, 4), temperatures,
+       st.sampled_from([0.0, 1.5]), st.sampled_from([None, 0.4]))  # fmt: skip
+def test_infilling_masks_behind_a_prompt_is_generating(
+    batch, length, seed, sizes, per_block, temperature, guidance, sure
+):
+    new, block = sizes
+    model, prompt = Scores(seed % 7), prompt_of(batch, length, seed)
+    given = {
+        "block_length": block, "steps": per_block * (new // block), "temperature": temperature, "cfg_scale": guidance,
+        "threshold": sure, "compile": False,
+    }  # fmt: skip
+    masked = torch.cat([prompt, torch.full((batch, new), MASK)], 1)
+    asked = ((prompt, new), (masked, 0))
+    both = [
+        mosaic_compiler.generate(model, ids, gen_length=count, **given, generator=seeded(seed)[0])
+        for ids, count in asked
+    ]
+    assert torch.equal(both[0].sequences, both[1].sequences)
+    assert both[0].steps == both[1].steps
+
+
+@pytest.mark.parametrize("kind", [LLaDALike, DreamLike])
+def test_infilling_compiled_is_infilling_in_eager(kind):
+    model, options = kind().eval().requires_grad_(False), {"poison": True}
+    for length in (12, 9):
+        ids = with_masks(prompt_of(2, length, 3), 5, 0.5)
+        both = [
+            mosaic_compiler.generate(
+                model, ids, gen_length=0, steps=6, mask_token_id=MASK, compile=c, options=options if c else None
+            )
+            for c in (True, False)
+        ]
+        assert torch.equal(both[0].sequences, both[1].sequences)
+        assert both[0].sequences.shape == ids.shape
+        assert both[0].plan is not None
+
+
 @settings(max_examples=120)
 @given(batches, prompts, seeds, st.integers(1, 10), st.integers(1, 12), temperatures,
        st.sampled_from(["origin", "maskgit_plus", "topk_margin", "entropy"]), st.sampled_from([None, 0.6, 1.0]),
@@ -295,6 +387,7 @@ class Causal(Scores):
     ("options", "message"),
     [
         ({"gen_length": 0}, "gen_length must be at least 1"),
+        ({"gen_length": -1}, "gen_length must be at least 1, or 0"),
         ({"gen_length": 8, "max_new_tokens": 4}, "two names"),
         ({"gen_length": 8, "block_length": 3}, "multiple of block_length 3: take 9"),
         ({"gen_length": 8, "block_length": 4, "steps": 3}, "multiple of the 2 blocks: take 4"),

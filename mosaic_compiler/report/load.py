@@ -9,6 +9,7 @@ from typing import Any
 from mosaic_compiler.ahead.configs import DTYPES, family_of, first_line, load_config
 from mosaic_compiler.errors import ConfigError
 from mosaic_compiler.report import remote_code
+from mosaic_compiler.sampling.request import MASKS
 
 SHIPPED = Path(__file__).parent.parent.parent / "examples" / "tiny-llada"
 """Beside the package in a checkout."""
@@ -102,3 +103,17 @@ def _own_files(config: dict[str, Any]) -> str:
     """``modeling_x.py`` and so on, of what an ``auto_map`` names."""
     named = (str(name[0] if isinstance(name, list) else name) for name in config["auto_map"].values())
     return ", ".join(sorted({f"{name.partition('.')[0]}.py" for name in named})) or "auto_map"
+
+
+def ids_with_masks(tokenizer: Any, text: str, mask: int) -> list[int]:
+    """The ids of a text in which each ``<mask>`` or ``___``, with the space in front of it, is one mask token."""
+    pieces = MASKS.split(text)
+    if tokenizer.mask_token is not None and tokenizer.mask_token_id == mask:
+        ids: list[int] = tokenizer(tokenizer.mask_token.join(pieces)).input_ids
+        if ids.count(mask) == len(pieces) - 1:
+            return ids
+    first, *others = (tokenizer(piece, add_special_tokens=False).input_ids for piece in pieces)
+    probe = next((piece for piece in pieces if piece.strip()), "a")  # tokens that begin or end a text stand around it
+    plain, whole = tokenizer(probe, add_special_tokens=False).input_ids, tokenizer(probe).input_ids
+    at = next((i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain), len(whole))
+    return [*whole[:at], *first, *(token for other in others for token in (mask, *other)), *whole[at + len(plain) :]]

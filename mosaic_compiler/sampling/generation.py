@@ -84,7 +84,7 @@ def generate(
     output_history: bool = False,
 ) -> Generation:
     """Fill in new tokens behind a prompt (and masked tokens in it), as LLaDA's ``generate`` or Dream's
-    ``diffusion_generate`` do.
+    ``diffusion_generate`` do; or, with ``gen_length=0``, the masked tokens of the prompt only.
 
     Logits and noise are computed for the rows that a step may commit, and for no others.
 
@@ -93,9 +93,10 @@ def generate(
             ``LLaDAModelLM`` or Dream's ``DreamModel``.
         input_ids: int64 [B, P]; prompts of unequal length are padded on the left.
         attention_mask: [B, P], 0 for padding.
-        gen_length, max_new_tokens: new tokens (two names for one thing; 128).
+        gen_length, max_new_tokens: new tokens (two names for one thing; 128); 0: infilling, nothing is appended.
         steps: of LLaDA's sampler over all blocks; of Dream's in all.
-        block_length: LLaDA: tokens per block, filled in from left to right; ``None``: one block.
+        block_length: LLaDA: tokens per block, filled in from left to right; ``None``: one block.  Infilling: a block
+            begins at the first masked token that is in none yet.
         temperature: 0: the most likely tokens.  LLaDA: of the Gumbel noise; Dream: of the softmax.
         cfg_scale: LLaDA: classifier-free guidance; doubles the batch.
         remasking: LLaDA: ``low_confidence``, or ``random``.
@@ -144,7 +145,7 @@ def generate(
         sampler=kind,
         length=length,
         steps=steps,
-        block_length=length if block_length is None else block_length,
+        block_length=(length or max(input_ids.shape[-1], 1)) if block_length is None else block_length,
         mask=mask_of(model, mask_token_id if mask_token_id is not None else mask_id),
         temperature=temperature,
         guidance=cfg_scale,
@@ -162,6 +163,8 @@ def generate(
     )
     sampling.check()
     _check_inputs(input_ids, attention_mask, config, length)
+    if not length and not bool((input_ids == sampling.mask).any()):
+        raise ValueError(f"gen_length must be at least 1: the prompt has no masked tokens ({sampling.mask}) to fill in")
     _check_streamer(streamer)
     drawn = torch.randint(1 << 62, (), generator=generator, device=None if generator is None else generator.device)
     with _in_eval_mode(model):
@@ -261,7 +264,7 @@ def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None, config: Any,
         raise ValueError(
             f"attention_mask must be [B, P] like input_ids {list(input_ids.shape)}, got {list(attention_mask.shape)}"
         )
-    if attention_mask is not None and not bool(attention_mask[:, -1:].all()):
+    if attention_mask is not None and length and not bool(attention_mask[:, -1:].all()):
         warnings.warn(
             "a prompt is padded on the right, and what is generated would stand behind the padding: pad on the left "
             "(tokenizer.padding_side = 'left')",

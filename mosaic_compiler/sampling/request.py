@@ -6,9 +6,13 @@ Without torch: the command line checks what it was given before it loads anythin
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+
+MASKS = re.compile(" ?(?:<mask>|___)")
+"""What people write where a token is missing.  The space in front of a word is part of its token."""
 
 EOS_RULES = ("code", "logits", "confidence")
 DREAM_ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
@@ -37,7 +41,8 @@ class EndTokens:
 class Sampling:
     """Everything that a sampler can be told; see :func:`generate`.
 
-    Before there is a model, which decides it, ``sampler`` is ``auto`` and ``mask`` -1.
+    Before there is a model, which decides it, ``sampler`` is ``auto`` and ``mask`` -1.  A ``length`` of 0: nothing is
+    appended, the prompt's own masked tokens are filled in.
     """
 
     sampler: str
@@ -61,8 +66,10 @@ class Sampling:
 
     def check(self) -> None:
         """Raise :class:`ValueError` for what makes no sense."""
-        if self.length < 1:
-            raise ValueError(f"gen_length must be at least 1, got {self.length}")
+        if self.length < 0:
+            raise ValueError(f"gen_length must be at least 1, or 0 to fill in masked tokens only, got {self.length}")
+        if self.stop_at_eos and not self.length:
+            raise ValueError("stop_at_eos ends new text: leave it out where masked tokens are filled in (gen_length=0)")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         scales = {"temperature": self.temperature, "cfg_scale": self.guidance, "alg_temp": self.algorithm_temperature}
@@ -101,13 +108,15 @@ def _check_llada(given: Sampling) -> None:
 def _check_blocks(given: Sampling) -> None:
     if given.remasking not in ("low_confidence", "random"):
         raise ValueError(f"remasking must be low_confidence or random, got {given.remasking!r}")
-    if given.block_length < 1 or given.length % given.block_length:
+    if given.block_length < 1:
+        raise ValueError(f"block_length must be at least 1, got {given.block_length}")
+    if given.length % given.block_length:
         raise ValueError(
             f"gen_length {given.length} must be a multiple of block_length {given.block_length}: "
-            f"take {-(-given.length // max(given.block_length, 1)) * max(given.block_length, 1)} tokens"
+            f"take {-(-given.length // given.block_length) * given.block_length} tokens"
         )
     blocks = given.length // given.block_length
-    if given.steps % blocks:
+    if blocks and given.steps % blocks:
         raise ValueError(
             f"steps {given.steps} must be a multiple of the {blocks} blocks: take {-(-given.steps // blocks) * blocks}"
         )

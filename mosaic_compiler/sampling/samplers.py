@@ -62,15 +62,40 @@ Proposals: TypeAlias = "tuple[Tensor, Tensor]"
 Sampler: TypeAlias = "Generator[Wanted, Proposals, None]"
 
 
+def blocks_of(state: State) -> list[tuple[slice, int]]:
+    """Positions of each block, from left to right, and how many steps it takes.
+
+    Where nothing is appended, blocks are runs of ``block_length`` positions, each from the first masked one that no
+    block before it has; they share the steps, the first ones get those that are left over.
+
+    Raises:
+        ValueError: for fewer steps than blocks, unless as many are taken as it takes (``threshold``).
+    """
+    given, length = state.sampling, state.ids.shape[1]
+    if given.length:
+        begins = list(range(state.start, length, given.block_length))
+    else:
+        begins = []
+        for position in state.masked.any(0).nonzero().flatten().tolist():
+            if not begins or position >= begins[-1] + given.block_length:
+                begins.append(position)
+    if given.steps < len(begins) and given.threshold is None:
+        raise ValueError(
+            f"steps {given.steps} are fewer than the {len(begins)} blocks that hold masked tokens: take at least "
+            f"{len(begins)}, or a block_length above {given.block_length}"
+        )
+    each, more = divmod(given.steps, max(len(begins), 1))
+    return [
+        (slice(begin, min(begin + given.block_length, length)), each + (number < more))
+        for number, begin in enumerate(begins)
+    ]
+
+
 def llada(state: State) -> Sampler:
     """Block by block, the most confident proposals first (https://github.com/ML-GSAI/LLaDA, ``generate.py``)."""
-    given, forwards = state.sampling, 0
-    blocks = given.length // given.block_length
-    per_block = given.steps // blocks
-    for block in range(blocks):
-        end = state.start + (block + 1) * given.block_length
-        within = slice(end - given.block_length, end)
-        counts = transfer_counts(state.masked[:, within].sum(1), per_block)
+    given, forwards, begun = state.sampling, 0, 0
+    for within, steps in blocks_of(state):
+        end = within.stop
         if given.threshold is not None:
             while bool(state.masked[:, within].any()):
                 before = state.ids
@@ -80,12 +105,14 @@ def llada(state: State) -> Sampler:
                 if given.temperature == 0 and torch.equal(before, state.ids):
                     break  # the model proposes the mask itself, and would for ever
             continue
-        for number in range(per_block):
+        counts = transfer_counts(state.masked[:, within].sum(1), steps)
+        for number in range(steps):
             masked = state.masked_before(end)
             if bool(counts[:, number].any()) and bool(masked.any()):
-                proposed, confidence = yield Wanted(masked, block * per_block + number)
+                proposed, confidence = yield Wanted(masked, begun + number)
                 state.ids = commit.commit_best(state.ids, proposed, confidence, counts[:, number])
                 forwards += 1
+        begun += steps
 
 
 def dream(state: State) -> Sampler:
