@@ -46,6 +46,18 @@ RULED = {
     "index_select": (lambda a, b, c, d, e: [torch.randn(a, b), torch.randint(0, a, (c,))], lambda x, i: x[i]),
     "select": (lambda a, b, c, d, e: tensors_of((a, b, c)), lambda x: x.select(1, 0)),
     "argmax": (lambda a, b, c, d, e: tensors_of((a, b, c)), lambda x: x.argmax(-1)),
+    "addmm of one bias": (lambda a, b, c, d, e: tensors_of((c,), (a, b), (b, c)), torch.addmm),
+    "cumsum": (lambda a, b, c, d, e: tensors_of((a, b, c)), lambda x: x.cumsum(1)),
+    "sort": (lambda a, b, c, d, e: tensors_of((a, b, c)), lambda x: x.sort(0)),
+    "topk": (lambda a, b, c, d, e: tensors_of((a, b, c)), lambda x: x.topk(2, 1)),
+    "max": (lambda a, b, c, d, e: tensors_of((a, b, c)), lambda x: x.max(1)),
+    "var": (lambda a, b, c, d, e: tensors_of((a, b, c)), lambda x: x.var(-1)),
+    "unsqueeze": (lambda a, b, c, d, e: tensors_of((a, b, c)), lambda x: x.unsqueeze(1)),
+    "squeeze": (lambda a, b, c, d, e: tensors_of((a, 1, b, c)), lambda x: x.squeeze(1)),
+    "stack": (lambda a, b, c, d, e: tensors_of((a, b), (a, b)), lambda x, y: torch.stack((x, y), 1)),
+    "cat in front": (lambda a, b, c, d, e: tensors_of((a, b, c), (d, b, c)), lambda x, y: torch.cat((x, y))),
+    "slice": (lambda a, b, c, d, e: tensors_of((a, b, c)), lambda x: x[:, :1]),
+    "where": (lambda a, b, c, d, e: tensors_of((a, 1, c), (b, c), (a, b, 1)), lambda m, x, y: torch.where(m > 0, x, y)),
 }
 
 
