@@ -177,6 +177,26 @@ def test_batch_entries_that_are_rows_attend_to_their_own_keys(chunk):
             torch.testing.assert_close(fast(x, w), f(x, w), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+def test_chunks_of_what_is_negated_or_conjugated_when_it_is_read(chunk):
+    def negated(x, w):
+        x = torch._neg_view(x)
+        return (x @ w) @ x.t(), x.sin() @ w
+
+    def conjugated(x, w):
+        z = torch.view_as_complex(x.view(-1, 4, 2)).conj()
+        return (z @ w[:4].to(z.dtype)).real @ w, z.imag @ w[:4]
+
+    options = {"chunk_rows": chunk, "poison": True, "disable": ("fuse",)}
+    w = torch.randn(8, 8)
+    for f in (negated, conjugated):
+        fast = torch.compile(f, backend="mosaic", dynamic=True, options=options)
+        for rows in (7, 4):
+            x = torch.randn(rows, 8)
+            for got, expected in zip(fast(x, w), f(x, w), strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_an_op_without_a_rule_needs_all_rows_and_is_named():
     def f(x, w):
         y = x @ w

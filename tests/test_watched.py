@@ -158,3 +158,17 @@ def test_an_op_that_keeps_its_argument_keeps_its_bytes_only():
     saved.clear()
     check(lambda x: ops.saves(x @ x) @ x)
     assert all(tensor.untyped_storage().nbytes() == 256 for tensor in saved)
+
+
+@pytest.mark.parametrize("op", [ops.view, ops.same])
+def test_a_part_is_copied_with_the_memory_around_it(op):
+    """``as_strided`` of it counts from where that begins."""
+
+    def f(x):
+        return torch.as_strided(op(x + 1), (3, 2), (1, 2), 1) * 2
+
+    fast = torch.compile(f, backend="mosaic", dynamic=True, options={"poison": True, "disable": ("fuse",)})
+    for rows in (5, 4):
+        x = torch.randn(rows, 3)
+        for _ in range(2):
+            assert torch.equal(fast(x), f(x))

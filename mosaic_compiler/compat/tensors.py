@@ -14,14 +14,11 @@ def storage_over(address: int, nbytes: int, device: torch.device) -> torch.Untyp
     return torch._C._construct_storage_from_data_pointer(address, device, nbytes)  # type: ignore[return-value]
 
 
-def conjugated(tensor: torch.Tensor) -> torch.Tensor:
-    """A view that is to be conjugated when it is read."""
-    return torch._conj(tensor)
-
-
-def negated(tensor: torch.Tensor) -> torch.Tensor:
-    """A view that is to be negated when it is read."""
-    return torch._neg_view(tensor)
+def with_lazy_bits(tensor: torch.Tensor, bits: str) -> torch.Tensor:
+    """A view that is to be conjugated (``conj`` in ``bits``) or negated (``neg``) when it is read."""
+    if "conj" in bits:
+        tensor = torch._conj(tensor)
+    return torch._neg_view(tensor) if "neg" in bits else tensor
 
 
 def has_tiles() -> bool:

@@ -12,6 +12,7 @@ from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.compat.symbols import ShapeEnv, new_number, size_of
+from mosaic_compiler.compat.tensors import with_lazy_bits
 from mosaic_compiler.compat.tracing import FakeTensorMode
 from mosaic_compiler.errors import CaptureError
 from mosaic_compiler.ir.clusters import Cluster
@@ -130,9 +131,9 @@ class _Maker:
         device = object_of(f"device:{facts.device}")
         with self.mode:
             made = torch.empty_strided(shape, strides, dtype=object_of(facts.dtype), device=device)
-            if facts.offset == 0:
-                return made
-            return torch.as_strided(made, shape, strides, self._number(facts.offset))
+            if facts.offset != 0:
+                made = torch.as_strided(made, shape, strides, self._number(facts.offset))
+            return with_lazy_bits(made, facts.bits)
 
 
 def _sorted(symbols: set[sympy.Symbol]) -> list[sympy.Symbol]:

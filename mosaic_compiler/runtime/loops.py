@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
+from mosaic_compiler import ir
 from mosaic_compiler.book import Call
+from mosaic_compiler.compat.tensors import with_lazy_bits
 from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.planning.lowered import Kind, Root
 from mosaic_compiler.runtime.binder import Binder, Shared
@@ -146,7 +148,7 @@ class _BodyBinder(Binder):
 
     def _cursor(self, part: torch.Tensor, step: int) -> torch.Tensor:
         """A tensor object of its own over the same memory, that :meth:`move` moves (a body that moves starts at 0)."""
-        tensor = torch.empty(0, dtype=part.dtype, device=part.device)
+        tensor = with_lazy_bits(torch.empty(0, dtype=part.dtype, device=part.device), ir.lazy_bits(part))
         storage, offset = part.untyped_storage(), int(part.storage_offset())
         tensor.set_(storage, offset, part.shape, part.stride())
         self._cursors.append(_Cursor(tensor, storage, offset, step, part.shape, part.stride()))

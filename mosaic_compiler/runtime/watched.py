@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 
 from mosaic_compiler import ir
-from mosaic_compiler.compat.tensors import conjugated, negated
+from mosaic_compiler.compat.tensors import with_lazy_bits
 from mosaic_compiler.errors import CaptureError
 from mosaic_compiler.planning.lowered import LoweredOp
 from mosaic_compiler.runtime.instructions import Instruction, Slot
@@ -96,12 +96,17 @@ def _problem(result: torch.Tensor, layout: Layout, occupied: Sequence[tuple[int,
 
 
 def _copy(result: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """In memory of its own, laid out as a plan takes it for (``copy_`` resolves lazy bits)."""
-    strides, bits = (result.stride(), "") if layout is None else layout
+    """In memory of its own, laid out as a plan takes it for (``copy_`` resolves lazy bits).
+
+    A part of another tensor's memory takes all of that along: ``as_strided`` of it counts from where that begins.
+    """
+    strides, bits = (result.stride(), ir.lazy_bits(result)) if layout is None else layout
+    if tuple(strides) == result.stride() and bits == ir.lazy_bits(result):
+        whole = result.untyped_storage().clone()  # type: ignore[no-untyped-call]
+        copy = torch.empty(0, dtype=result.dtype, device=result.device)
+        return with_lazy_bits(copy.set_(whole, result.storage_offset(), result.shape, strides), bits)
     copy = torch.empty_strided(result.shape, strides, dtype=result.dtype, device=result.device)
-    if "conj" in bits:
-        copy = conjugated(copy)
-    return (negated(copy) if "neg" in bits else copy).copy_(result)
+    return with_lazy_bits(copy, bits).copy_(result)
 
 
 def _bytes_of(tensor: torch.Tensor) -> tuple[int, int]:
