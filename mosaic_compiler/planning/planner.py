@@ -10,7 +10,7 @@ import sympy
 
 from mosaic_compiler.errors import BudgetError
 from mosaic_compiler.planning.budget import format_bytes
-from mosaic_compiler.planning.buffers import PLACED, live_bytes
+from mosaic_compiler.planning.buffers import ON_DEVICE, PLACED, live_bytes
 from mosaic_compiler.planning.chunks import ChunkModel, Evaluation, Shortfall, least, longest
 from mosaic_compiler.planning.lives import LoopLives, Sizes, StepLives
 from mosaic_compiler.planning.placement import DEADLINE, Interval, height_of, live_totals, place_blocks
@@ -66,9 +66,7 @@ class Planner:
         self.symbols = lives.symbols
         self.meanings = tuple(pair for pair in meanings if pair[0] in map(str, self.symbols))
         self._blocks = {buffer.name: buffer.loop for buffer in lives.buffers if buffer.loop}
-        self._elsewhere = [
-            space for space in PLACED if any(b.space == space for b in lives.buffers if space != "arena")
-        ]
+        self._elsewhere = {b.space for b in lives.buffers}.intersection(PLACED).difference(ON_DEVICE)
         self._loops = [(region.chunk, _described(region)) for region in lives.regions]
 
     @property
