@@ -45,3 +45,33 @@ UNMET_ROWS: Note[str] = Note("needed_rows_problem", "")
 
 UNRULED: Note[tuple[tuple[str, str, Provenance], ...]] = Note("unruled", ())
 """Nodes (name, operator, origin) that need all rows of what would otherwise exist in chunks only."""
+
+
+@dataclass(frozen=True)
+class StatePlace:
+    """One value that lives from step to step.
+
+    Attributes:
+        input: the placeholder that is its memory.
+        output: the result that is written there; ``None``: rows of it are replaced in place.
+    """
+
+    input: int
+    output: int | None
+
+
+@dataclass(frozen=True)
+class StateNote:
+    """What of a graph is state.
+
+    Attributes:
+        places: where it comes in and goes out.
+        rows: the placeholder with the numbers of the rows that are computed; ``None``: all are.
+    """
+
+    places: tuple[StatePlace, ...] = ()
+    rows: int | None = None
+
+
+STATE: Note[StateNote] = Note("state", StateNote())
+"""What lives longer than the step (``passes/state/``)."""

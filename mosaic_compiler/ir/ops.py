@@ -4,6 +4,7 @@
 ``mosaic::head_statistics``   max, argmax, sums of exponentials of a head's logits, tile by tile
 ``mosaic::scatter_rows``      zeros with some rows put in
 ``mosaic::touched_pages``     how many pages of memory these rows lie in
+``mosaic::put_rows``          a value of which only some rows are computed: who reads others reads nothing in particular
 
 Here are their schemas and what they return; ``kernels/ops.py`` has what runs.
 """
@@ -26,6 +27,7 @@ for _schema in (
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "scatter_rows(Tensor rows, Tensor index, SymInt total, SymInt pages, SymInt page) -> Tensor",
     "touched_pages(Tensor index, SymInt total, SymInt row_bytes, SymInt page) -> SymInt",
+    "put_rows(Tensor rows, Tensor index, SymInt total) -> Tensor",
 ):
     LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -63,11 +65,16 @@ def _unknown_pages(index: Tensor, total: int, row_bytes: int, page: int) -> Any:
     return torch.library.get_ctx().new_dynamic_size()
 
 
+def _empty_value(rows: Tensor, index: Tensor, total: int) -> Tensor:
+    return rows.new_empty((total, *rows.shape[index.dim() :]))
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "gather_logits": empty_logits,
     "head_statistics": empty_statistics,
     "scatter_rows": _empty_rows,
     "touched_pages": _unknown_pages,
+    "put_rows": _empty_value,
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"mosaic::{_name}", _fake, lib=LIBRARY)
@@ -76,3 +83,4 @@ gather_logits = torch.ops.mosaic.gather_logits.default
 head_statistics = torch.ops.mosaic.head_statistics.default
 scatter_rows = torch.ops.mosaic.scatter_rows.default
 touched_pages = torch.ops.mosaic.touched_pages.default
+put_rows = torch.ops.mosaic.put_rows.default

@@ -37,11 +37,22 @@ def _touched_pages(index: Tensor, total: int, row_bytes: int, page: int) -> int:
     return count_pages(index, row_bytes, page)
 
 
+def _put_rows(rows: Tensor, index: Tensor, total: int) -> Tensor:
+    return put_rows_(rows.new_empty((total, *rows.shape[index.dim() :])), rows, index)
+
+
+def put_rows_(out: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    """Zeros, with rows [*shape of index, ...] where int64 ``index`` says."""
+    flat = rows.reshape(index.numel(), *rows.shape[index.dim() :])
+    return out.zero_().index_copy_(0, index.flatten(), flat)
+
+
 for _name, _kernel in {
     "gather_logits": _gather_logits,
     "head_statistics": _head_statistics,
     "scatter_rows": _scatter_rows,
     "touched_pages": _touched_pages,
+    "put_rows": _put_rows,
 }.items():
     LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
 
@@ -56,6 +67,10 @@ def _write_head_statistics(outs: Sequence[Any], args: Sequence[Any], kwargs: dic
 
 def _write_scatter_rows(outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
     return [Call(Tensor.index_copy_, (outs[0], 0, args[1], args[0]))]
+
+
+def _write_put_rows(outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
+    return [Call(put_rows_, (outs[0], args[0], args[1]))]
 
 
 def _scratch_of_head_statistics(node: fx.Node) -> sympy.Expr:
@@ -82,5 +97,6 @@ STANDARD.teach(
             "head", write=_write_head_statistics, scratch=_scratch_of_head_statistics, is_heavy=True
         ),
         ops.scatter_rows: Op("write", write=_write_scatter_rows),
+        ops.put_rows: Op("write", write=_write_put_rows, moves_rows=True),
     }
 )

@@ -24,6 +24,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import sympy
 import torch
@@ -33,7 +34,7 @@ from torch._ops import OpOverload
 from mosaic_compiler import book, ir
 from mosaic_compiler.ir import prologue_nodes
 from mosaic_compiler.ir.loops import ChunkLoop, loop_of
-from mosaic_compiler.ir.notes import STATIC_INPUTS
+from mosaic_compiler.ir.notes import STATE, STATIC_INPUTS
 from mosaic_compiler.kernels.scatter_rows import shared_pages
 from mosaic_compiler.lowering.forms import Form, form_of
 from mosaic_compiler.lowering.scopes import Lives, LoopSpan, Scope
@@ -79,7 +80,9 @@ class _Finder:
         forms = {node: Form(Kind.OPAQUE) if node in first else form_of(node, self.device) for node in order}
         storage = ir.StorageMap(self.graph)
         escaping = ir.escaping_roots(self.graph, storage)
-        buffers, root_buffers = self._buffers(order, forms, storage, start, end, escaping, len(schedule))
+        state = _state(self.module, len(schedule))
+        kept = _kept_roots(self.module, storage, state)
+        buffers, root_buffers = self._buffers(order, forms, storage, start, end, escaping, len(schedule), kept)
         nodes = tuple(node for node in order if node not in first)
         spans: dict[fx.Node, LoopSpan] = {}
         for node in nodes:
@@ -89,7 +92,7 @@ class _Finder:
                 spans[node] = span
                 buffers += local
         return Lives(
-            buffers=(*buffers, *_scalar_arguments(self.module, len(schedule))),
+            buffers=(*state, *buffers, *_scalar_arguments(self.module, len(schedule))),
             given=_given(self.module, len(schedule)),
             schedule=tuple(schedule),
             device_type=self.device.type,
@@ -111,8 +114,9 @@ class _Finder:
         end: Mapping[fx.Node, int],
         escaping: Collection[ir.Root],
         last: int,
+        kept: Mapping[ir.Root, SymbolicBuffer] = MappingProxyType({}),
     ) -> tuple[list[SymbolicBuffer], dict[ir.Root, SymbolicBuffer]]:
-        """Buffers of one graph; what escapes lives to position ``last``."""
+        """Buffers of one graph; what escapes lives to position ``last``, what is ``kept`` has a buffer already."""
         ends: dict[ir.Root, int] = {}
         for node in order:
             touched = [root for operand in node.all_input_nodes for root in storage.roots(operand)]
@@ -129,6 +133,10 @@ class _Finder:
             for index, tensor in enumerate(outputs):
                 root = (node, index)
                 if tensor is None or storage.roots(node)[index] != root:
+                    continue
+                if root in kept:
+                    assert form.kind in (Kind.DESTINATION, Kind.LOOP), f"{node.name} is kept, and allocates its result"
+                    root_buffers[root] = kept[root]
                     continue
                 if ir.has_unbacked(node):
                     self.unsized.append(node)
@@ -285,12 +293,38 @@ def _scalar_arguments(module: fx.GraphModule, positions: int) -> tuple[SymbolicB
     return (_buffer(scalars[0], "scalar_arguments", "heap", sympy.Integer(64 * len(scalars)), 0, positions, None),)
 
 
+def _state(module: fx.GraphModule, positions: int) -> tuple[SymbolicBuffer, ...]:
+    """What lives from step to step: a session's, mapped while the step runs."""
+    placeholders = module.graph.find_nodes(op="placeholder")
+    nodes = [placeholders[place.input] for place in STATE.of(module).places] if positions else []
+    return tuple(
+        _buffer(node, node.name, "state", ir.storage_extent(tensor), 0, positions, tensor, "state")
+        for node in nodes
+        for tensor in (ir.only_tensor(node),)
+    )
+
+
+def _kept_roots(
+    module: fx.GraphModule, storage: ir.StorageMap, state: Sequence[SymbolicBuffer]
+) -> dict[ir.Root, SymbolicBuffer]:
+    """Storages of results that are written where state is."""
+    found: dict[ir.Root, SymbolicBuffer] = {}
+    results = module.graph.output_node().args[0]
+    for place, buffer in zip(STATE.of(module).places, state, strict=False):
+        if place.output is not None:
+            root = storage.root(results[place.output])  # type: ignore[index, arg-type]
+            assert root is not None
+            found[root] = buffer
+    return found
+
+
 def _given(module: fx.GraphModule, positions: int) -> tuple[SymbolicBuffer, ...]:
     """Inputs and weights: the caller's."""
     found = []
+    state = {place.input for place in STATE.of(module).places}
     for index, node in enumerate(module.graph.find_nodes(op="placeholder")):
         tensor = ir.tensor_of(node)
-        if tensor is not None and tensor.layout == torch.strided and positions:
+        if index not in state and tensor is not None and tensor.layout == torch.strided and positions:
             term = "model" if index in STATIC_INPUTS.of(module) else "call"
             found.append(_buffer(node, node.name, "caller", ir.storage_extent(tensor), 0, positions, tensor, term))
     return tuple(found)

@@ -11,7 +11,7 @@ from mosaic_compiler import book, ir
 from mosaic_compiler.ir.clusters import cluster_of
 from mosaic_compiler.ir.loops import ChunkLoop, LoopOutput, loop_of, set_loop
 from mosaic_compiler.passes.base import Pass
-from mosaic_compiler.passes.in_place import covers_root
+from mosaic_compiler.passes.in_place import covers_root, kept_roots
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,13 @@ class ReuseRowsPass(Pass):
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
         module = ir.copy_graph(module)
         storage = ir.StorageMap(module.graph)
+        kept = kept_roots(module, storage)
         variants: dict[Any, tuple[str, ChunkLoop]] = {}
         for node in module.graph.nodes:
             loop = loop_of(node)
             if loop is None:
                 continue
-            outputs = _placed(node, loop, storage)
+            outputs = _placed(node, loop, storage, kept)
             if (loop, outputs) not in variants:
                 taken = str(node.target) in {name for name, _ in variants.values()}
                 name = f"{node.target}_{len(variants)}" if taken else str(node.target)
@@ -60,12 +61,14 @@ class ReuseRowsPass(Pass):
         return module
 
 
-def _placed(node: fx.Node, loop: ChunkLoop, storage: ir.StorageMap) -> tuple[LoopOutput, ...]:
-    """The loop's outputs, each in the memory of an operand where that is legal."""
+def _placed(
+    node: fx.Node, loop: ChunkLoop, storage: ir.StorageMap, kept: set[ir.Root | None]
+) -> tuple[LoopOutput, ...]:
+    """The loop's outputs, each in the memory of an operand where that is legal; what is kept goes where state is."""
     outputs = list(loop.outputs)
     free = list(loop.sliced())
     for index, spec in enumerate(outputs):
-        if spec.scatter is not None:
+        if spec.scatter is not None or storage.roots(node)[index] in kept:
             continue
         position = next((i for i in free if _may_overwrite(node, loop, index, i, storage)), None)
         if position is not None:

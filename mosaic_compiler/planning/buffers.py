@@ -4,6 +4,7 @@ A buffer lies in a *space* and lives for a *term*:
 
     space     arena: planned, on the step's device     host: planned, in the machine's memory
               heap: allocated while the step runs      caller: given by whoever calls
+              state: a session's, on the step's device
     term      op: while one op runs                    step: within the step
               call: in the caller's hands behind it    state: from step to step      model: as long as the model
 
@@ -19,10 +20,10 @@ from dataclasses import dataclass
 from mosaic_compiler.errors import PlanError
 
 ALIGNMENT = 512  # bytes: what CUDA's caching allocator and vectorised kernels expect
-SPACES = ("arena", "host", "heap", "caller")
-PLACED = ("arena", "host")
+SPACES = ("arena", "host", "state", "heap", "caller")
+PLACED = ("arena", "host", "state")
 """Spaces whose memory is planned: their buffers have offsets."""
-ON_DEVICE = ("arena", "heap")
+ON_DEVICE = ("arena", "heap", "state")
 """Spaces of which a step takes memory on its device: what a budget and a peak count."""
 TERMS = ("op", "step", "call", "state", "model")
 
@@ -31,6 +32,7 @@ _KINDS = {
     ("heap", "step"): "transient",
     ("heap", "op"): "scratch",
     ("heap", "call"): "output",
+    ("state", "state"): "state",
     ("caller", "call"): "input",
     ("caller", "model"): "weight",
 }
@@ -40,6 +42,18 @@ _KINDS = {
 def align(nbytes: int, alignment: int = ALIGNMENT) -> int:
     """``nbytes`` rounded up to the alignment: align(1) == 512, align(512) == 512, align(0) == 0."""
     return -(-nbytes // alignment) * alignment
+
+
+def stacked(sizes: Iterable[int]) -> tuple[list[int], int]:
+    """Offsets of buffers that all live at once, one behind the other in this order, and the end of the last one.
+
+    stacked([100, 600, 1]) == ([0, 512, 1536], 2048)
+    """
+    offsets, end = [], 0
+    for nbytes in sizes:
+        offsets.append(end)
+        end += align(nbytes)
+    return offsets, end
 
 
 @dataclass(frozen=True)
@@ -71,7 +85,7 @@ class Buffer:
     @property
     def kind(self) -> str:
         """Space and term in a word: ``arena``, ``transient`` (allocated by an op), ``scratch`` (inside of one op),
-        ``output``, ``input``, ``weight``."""
+        ``output``, ``state`` (lives from step to step), ``input``, ``weight``."""
         return _KINDS.get((self.space, self.term), f"{self.term} in {self.space}")
 
     @property

@@ -162,8 +162,8 @@ class MemoryPlan:
 
     @cached_property
     def outside(self) -> tuple[int, ...]:
-        """Live bytes outside of the arena (transients, scratch, outputs) by schedule position."""
-        return tuple(live_bytes(self.in_space("heap"), len(self.schedule)))
+        """Live bytes outside of the arena (transients, scratch, outputs, state) by schedule position."""
+        return tuple(live_bytes(self.in_space("heap", "state"), len(self.schedule)))
 
     @cached_property
     def given(self) -> dict[str, int]:
@@ -173,6 +173,11 @@ class MemoryPlan:
             found[buffer.term] = found.get(buffer.term, 0) + buffer.nbytes
         return found
 
+    @property
+    def state(self) -> int:
+        """Bytes that live from step to step."""
+        return self.heights.get("state", 0)
+
     @cached_property
     def peak(self) -> int:
         """Most bytes the step holds at once besides weights and inputs: arena + what is outside of it."""
@@ -181,7 +186,7 @@ class MemoryPlan:
     @cached_property
     def workspace(self) -> int:
         """What a memory budget has to cover: arena + what is live outside of it, the returned outputs left out."""
-        inside = (buffer for buffer in self.in_space("heap") if buffer.term != "call")
+        inside = (buffer for buffer in self.in_space("heap", "state") if buffer.term != "call")
         outside = live_bytes(inside, len(self.schedule))
         return self.height + max(outside, default=0)
 
@@ -240,6 +245,7 @@ class MemoryPlan:
                 "naive": self.naive,
                 "peak": self.peak,
                 "workspace": self.workspace,
+                "state": self.state,
                 "par": round(self.par, 4),
             },
             "schedule": list(self.schedule),

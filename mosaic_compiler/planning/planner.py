@@ -10,7 +10,7 @@ import sympy
 
 from mosaic_compiler.errors import BudgetError
 from mosaic_compiler.planning.budget import format_bytes
-from mosaic_compiler.planning.buffers import ON_DEVICE, PLACED, live_bytes
+from mosaic_compiler.planning.buffers import PLACED, live_bytes, stacked
 from mosaic_compiler.planning.chunks import ChunkModel, Evaluation, Shortfall, least, longest
 from mosaic_compiler.planning.lives import LoopLives, Sizes, StepLives
 from mosaic_compiler.planning.placement import DEADLINE, Interval, height_of, live_totals, place_blocks
@@ -66,7 +66,8 @@ class Planner:
         self.symbols = lives.symbols
         self.meanings = tuple(pair for pair in meanings if pair[0] in map(str, self.symbols))
         self._blocks = {buffer.name: buffer.loop for buffer in lives.buffers if buffer.loop}
-        self._elsewhere = {b.space for b in lives.buffers}.intersection(PLACED).difference(ON_DEVICE)
+        self._elsewhere = {b.space for b in lives.buffers}.intersection(PLACED) - {"arena", "state"}
+        self._state = [b for b in lives.buffers if b.space == "state"]
         self._loops = [(region.chunk, _described(region)) for region in lives.regions]
 
     @property
@@ -149,6 +150,8 @@ class Planner:
         offsets: Mapping[str, int],
     ) -> MemoryPlan:
         sizes = evaluation.sizes
+        state, _ = stacked(sizes(b.nbytes) for b in self._state)
+        offsets = {**offsets, **{b.name: at for b, at in zip(self._state, state, strict=True)}}
         buffers = self.lives.at(Sizes(sizes.symbols | dict(chunks)), offsets)
         for space in self._elsewhere:
             own = [buffer for buffer in buffers if buffer.space == space]
@@ -206,8 +209,10 @@ class Planner:
         elif main is not None:  # shorter sequences do not help
             one = least(self.model, sizes, self.counted, main, 1)
             advice = f"no length fits it, even one token needs {one}: raise the budget to at least {needed} bytes"
+        kept = sum(b.size for b in buffers if b.space == "state")
+        share = f", {kept} ({format_bytes(kept)}) of them for state, which lives from step to step" if kept else ""
         return BudgetError(
-            f"a step with {at or 'these sizes'} needs at least {needed} bytes ({format_bytes(needed)}), its memory "
+            f"a step with {at or 'these sizes'} needs at least {needed} bytes ({format_bytes(needed)}){share}, its memory "
             f"budget is {budget} ({format_bytes(budget)}): {advice}. The "
             f"bottleneck, {format_bytes(worst.nbytes)} of {format_bytes(total)} live at the worst moment, is "
             f"{worst.describe()}",

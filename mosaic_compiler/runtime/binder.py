@@ -179,7 +179,9 @@ class Binder:
                 self.instructions.append(functools.partial(fill, buffer.offset, limit - GUARD, DEAD))
                 self.instructions.append(functools.partial(fill, limit - GUARD, limit, CANARY))
             return view
-        assert buffer.space == "heap", f"{buffer.describe()}: steps have no memory of their own but the arena"
+        if buffer.space == "state":  # given by whoever owns it, with an offset and a storage of its own
+            return self.values[buffer.name].as_strided(shape, stride)
+        assert buffer.space == "heap", f"{buffer.describe()}: steps have no memory of their own but the arena and state"
         slot = self._slot(linked, index, (linked.name, index))
         make: Instruction = functools.partial(torch.empty_strided, shape, stride, dtype=made.dtype, device=made.device)
         if scatter is not None:

@@ -127,6 +127,10 @@ def symbol_readings(
         for dim in range(tensor.dim() if tensor is not None else 0):
             assert tensor is not None
             offer(tensor.shape[dim], "size", index, dim)
+    for index, node in enumerate(placeholders):  # behind sizes: a stride along a dim of size 1 says nothing
+        tensor = ir.tensor_of(node)
+        for dim in range(tensor.dim() if tensor is not None else 0):
+            assert tensor is not None
             offer(tensor.stride(dim), "stride", index, dim)
         if tensor is not None:
             offer(tensor.storage_offset(), "offset", index)

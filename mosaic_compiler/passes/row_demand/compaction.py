@@ -119,7 +119,8 @@ class Compactor(Emitter):
         tensor = ir.tensor_of(base)
         assert tensor is not None
         layout, space = rows.leading_layout(tensor, dims)
-        moved = [Segment(space, node, segment, dims) for segment in segments]
+        move = self.demands.same_move(node, dims)
+        moved = [Segment(space, move, segment, dims) for segment in segments]
         found = self._part(base, moved) if base in self.compact else self._gather(base, layout, moved, space)
         if len(rows.shape_of(found)) == len(rows.shape_of(node)):
             return found
@@ -237,7 +238,11 @@ class Compactor(Emitter):
             count = self.emit(aten.sym_size.int, picked, _row_dim(own.layout, own.space))
             shape = [count, *(self.selectors.size(ir.expr_of(size)) for size in features)]
         else:
-            segment = next(segment for segment in own.moves if segment.move is node)
+            segment = next(
+                segment
+                for segment in own.moves
+                if segment.source is None and segment.move is self.demands.same_move(node, segment.dims)
+            )
             picked, shape = self._part(source, [segment]), self.selectors.grid(segment)
             features = rows.shape_of(source)[segment.dims :]
             shape += [self.selectors.size(ir.expr_of(size)) for size in features]

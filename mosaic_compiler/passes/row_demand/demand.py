@@ -14,6 +14,7 @@ from torch._ops import OpOverload
 
 from mosaic_compiler import book, ir
 from mosaic_compiler.book import Layout, Space, rows
+from mosaic_compiler.ir import ops
 from mosaic_compiler.ir.sizes import is_readable, size_sources
 from mosaic_compiler.passes.row_demand.demands import (
     Condition,
@@ -125,7 +126,7 @@ class _Analysis:
             return self._choice_exit(node)
         if node.target is aten.index.Tensor and self._boolean_index_exit(node):
             return True
-        return self.demands.of[node] is None and self._move_exit(node)
+        return self.demands.of[node] is None and node.target is not ops.put_rows and self._move_exit(node)
 
     def _choice_exit(self, node: fx.Node) -> bool:
         choices = choices_of(node)
@@ -204,7 +205,7 @@ class _Analysis:
         for operand in node.all_input_nodes:
             if operand is not source:
                 self._need_all(operand, node)
-        self._need(source, Demand(layout, space, moves=[Segment(space, node, None, dims)]), node)
+        self._need(source, Demand(layout, space, moves=[Segment(space, self.demands.same_move(node, dims), None, dims)]), node)
         self.demands.exits.append(node)
         return True
 
@@ -220,12 +221,13 @@ class _Analysis:
         lost = moved_by - kept_dims(node, moved_by)
         needed = 1 + max(dim for dim, label in enumerate(demand.layout) if label is not None)
         dims = max(moved_by, needed + lost)
-        if (demand.layout, demand.space) != rows.leading_layout(out, dims - lost):
+        if (demand.layout, demand.space) != rows.leading_layout(out, dims - lost) and not _are_flat_rows(node, demand):
             return False
         layout, space = rows.leading_layout(tensor, dims)
         if layout[dims - 1] is None or not self._readable(tensor, space):
             return False
-        moved = [Segment(space, node, segment, dims) for segment in demand.segments()]
+        move = self.demands.same_move(node, dims)
+        moved = [Segment(space, move, segment, dims) for segment in demand.segments()]
         self.demands.compact.append(node)
         self.demands.moved[node] = base, dims
         for operand in movement_steps(node):
@@ -308,6 +310,11 @@ def early_nodes(graph: fx.Graph) -> set[fx.Node]:
             if plain and not ir.has_effect(node) and not book.is_matmul(node) and not book.is_attention(node):
                 early.add(node)
     return early
+
+
+def _are_flat_rows(node: fx.Node, demand: Demand) -> bool:
+    """Rows of all batch entries, one after the other, put where they belong: rows of a space are numbered like that."""
+    return node.target is ops.put_rows and demand.layout[0] == book.FLAT
 
 
 def _has_features(layout: Layout, tensor: torch.Tensor) -> bool:

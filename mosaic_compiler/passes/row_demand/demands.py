@@ -18,7 +18,7 @@ from torch import fx
 from mosaic_compiler import book, ir
 from mosaic_compiler.book import Layout, Space, rows
 from mosaic_compiler.compat.symbols import hint_of
-from mosaic_compiler.passes.row_demand.moves import movement_base
+from mosaic_compiler.passes.row_demand.moves import moved_dims, movement_base
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,16 @@ class Demands:
     conditions: dict[Space, set[Condition]] = field(default_factory=dict)
     blame: dict[fx.Node, fx.Node] = field(default_factory=dict)
     moved: dict[fx.Node, tuple[fx.Node, int]] = field(default_factory=dict)
+    _moves: dict[Any, fx.Node] = field(default_factory=dict)
+
+    def same_move(self, node: fx.Node, dims: int) -> fx.Node:
+        """One move for all that take the same rows out of so many leading dims: rows are told by their numbers, whatever
+        value they are of.  (Moves of several steps are told by their nodes.)"""
+        base = movement_base(node)
+        if moved_dims(node) is None or base is None:
+            return node
+        sizes = tuple(map(ir.expr_of, rows.shape_of(base)[:dims]))
+        return self._moves.setdefault((node.target, str(node.args[1:]), str(node.kwargs), sizes), node)
 
     @property
     def heavy(self) -> list[fx.Node]:

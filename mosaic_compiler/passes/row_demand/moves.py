@@ -1,7 +1,8 @@
 """Moves: operations whose result consists of whole rows of one operand.
 
-Slices, picks by index and the shift by one of Dream (a concatenation of slices of one tensor).  What they do to
-rows can be applied to row numbers instead of rows, and so costs nothing.
+Slices, picks by index, the shift by one of Dream (a concatenation of slices of one tensor), and computed rows put where
+they belong (``mosaic::put_rows``).  What they do to rows can be applied to row numbers instead of rows, and so costs
+nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import fx
 
 from mosaic_compiler import book, ir
 from mosaic_compiler.book import rows
+from mosaic_compiler.ir import ops
 
 aten = torch.ops.aten
 
@@ -24,6 +26,8 @@ def moved_dims(node: fx.Node) -> int | None:
     rank = len(rows.shape_of(node.args[0]))
     if not rank:
         return None  # a number has no rows
+    if node.target is ops.put_rows:
+        return len(rows.shape_of(node.args[1]))
     if node.target is aten.index.Tensor:
         indices = node.args[1]
         tensors = [ir.tensor_of(i) if isinstance(i, fx.Node) else None for i in indices]  # type: ignore[union-attr]
@@ -41,6 +45,8 @@ def kept_dims(node: fx.Node, dims: int) -> int:
     """How many leading dims of a move's result its operand's leading ``dims`` become."""
     if node.target is aten.select.int:
         return dims - 1
+    if node.target is ops.put_rows:
+        return 1
     if node.target is aten.index.Tensor:
         indices: Any = node.args[1]
         return max(len(rows.shape_of(index)) for index in indices)

@@ -1,0 +1,13 @@
+"""State: steps that keep values for other steps, and steps for some rows that use them.
+
+``cut.py`` finds what has to be kept, ``keep.py`` and ``reuse.py`` make the two kinds of steps of one captured graph.
+They change what a graph takes and returns, so they are no part of a pipeline: what they make goes through one.
+"""
+
+from __future__ import annotations
+
+from mosaic_compiler.passes.state.cut import Cut, find_cut
+from mosaic_compiler.passes.state.keep import KeepStatePass
+from mosaic_compiler.passes.state.reuse import ReuseStatePass
+
+__all__ = ["Cut", "KeepStatePass", "ReuseStatePass", "find_cut"]

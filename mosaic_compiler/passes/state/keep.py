@@ -1,0 +1,110 @@
+"""``keep-state``: a step for all rows that also returns what has to be kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from mosaic_compiler import ir
+from mosaic_compiler.ir.emitter import Emitter
+from mosaic_compiler.ir.notes import STATE, STATIC_INPUTS, StatePlace
+from mosaic_compiler.lowering.forms import form_of
+from mosaic_compiler.options import MosaicOptions
+from mosaic_compiler.passes.base import Machine
+from mosaic_compiler.passes.state.cut import Cut, find_cut
+from mosaic_compiler.planning.lowered import Kind
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class KeepStatePass:
+    """Return the values of the cut (``cut.py``) behind the outputs, to be written where given memory says.
+
+    The memory is an input for each of them that the graph itself does not touch: planning and binding put the result
+    there (``STATE`` says which belongs to which), so the loops that compute keys and values write them into state.
+
+    Requires: a canonical graph with a cut.  Guarantees: the same outputs, and those values behind them.
+
+    Before::
+
+        k = add(mul(h, cos), mul(rotated, sin))
+        return attention(q, k, v)
+
+    After::
+
+        def step(..., state_k, state_v):
+            return attention(q, k, v), k, v
+    """
+
+    name: ClassVar[str] = "keep-state"
+
+    def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
+        module = ir.copy_graph(module)
+        cut = find_cut(module.graph)
+        assert not cut.problem, cut.problem
+        _Keeper(module, cut).rewrite()
+        module.graph.lint()
+        module.recompile()
+        return module
+
+    @classmethod
+    def of(cls, options: MosaicOptions, machine: Machine) -> KeepStatePass:
+        return cls()
+
+
+class _Keeper(Emitter):
+    def __init__(self, module: fx.GraphModule, cut: Cut) -> None:
+        super().__init__(module)
+        self.module, self.cut = module, cut
+
+    def rewrite(self) -> None:
+        storage = ir.StorageMap(self.graph)
+        taken = ir.escaping_roots(self.graph, storage) | ir.written_roots(self.graph, storage)
+        output = self.graph.output_node()
+        places, kept = [], []
+        results = list(output.args[0])
+        for value in self.cut.values:
+            root = storage.root(value)
+            is_own = root is not None and root[0] is value and root not in taken
+            if not is_own or form_of(value, ir.main_device_of(self.module)).kind is not Kind.DESTINATION:
+                value = self._copied(value)
+            index = add_state(self, value, len(places))
+            places.append(StatePlace(index, len(results) + len(kept)))
+            kept.append(value)
+        output.args = ((*results, *kept),)
+        output.meta["val"] = tuple(ir.argument_value(result) for result in output.args[0])
+        note_state(self.module, places)
+
+    def _copied(self, value: fx.Node) -> fx.Node:
+        """In memory of its own, which all of its readers read from now on."""
+        users = list(value.users)
+        self.origin = value
+        with self.graph.inserting_before(value.next):
+            copy = self.emit(aten.clone.default, value)
+        for user in users:
+            if user.op != "output":
+                user.replace_input_with(value, copy)
+        return copy
+
+
+def add_state(emitter: Emitter, value: fx.Node, number: int) -> int:
+    """An input for the memory that a value is kept in, behind all others; returns its position."""
+    placeholders = emitter.graph.find_nodes(op="placeholder")
+    tensor = ir.only_tensor(value)
+    with emitter.mode, emitter.graph.inserting_after(placeholders[-1]):
+        node = emitter.graph.placeholder(f"state_{number}")
+        node.meta = {k: v for k, v in value.meta.items() if k in ("stack_trace", "nn_module_stack")}
+        node.meta["val"] = torch.empty_strided(
+            list(tensor.shape), ir.own_strides(tensor), dtype=tensor.dtype, device=tensor.device
+        )
+    return len(placeholders)
+
+
+def note_state(module: fx.GraphModule, places: list[StatePlace]) -> None:
+    """Where state comes in and goes out; its memory stays where it is, as that of weights."""
+    STATE.write(module, replace(STATE.of(module), places=tuple(places)))
+    STATIC_INPUTS.write(module, (*STATIC_INPUTS.of(module), *(place.input for place in places)))

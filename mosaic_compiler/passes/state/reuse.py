@@ -1,0 +1,329 @@
+"""``reuse-state``: a step for some rows, with all others as they were kept."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import sympy
+import torch
+from torch import fx
+
+from mosaic_compiler import book, ir
+from mosaic_compiler.book import FLAT, Layout, rows
+from mosaic_compiler.compat.symbols import new_number
+from mosaic_compiler.ir import ops
+from mosaic_compiler.ir.emitter import Emitter
+from mosaic_compiler.ir.notes import STATE, StatePlace
+from mosaic_compiler.ir.sizes import size_sources
+from mosaic_compiler.options import MosaicOptions
+from mosaic_compiler.passes.base import Machine
+from mosaic_compiler.passes.chunk_loops.labels import Edge
+from mosaic_compiler.passes.state.cut import Cut, find_cut
+from mosaic_compiler.passes.state.keep import add_state, note_state
+
+aten = torch.ops.aten
+
+_HINT = 31
+"""An example of a number of rows; a prime, so that no other size is equal to it by accident."""
+
+
+@dataclass(frozen=True)
+class ReuseStatePass:
+    """Compute given rows only; what is needed whole is state, in which those rows are replaced.
+
+    There is one domain of computed rows per step, an input: row numbers [E, C], C in each of E batch entries.  A value
+    has the rank of the original; its row dim has C (a flat one E * C)::
+
+        q [E, H, N, d]   ->   [E, H, C, d]          h [E * N, D]   ->   [E * C, D]
+
+    What reads all rows of a computed value (the sampler, the caller) gets them by ``mosaic::put_rows``: rows that were
+    not computed are nothing in particular.  ``row-demand`` makes positions among the computed rows of rows that are
+    picked there.
+
+    Requires: a canonical graph with a cut.  Guarantees: with state as the same ids gave it, the same at computed rows.
+
+    Before::
+
+        k = rotary(mm(h, wk))                               # h [N, D]
+        return mm(attention(mm(h, wq), k, v), wo)           # [N, D]
+
+    After::
+
+        def step(..., computed_rows, state_k, state_v):
+            h = index_select(..., computed_rows)            # [C, D]
+            k = index_copy_(state_k, 0, computed_rows, rotary(mm(h, wk)))
+            out = mm(attention(mm(h, wq), k, v), wo)        # [C, D]
+            return put_rows(out, computed_rows, N)          # [N, D]
+    """
+
+    name: ClassVar[str] = "reuse-state"
+
+    def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
+        module = ir.copy_graph(module)
+        cut = find_cut(module.graph)
+        assert not cut.problem, cut.problem
+        _Rewriter(module, cut).rewrite()
+        ir.remove_dead_code(module.graph)
+        module.graph.lint()
+        module.recompile()
+        return module
+
+    @classmethod
+    def of(cls, options: MosaicOptions, machine: Machine) -> ReuseStatePass:
+        return cls()
+
+
+class _Rewriter(Emitter):
+    def __init__(self, module: fx.GraphModule, cut: Cut) -> None:
+        super().__init__(module)
+        self.module, self.cut, self.labels, self.space = module, cut, cut.labels, cut.space
+        self.kept_as = dict(cut.kept_as)
+        self.order = [node for node in self.graph.nodes]
+        self._sources = size_sources(self.graph)
+        self._sizes: dict[sympy.Expr, Any] = {}
+        self._computed: dict[fx.Node, fx.Node] = {}
+        self._state: dict[fx.Node, fx.Node] = {}
+        self._whole: dict[fx.Node, fx.Node] = {}
+        self._gathered: dict[tuple[fx.Node, Layout], fx.Node] = {}
+        self._all_rows: dict[fx.Node, fx.Node] = {}
+        self._places: list[StatePlace] = []
+        self._numbers: dict[str, Any] = {}
+
+    def rewrite(self) -> None:
+        self._add_inputs()
+        for node in self.order:
+            self.origin = node
+            if node in self.cut.inside:
+                with self.graph.inserting_before(node.next):
+                    self._anchor = node.next
+                    self._computed[node] = self._compute(node)
+                    if node in self._states:
+                        self._state[node] = self._replace_rows(node)
+            elif node.op == "call_function" or node.op == "output":
+                with self.graph.inserting_before(node):
+                    self._read_all_rows(node)
+        note_state(self.module, self._places)
+
+    # ------------------------------------------------------------------------------------- inputs
+    def _add_inputs(self) -> None:
+        """Row numbers, then state, behind the other inputs; sizes and row numbers that are used all over."""
+        placeholders = self.graph.find_nodes(op="placeholder")
+        entries = self.space[0] if len(self.space) > 1 else sympy.Integer(1)
+        _, count = new_number(self.mode.shape_env, "computed_rows", _HINT)
+        number = self._number_of_entries(entries, placeholders)
+        with self.mode, self.graph.inserting_after(placeholders[-1]):
+            self._given = self.graph.placeholder("computed_rows")
+            device = ir.main_device_of(self.module)
+            self._given.meta["val"] = torch.empty((number, count), dtype=torch.int64, device=device)
+        STATE.write(self.module, replace(STATE.of(self.module), rows=len(placeholders)))
+        self._states: dict[fx.Node, fx.Node] = {}
+        for value in self.cut.values:
+            index = add_state(self, value, len(self._places))
+            self._states[value] = self.graph.find_nodes(op="placeholder")[index]
+            self._places.append(StatePlace(index, None))
+        last = self.graph.find_nodes(op="placeholder")[-1]
+        self._front = last.next
+        with self.graph.inserting_before(self._front):
+            self._count = self.emit(aten.sym_size.int, self._given, 1)
+            if len(self.space) == 1:
+                self._flat = self._among_all = self.emit(aten.view.default, self._given, [self._count])
+                self._flat_count = self._count
+                return
+            length, many = self._size(self.space[1]), self._size(self.space[0])
+            first = self.emit(aten.arange.default, many, device=device, pin_memory=False)
+            self._entry_numbers = self.emit(aten.unsqueeze.default, first, 1)
+            starts = self.emit(aten.mul.Tensor, self._entry_numbers, length)
+            self._among_all = self.emit(aten.add.Tensor, self._given, starts)
+            self._flat_count = self.arithmetic(operator.mul, many, self._count)
+            self._flat = self.emit(aten.view.default, self._among_all, [self._flat_count])
+            self._flat_positions = self.emit(aten.reshape.default, self._given, [self._flat_count])
+
+    def _number_of_entries(self, entries: sympy.Expr, placeholders: list[fx.Node]) -> Any:
+        if entries.is_Integer:
+            return int(entries)
+        with self.graph.inserting_before(placeholders[-1].next):
+            return ir.argument_value(self._size(entries))
+
+    def _size(self, expr: sympy.Expr) -> Any:
+        """A size as an argument: an int, or a node that reads it off the inputs."""
+        expr = sympy.sympify(expr)
+        if expr.is_Integer:
+            return int(expr)
+        if expr not in self._sizes:
+            self._sizes[expr] = self._emit_size(expr)
+        return self._sizes[expr]
+
+    def _emit_size(self, expr: sympy.Expr) -> fx.Node:
+        front = self.graph.find_nodes(op="placeholder")[-1].next
+        with self.graph.inserting_before(front):
+            if expr in self._sources:
+                node, dim = self._sources[expr]
+                return node if dim is None else self.emit(aten.sym_size.int, node, dim)
+            return self.combined(expr, self._size)
+
+    # ------------------------------------------------------------------------------ computed rows
+    def _compute(self, node: fx.Node) -> fx.Node:
+        """The node's op on the computed rows."""
+        if node.target is operator.getitem:
+            source, index = node.args
+            return self.emit_getitem(self._computed[source], index)  # type: ignore[index]
+        queue = iter(self.labels.edges(node))
+
+        def replace_operand(operand: fx.Node) -> Any:
+            if not any(tensor is not None for tensor in ir.tensors_of(operand)):
+                return operand
+            found, kind, layout = next(queue)
+            assert found is operand
+            if kind is Edge.ROW and operand in self._computed:
+                return self._aligned(self._computed[operand], self.labels.layout(operand), node)
+            whole = self._in_full(operand)
+            return whole if layout is None or not self._has_rows(layout) else self._gather(whole, layout, node)
+
+        args: Any = node.args
+        position = book.entry(node).shape_at
+        if position is not None:
+            shape = self._shape(node)
+            args = tuple(
+                shape if index == position else fx.node.map_arg(given, replace_operand)
+                for index, given in enumerate(args)
+            )
+        else:
+            args = fx.node.map_arg(args, replace_operand)
+        if node.target is aten.view.default:
+            return self.emit(aten.reshape.default, *args)
+        return self.emit(node.target, *args, **fx.node.map_arg(dict(node.kwargs), replace_operand))
+
+    def _has_rows(self, layout: Layout) -> bool:
+        return FLAT in layout or len(self.space) - 1 in layout
+
+    def _is_flat(self, layout: Layout) -> bool:
+        """Its row dim has the rows of all entries, one after the other (what has positions only, too)."""
+        return FLAT in layout or (len(self.space) > 1 and 0 not in layout)
+
+    def _shape(self, node: fx.Node) -> list[Any]:
+        """Sizes of the computed rows of a value."""
+        layout = self.labels.layout(node)
+        count = self._flat_count if self._is_flat(layout) else self._count
+        return [
+            count if label in (FLAT, len(self.space) - 1) else self._size(ir.expr_of(size))
+            for label, size in zip(layout, rows.shape_of(node), strict=True)
+        ]
+
+    def _aligned(self, computed: fx.Node, layout: Layout, reader: fx.Node) -> fx.Node:
+        """Rows of a value that has positions only, as a reader with batch entries wants them: each entry has rows of
+        its own, so the dim of the entries, where it had 1, has all of them."""
+        theirs = self.labels.layout(reader)
+        if len(self.space) == 1 or not self._is_flat(layout) or FLAT in layout or 0 not in theirs:
+            return computed
+        if FLAT in theirs:
+            return computed
+        return self._by_entry(computed, layout.index(1), theirs)
+
+    def _by_entry(self, flat: fx.Node, dim: int, theirs: Layout) -> fx.Node:
+        """[.., E * C, ..] -> [E, .., C, ..], as it is broadcast to a reader's layout (aligned at the last dim)."""
+        sizes: list[Any] = [self._size(ir.expr_of(size)) if d != dim else None for d, size in enumerate(rows.shape_of(flat))]
+        entries, at, skip = self._size(self.space[0]), theirs.index(0), len(theirs) - len(sizes)
+        split = self.emit(aten.reshape.default, flat, [*sizes[:dim], entries, self._count, *sizes[dim + 1 :]])
+        front = self.emit(aten.permute.default, split, [dim, *(d for d in range(len(sizes) + 1) if d != dim)])
+        sizes[dim] = self._count
+        wide = [1] * skip + sizes
+        del wide[at]  # it had 1 there
+        moved = self.emit(aten.reshape.default, front, [entries, *wide])
+        order = [*range(1, at + 1), 0, *range(at + 1, len(theirs))]
+        return moved if not at else self.emit(aten.permute.default, moved, order)
+
+    # -------------------------------------------------------------------------------- whole values
+    def _in_full(self, operand: fx.Node) -> fx.Node:
+        """All rows of a value: itself where it is cheap, or state."""
+        if operand not in self.kept_as:
+            return operand
+        value = self.kept_as[operand]
+        if operand is value:
+            return self._state[value]
+        if operand not in self._whole:
+            source = next(o for o, kind, _ in self.labels.edges(operand) if kind is Edge.ROW)
+            self.kept_as.setdefault(source, value)
+            whole = self._in_full(source)
+            args = fx.node.map_arg(operand.args, lambda given: whole if given is source else given)
+            self._whole[operand] = self.emit(operand.target, *args, **operand.kwargs)
+        return self._whole[operand]
+
+    def _replace_rows(self, value: fx.Node) -> fx.Node:
+        """State with the computed rows in their places."""
+        state, layout, computed = self._states[value], self.labels.layout(value), self._computed[value]
+        if len(self.space) == 1 or FLAT in layout:
+            dim = layout.index(FLAT if FLAT in layout else 0)
+            return self.emit(aten.index_copy_.default, state, dim, self._flat, computed)
+        order = [layout.index(0), layout.index(1)]
+        order += [dim for dim in range(len(layout)) if dim not in order]
+        back = [order.index(dim) for dim in range(len(layout))]
+        in_front = order == back == list(range(len(order)))
+        target = state if in_front else self.emit(aten.permute.default, state, order)
+        new = computed if in_front else self.emit(aten.permute.default, computed, order)
+        written = self.emit(aten.index_put_.default, target, [self._entry_numbers, self._given], new)
+        return written if in_front else self.emit(aten.permute.default, written, back)
+
+    # ------------------------------------------------------------------------------------- gathers
+    def _gather(self, source: fx.Node, layout: Layout, reader: fx.Node) -> fx.Node:
+        """The computed rows of a value that exists at full length."""
+        theirs = self.labels.layout(reader)
+        by_entry = len(self.space) > 1 and FLAT not in layout and 0 not in layout
+        key = (source, layout, theirs) if by_entry and 0 in theirs else (source, layout, ())
+        if key not in self._gathered:
+            self._gathered[key] = self._emit_gather(source, layout, theirs)
+        return self._gathered[key]
+
+    def _emit_gather(self, source: fx.Node, layout: Layout, theirs: Layout) -> fx.Node:
+        if len(self.space) == 1 or FLAT in layout:
+            dim = layout.index(FLAT if FLAT in layout else 0)
+            return self.emit(aten.index_select.default, source, dim, self._flat)
+        if 0 not in layout:  # the same positions for all entries
+            dim = layout.index(1)
+            picked = self.emit(aten.index_select.default, source, dim, self._flat_positions)
+            return self._by_entry(picked, dim, theirs) if 0 in theirs else picked
+        order = [layout.index(0), layout.index(1)]
+        order += [dim for dim in range(len(layout)) if dim not in order]
+        back = [order.index(dim) for dim in range(len(layout))]
+        in_front = order == list(range(len(order)))
+        front = source if in_front else self.emit(aten.permute.default, source, order)
+        picked = self.emit(aten.index.Tensor, front, [self._entry_numbers, self._given])  # [E, C, ...]
+        return picked if in_front else self.emit(aten.permute.default, picked, back)
+
+    # --------------------------------------------------------------------------------- all rows
+    def _read_all_rows(self, node: fx.Node) -> None:
+        """A reader of all rows of a dear value reads the computed ones, put where they belong."""
+
+        def replace_operand(operand: fx.Node) -> fx.Node:
+            if operand not in self.cut.dear or not any(t is not None for t in ir.tensors_of(operand)):
+                return operand
+            if not _has_tensors(node):
+                return operand
+            return self._put_back(operand)
+
+        node.args = fx.node.map_arg(node.args, replace_operand)
+        node.kwargs = fx.node.map_arg(node.kwargs, replace_operand)
+
+    def _put_back(self, operand: fx.Node) -> fx.Node:
+        if operand not in self._all_rows:
+            self.origin = operand
+            layout, computed = self.labels.layout(operand), self._computed[operand]
+            order = [layout.index(label) for label in (FLAT, *range(len(self.space))) if label in layout]
+            order += [dim for dim in range(len(layout)) if dim not in order]
+            in_front = order == list(range(len(order)))
+            front = computed if in_front else self.emit(aten.permute.default, computed, order)
+            lead = 2 if len(self.space) > 1 and FLAT not in layout else 1
+            features = [self._size(ir.expr_of(rows.shape_of(operand)[dim])) for dim in order[lead:]]
+            entries = [self._size(size) for size in self.space[:-1]]
+            split = self.emit(aten.reshape.default, front, [*entries, self._count, *features])
+            put = self.emit(ops.put_rows, split, self._among_all, self._size(sympy.prod(self.space)))
+            sizes = [self._size(ir.expr_of(rows.shape_of(operand)[dim])) for dim in order]
+            full = put if lead == 1 else self.emit(aten.view.default, put, sizes)
+            back = [order.index(dim) for dim in range(len(order))]
+            self._all_rows[operand] = full if in_front else self.emit(aten.permute.default, full, back)
+        return self._all_rows[operand]
+
+
+def _has_tensors(node: fx.Node) -> bool:
+    return node.op == "output" or any(tensor is not None for tensor in ir.tensors_of(node))
