@@ -24,6 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("dump", "graph_log", "capture", "true_masks"),
     ("methods",),
     ("backend",),
+    ("session",),
     ("sampling",),
     ("ahead",),
     ("report",),

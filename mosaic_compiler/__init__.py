@@ -14,12 +14,13 @@ from mosaic_compiler.registration import register
 
 if TYPE_CHECKING:
     from mosaic_compiler.ahead.forecast import max_tokens
-    from mosaic_compiler.errors import BudgetError, MosaicError
+    from mosaic_compiler.errors import BudgetError, MosaicError, StateError
     from mosaic_compiler.options import MosaicOptions
     from mosaic_compiler.planning import MemoryPlan
     from mosaic_compiler.report.explain import Report, explain
     from mosaic_compiler.runtime.pools import release_memory
     from mosaic_compiler.sampling.generation import Generation, generate
+    from mosaic_compiler.session import Session
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,8 @@ __all__ = [
     "MosaicError",
     "MosaicOptions",
     "Report",
+    "Session",
+    "StateError",
     "__version__",
     "explain",
     "generate",
@@ -48,6 +51,8 @@ _HOME = {
     "explain": "report.explain",
     "max_tokens": "ahead.forecast",
     "release_memory": "runtime.pools",
+    "Session": "session",
+    "StateError": "errors",
 }
 
 

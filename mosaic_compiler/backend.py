@@ -7,29 +7,34 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from mosaic_compiler import graph_log
+from mosaic_compiler import book, graph_log, ir
 from mosaic_compiler.capture import forget_floats, specialize_floats
 from mosaic_compiler.compat.dynamo import aot_autograd
 from mosaic_compiler.compat.tracing import get_decompositions, static_inputs
 from mosaic_compiler.dump import GraphDump
 from mosaic_compiler.errors import GradientError
 from mosaic_compiler.ir import fake_mode_of, main_device_of
-from mosaic_compiler.ir.notes import STATIC_INPUTS
+from mosaic_compiler.ir.notes import STATE, STATIC_INPUTS
 from mosaic_compiler.kernels.fused import start_workers
 from mosaic_compiler.methods import watch_methods
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.base import Machine
-from mosaic_compiler.passes.needed_rows import settle_sizes
-from mosaic_compiler.passes.pipeline import make_family
+from mosaic_compiler.passes.canonicalize import CanonicalizePass
+from mosaic_compiler.passes.needed_rows import NeededRowsPass, settle_sizes
+from mosaic_compiler.passes.pipeline import make_family, run_passes
+from mosaic_compiler.passes.state import KeepStatePass, ReuseStatePass, find_cut
 from mosaic_compiler.runtime.observers import Observers
 from mosaic_compiler.runtime.sparse import page_bytes
+from mosaic_compiler.runtime.state import Kinds
 from mosaic_compiler.runtime.step import CompiledStep
 from mosaic_compiler.settings import read_settings
 from mosaic_compiler.true_masks import drop_true_masks
@@ -86,6 +91,14 @@ def compile_aten(module: fx.GraphModule, options: MosaicOptions, static_inputs: 
         module: for example from :func:`mosaic_compiler.passes.trace`.
         static_inputs: positions of placeholders (weights) whose memory rarely moves.
     """
+    step = _made(module, options, static_inputs)
+    step.end_at(graph_log.compiled(step.fallbacks))
+    _compiling.tell(step)
+    return step
+
+
+def _made(module: fx.GraphModule, options: MosaicOptions, static_inputs: Sequence[int]) -> CompiledStep:
+    """Passes, lives and the callable."""
     settings = read_settings()
     dump = GraphDump(options.dump, module, settings.debug)
     STATIC_INPUTS.write(module, tuple(static_inputs))
@@ -94,11 +107,36 @@ def compile_aten(module: fx.GraphModule, options: MosaicOptions, static_inputs: 
     machine = Machine(page_bytes(main_device_of(module)))
     with _no_guards(module):
         family = make_family(module, options, machine, observe=dump.after_pass)
-    step = CompiledStep(family.graphs, options, family.records, static_inputs, on_plan=dump.plan, captured=module)
+    step = CompiledStep(
+        family.graphs,
+        options,
+        family.records,
+        static_inputs,
+        on_plan=dump.plan,
+        captured=module,
+        derive=lambda: _kinds_of(module, options),
+    )
     dump.compiled(step)
-    step.end_at(graph_log.compiled(step.fallbacks))
-    _compiling.tell(step)
     return step
+
+
+def _kinds_of(module: fx.GraphModule, options: MosaicOptions) -> Kinds:
+    """Steps that keep state, and steps for some rows that use it, of one captured graph: nothing is captured again."""
+    with _no_guards(module), _without_collections():
+        canonical, _ = run_passes(module, passes=[NeededRowsPass.of(options, Machine()), CanonicalizePass()])
+        is_heavy = any(book.entry(node).is_heavy for node in canonical.graph.nodes)
+        cut = find_cut(canonical.graph)
+        if cut.problem:
+            return Kinds(problem=cut.problem, is_heavy=is_heavy)
+        made = []
+        for kind in (KeepStatePass(), ReuseStatePass()):
+            derived = kind(canonical)
+            dump = None if options.dump is None else os.path.join(options.dump, kind.name)
+            given = replace(options, needed_rows="all", dump=dump)
+            made.append((_made(derived, given, STATIC_INPUTS.of(derived)), STATE.of(derived)))
+    (full, kept), (reuse, replaced) = made
+    values = tuple(f"{v.name} {list(ir.only_tensor(v).shape)}" for v in cut.values)
+    return Kinds(full, reuse, (kept, replaced), is_heavy=is_heavy, values=values)
 
 
 @contextmanager

@@ -60,6 +60,10 @@ class ArenaError(MosaicError):
     """The virtual-memory arena cannot provide the memory a plan asks for."""
 
 
+class StateError(MosaicError):
+    """What lives from step to step cannot be had, or is not what is asked for: closed, stale, of another length."""
+
+
 class CanaryError(MosaicError):
     """Poison mode found a write outside of a planned buffer."""
 

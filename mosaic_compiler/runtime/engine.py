@@ -20,7 +20,7 @@ import torch
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.planning.kept import KeptStep
 from mosaic_compiler.planning.lives import Sizes
-from mosaic_compiler.planning.lowered import LoweredOp
+from mosaic_compiler.planning.lowered import LoweredGraph, LoweredOp
 from mosaic_compiler.planning.plan import Fallback, MemoryPlan
 from mosaic_compiler.planning.planner import Planned
 from mosaic_compiler.planning.room import capacity
@@ -46,6 +46,20 @@ def within_budget(nbytes: int | None) -> Iterator[None]:
         yield
     finally:
         _budget.reset(token)
+
+
+_held: ContextVar[int] = ContextVar("held_for_state", default=0)
+
+
+@contextmanager
+def holding(nbytes: int) -> Iterator[None]:
+    """So many bytes of what a step that this thread runs inside of the ``with`` block needs are there already: they are
+    no longer free, and in its plan."""
+    token = _held.set(nbytes)
+    try:
+        yield
+    finally:
+        _held.reset(token)
 
 
 def running(observe: Callable[[Step], None]) -> AbstractContextManager[None]:
@@ -90,6 +104,11 @@ class Step:
     def fallbacks(self) -> tuple[Fallback, ...]:
         """What plans do not fully cover, as far as it is known."""
         return ()
+
+    @property
+    def main_graph(self) -> LoweredGraph:
+        """The graph that is always there."""
+        return [*self.kept.variants.values()][-1].graph
 
     def planned(self, plan: MemoryPlan) -> None:
         """A new plan was made."""
@@ -190,6 +209,16 @@ class Step:
         weights = [(weakref.ref(values[i]), values[i].data_ptr()) for i in self._static]
         return Bound(variant, planned, program, weights)
 
+    def numbers(self, inputs: Sequence[Any]) -> Sizes:
+        """The symbols that the inputs say."""
+        return Sizes({symbol: read(inputs) for symbol, read in self._readers})
+
+    def forget(self, inputs: Sequence[Any]) -> None:
+        """Drop programs that are bound to one of these tensors."""
+        given = {id(tensor) for tensor in inputs}
+        for key in [key for key, bound in self._programs.items() if any(id(ref()) in given for ref, _ in bound.weights)]:
+            del self._programs[key]
+
     def sizes(self, numbers: Sequence[int], counts: Sequence[int]) -> Sizes:
         """Values for all symbols: of the inputs' sizes, and of the numbers of computed rows."""
         values = dict(zip([symbol for symbol, _ in self._readers], numbers, strict=True))
@@ -208,7 +237,7 @@ class Step:
         """Bytes that a plan made now may need: of the budget, or what is free."""
         if self.budget is not None or not self.planner.lives.chunks:
             return self.budget
-        return free_memory(self.device, self._pool.reserved())
+        return free_memory(self.device, self._pool.reserved() + _held.get())
 
     def plan_for(self, sizes: Sizes, budget: int | None, limit: int | None) -> tuple[Variant, Planned]:
         """The verified plan for these sizes, made once for each budget, and the graph that it is for.

@@ -23,7 +23,8 @@ def arena_problem(device: torch.device) -> str | None:
 
 
 @torch.inference_mode(False)  # calls outside of that mode write to it, too
-def _new_arena(device: torch.device) -> Arena:
+def new_arena(device: torch.device) -> Arena:
+    """Addresses of its own on a device, without memory yet."""
     if device.type == "cpu":
         return HostArena()
     if device.type == "cuda" and arena_problem(device) is None:
@@ -51,7 +52,7 @@ class ArenaPool:
     def lease(self) -> Iterator[Arena]:
         with self._lock:
             if self._depth == len(self._arenas):
-                self._arenas.append(_new_arena(self._device))
+                self._arenas.append(new_arena(self._device))
             arena = self._arenas[self._depth]
             self._depth += 1
             try:

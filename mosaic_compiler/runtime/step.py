@@ -6,6 +6,7 @@ graphs for people who look at them.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -26,18 +27,19 @@ from mosaic_compiler.planning.lowered import LoweredOp, LoweredStep
 from mosaic_compiler.planning.outline import StepOutline
 from mosaic_compiler.planning.plan import Fallback, MemoryPlan
 from mosaic_compiler.runtime.devices import check_machine
-from mosaic_compiler.runtime.engine import Step, running, within_budget
+from mosaic_compiler.runtime.engine import running, within_budget
 from mosaic_compiler.runtime.fallbacks import find_fallbacks, unmet_options
 from mosaic_compiler.runtime.instructions import GUARD
 from mosaic_compiler.runtime.link import LinkedStep
 from mosaic_compiler.runtime.program import Program
 from mosaic_compiler.runtime.programs import Variant
+from mosaic_compiler.runtime.state import Kinds, Stateful
 from mosaic_compiler.runtime.symbols import hints_of, meanings_of, selected_in, symbol_readings
 
 __all__ = ["CompiledStep", "running", "within_budget"]
 
 
-class CompiledStep(Step):
+class CompiledStep(Stateful):
     """One compiled graph: call it with the list of graph inputs, get the list of outputs.
 
     Attributes:
@@ -55,13 +57,14 @@ class CompiledStep(Step):
         static_inputs: Sequence[int] = (),
         on_plan: Callable[[MemoryPlan, Sequence[Fallback]], None] = lambda plan, fallbacks: None,
         captured: fx.GraphModule | None = None,
+        derive: Callable[[], Kinds] = Kinds,
     ) -> None:
         *_, module = graphs.values()
         self.graphs, self.module, self.passes = graphs, module, tuple(passes)
         self.captured = captured if captured is not None else module
         lives = {name: find_lives(graph) for name, graph in graphs.items()}
         self.lives: Lives = [*lives.values()][-1]
-        self._on_plan = on_plan
+        self._on_plan, self._derive = on_plan, derive
         self._planned_fallbacks = find_fallbacks(self.lives) + unmet_options(module, options)
         self._clusters = [found for graph in reversed([*graphs.values()]) for found in clusters_in(graph)]
         self._found_late: dict[str, Fallback] = {}
@@ -87,6 +90,12 @@ class CompiledStep(Step):
             tuple(i for i in static_inputs if ir.tensor_of(placeholders[i]) is not None),
         )
         super().__init__(kept, {name: _variant(graph, lowered[name]) for name, graph in graphs.items()}, options)
+
+    @functools.cached_property
+    def kinds(self) -> Kinds:
+        """Steps for all rows that keep state, and for some rows that use it: made of the captured graph when they are
+        first asked for."""
+        return self._derive()
 
     @property
     def fallbacks(self) -> tuple[Fallback, ...]:
