@@ -100,10 +100,7 @@ class Session:
         ran: list[Step] = []
         with running(ran.append), within_budget(self._budget), stepping(store, kind, rows), torch.no_grad():
             result = self._function(*args, **named)
-        if not any(kinds.full is not None for kinds in store.ran):
-            store.invalidate()
-            problems = [kinds.problem for kinds in store.ran if kinds.problem]
-            raise StateError(f"this function keeps no state: {problems[0] if problems else 'nothing of it was compiled'}")
+            store.check_kept()
         plans = [step.plan for step in ran if step.plan is not None]
         if plans:
             self.plans[kind] = max(plans, key=lambda plan: plan.peak)
@@ -159,7 +156,7 @@ def rows_of(rows: Any, ids: Tensor) -> Tensor:
     batch, length = ids.shape
     given = rows if isinstance(rows, Tensor) else torch.tensor(list(rows), dtype=torch.int64)
     if given.dtype == torch.bool:
-        given = _numbers_of(given.expand(batch, length))
+        given = numbers_in(given.expand(batch, length))
     elif given.is_floating_point() or given.is_complex():
         raise StateError(f"rows must be whole numbers or a mask, got {given.dtype}")
     if given.dim() not in (1, 2) or not given.numel():
@@ -174,13 +171,17 @@ def rows_of(rows: Any, ids: Tensor) -> Tensor:
     return given.to(ids.device)
 
 
-def _numbers_of(mask: Tensor) -> Tensor:
-    """Where a mask [B, N] holds, in each row; the last one again where others have more."""
+def numbers_in(mask: Tensor) -> Tensor:
+    """Where a mask [B, N] holds, in each row of it, int64 [B, R]; the last one again where others have more.
+
+    Raises:
+        StateError: if it holds nowhere.
+    """
     counts = mask.sum(1)
     most = int(counts.max()) if mask.shape[0] else 0
     if not most:
         raise StateError("rows: the mask selects none")
-    order = mask.to(torch.uint8).argsort(1, descending=True, stable=True)[:, :most]
+    order = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
     last = (counts - 1).clamp(min=0).unsqueeze(1)
     return order.gather(1, torch.minimum(torch.arange(most, device=mask.device).expand_as(order), last))
 

@@ -243,6 +243,13 @@ class Store:
         assert self.rows is not None
         return block.run_rows(inputs, self.rows)
 
+    def check_kept(self) -> None:
+        """Raise :class:`StateError` if nothing of what was called in this step could be kept."""
+        if not any(kinds.full is not None for kinds in self.ran):
+            problems = [kinds.problem for kinds in self.ran if kinds.problem]
+            reason = problems[0] if problems else "nothing of it was compiled"
+            raise StateError(f"this function keeps no state: {reason}")
+
     def invalidate(self) -> None:
         """Steps that use state are errors until it is kept again."""
         for block in self._blocks.values():

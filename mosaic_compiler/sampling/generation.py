@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from mosaic_compiler.graph_log import logger
+from mosaic_compiler.planning.caches import policy_of, refresh_of
 from mosaic_compiler.planning.plan import Fallback, MemoryPlan
 from mosaic_compiler.sampling.bidirectional import check_bidirectional, check_padding
 from mosaic_compiler.sampling.calls import is_dream_like
@@ -44,6 +46,12 @@ class Generation:
     plan: MemoryPlan | None
     history: tuple[Tensor, ...] = ()
     fallbacks: tuple[Fallback, ...] = ()
+    steps_by_kind: Mapping[str, int] = field(default_factory=dict)
+    """How many of them computed all rows (``full``), and how many some, with what was kept (``reuse``)."""
+    state_bytes: int = 0
+    """Bytes that lived from step to step."""
+    is_approximate: bool = False
+    """Some step used state that is not proven to be what all rows would give."""
 
 
 def generate(
@@ -75,6 +83,8 @@ def generate(
     bidirectional: bool = False,
     generator: torch.Generator | None = None,
     stop_at_eos: bool = False,
+    cache: str = "exact",
+    cache_refresh: str | int = "block",
     memory_budget: int | str | None = None,
     options: dict[str, Any] | None = None,
     compile: bool = True,
@@ -113,7 +123,14 @@ def generate(
         generator: where noise comes from; ``None``: PyTorch's default generator.
         stop_at_eos: end when every sequence has an end token with nothing masked before it; what is behind is filled
             with it.
-        memory_budget, options: of the backend, see :class:`~mosaic_compiler.MosaicOptions`.
+        cache: what is kept from step to step: ``none``; ``exact`` (the default): what is proven to stay what it is, and
+            that is nothing for models whose rows attend to all others; ``prefix``, ``dual``: steps compute the rows from
+            the block on, or of the block (Fast-dLLM); ``delayed``: those of masked tokens and of the tokens that the
+            last step committed (dKV-Cache).  The last three are approximations: other text may come out.
+        cache_refresh: when all rows are computed again: ``block`` (the first step of each block), ``never`` (but for the
+            first step), or every so many steps; 1 is no cache.
+        memory_budget, options: of the backend, see :class:`~mosaic_compiler.MosaicOptions`; the budget is for what is
+            kept as well.
         compile: ``False``: run the same in eager PyTorch.
         on_step: called with the number of forward passes and the ids after each.
         streamer: gets the draft after each step, in transformers' manner.
@@ -124,7 +141,11 @@ def generate(
         ValueError: for options that make no sense, a model that attends causally, or no known mask token.
         TypeError: for a streamer that is none.
         BudgetError: before the first step, if it does not fit.
+        StateError: for a cache, if the model has nothing that can be kept.
     """
+    policy, refresh = policy_of(cache), refresh_of(cache_refresh)
+    if policy.is_kept and not compile:
+        raise ValueError(f"cache={cache!r} needs a compiled model: leave out compile=False, or take cache='none'")
     config = getattr(model, "config", None)
     if sampler not in CHECKS:
         raise ValueError(f"sampler must be one of {', '.join(CHECKS)}, got {sampler!r}")
@@ -173,7 +194,9 @@ def generate(
         if attention_mask is not None and not bool(attention_mask.bool().all()):
             check_padding(model, sampling.mask, input_ids.device)
     given = {**({} if memory_budget is None else {"memory_budget": memory_budget}), **(options or {})}
-    run = Run(model, input_ids, attention_mask, replace(sampling, seed=int(drawn)), given, compile)
+    run = Run(model, input_ids, attention_mask, replace(sampling, seed=int(drawn)), given, compile, policy, refresh)
+    if cache == "exact":
+        _say_what_would_save(run)
     history: list[Tensor] = []
     try:
         with _in_eval_mode(model), torch.no_grad(), dynamo_as_needed(), _bar(progress, run) as advance:
@@ -186,9 +209,25 @@ def generate(
                     streamer.put(ids.cpu())
                 advance(ids)
     finally:
+        run.close()
         if streamer is not None:
             streamer.end()
-    return Generation(run.ids, run.forwards, run.plan, tuple(history), run.fallbacks)
+    counts = run.schedule.counts
+    return Generation(
+        run.ids, run.forwards, run.plan, tuple(history), run.fallbacks, counts, run.state_bytes, counts["reuse"] > 0
+    )
+
+
+def _say_what_would_save(run: Run) -> None:
+    """What is exact computes every row in every step here; how much less an approximation would."""
+    given = run.sampling
+    block = given.block_length if given.sampler == "llada" else len(range(*run.state.to_fill.indices(run.ids.shape[1])))
+    logger.info(
+        "mosaic: cache='exact' computes all %d rows in every step, because each attends to all others; cache='dual', an "
+        "approximation, would compute %d in all but the first step of a block",
+        run.ids.shape[1],
+        min(block, run.ids.shape[1]),
+    )
 
 
 @contextmanager

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mosaic_compiler.planning.caches import POLICIES, Policy, Refresh
 from mosaic_compiler.planning.plan import Fallback, MemoryPlan
 from mosaic_compiler.planning.room import capacity, serves
+from mosaic_compiler.runtime.state import Store, stepping
 from mosaic_compiler.sampling import noise
+from mosaic_compiler.sampling.caching import Schedule
 from mosaic_compiler.sampling.calls import call_for
 from mosaic_compiler.sampling.compiled import Proposer
 from mosaic_compiler.sampling.request import Sampling
 from mosaic_compiler.sampling.rules import numbers_of
-from mosaic_compiler.sampling.samplers import SAMPLERS, State
+from mosaic_compiler.sampling.samplers import SAMPLERS, State, Wanted
 
 
 class Run:
@@ -24,6 +28,11 @@ class Run:
     Args:
         options: of the backend.
         is_compiled: ``False``: run in eager PyTorch.
+        policy, refresh: which rows steps compute, see ``planning/caches.py``.
+
+    Attributes:
+        schedule: which kinds of steps there were.
+        state_bytes: the most that lived from step to step.
     """
 
     def __init__(
@@ -34,6 +43,8 @@ class Run:
         sampling: Sampling,
         options: Mapping[str, Any],
         is_compiled: bool,
+        policy: Policy = POLICIES["none"],
+        refresh: Refresh = Refresh(),
     ) -> None:
         self.sampling = sampling
         batch, self.start = prompt.shape
@@ -45,6 +56,9 @@ class Run:
             self.real = torch.cat([attention_mask.bool().to(prompt.device), torch.ones_like(new, dtype=torch.bool)], 1)
         self.forwards = self._room = 0
         self._kind, self._numbers = SAMPLERS[sampling.sampler], numbers_of(sampling)
+        self.schedule = Schedule(policy, refresh, sampling.mask, shifted=self._kind.is_shifted)
+        self._store = Store() if policy.is_kept else None
+        self.state_bytes = 0
         self._proposer = Proposer(
             model, call_for(model, self.real is not None), self._kind.rule(sampling), options, is_compiled
         )
@@ -69,7 +83,7 @@ class Run:
         sampler = self._kind.steps(self.state)
         wanted = next(sampler, None)
         while wanted is not None:
-            proposals = self._proposals(wanted.where, wanted.step)
+            proposals = self._proposals(wanted)
             self.forwards += 1
             try:
                 wanted = sampler.send(proposals)
@@ -79,10 +93,15 @@ class Run:
             if self.sampling.stop_at_eos and self._ended():
                 return
 
-    def _proposals(self, wanted: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def close(self) -> None:
+        """Give the memory of state back."""
+        if self._store is not None:
+            self._store.release()
+
+    def _proposals(self, wanted: Wanted) -> tuple[Tensor, Tensor]:
         """Proposed ids and their confidence, [B, N]; -inf where nothing was wanted."""
-        given, length = self.sampling, self.ids.shape[1]
-        cells = wanted.flatten().nonzero().squeeze(1)
+        given, length, step = self.sampling, self.ids.shape[1], wanted.step
+        cells = wanted.where.flatten().nonzero().squeeze(1)
         rows = cells
         if self._kind.is_shifted:
             rows = torch.where(cells % length > 0, cells - 1, cells)
@@ -90,7 +109,8 @@ class Run:
         room = self._room_for(len(cells)) - len(cells)  # some rows again, so that one program serves many steps
         padded = [torch.cat([tensor, tensor[:1].expand(room)]) for tensor in (rows, keys)]
         unguided = torch.where(self.given, given.mask, self.ids) if given.guidance > 0 else None
-        token, confidence = self._proposer(self.ids, *padded, self._numbers, unguided, self.real)
+        with self._step(wanted, rows):
+            token, confidence = self._proposer(self.ids, *padded, self._numbers, unguided, self.real)
         token, confidence = token[: len(cells)], confidence[: len(cells)]
         if self._kind.may_draw and given.remasking == "random":
             drawn = noise.uniform(noise.row_keys(given.seed, noise.CONFIDENCE, step, cells), 1).squeeze(1).float()
@@ -98,6 +118,20 @@ class Run:
         proposed, scores = self.ids.flatten().clone(), confidence.new_full((self.ids.numel(),), float("-inf"))
         proposed[cells], scores[cells] = token, confidence
         return proposed.view_as(self.ids), scores.view_as(self.ids)
+
+    @contextmanager
+    def _step(self, wanted: Wanted, rows: Tensor) -> Iterator[None]:
+        """A step of the kind that is due; ``rows`` (flat) are those that proposals are made of."""
+        needed = torch.zeros(self.ids.numel(), dtype=torch.bool, device=self.ids.device)
+        needed[rows] = True
+        kind, computed = self.schedule.next(self.ids, wanted, needed.view_as(self.ids))
+        if self._store is None:
+            yield
+            return
+        with stepping(self._store, kind, computed):
+            yield
+            self._store.check_kept()
+        self.state_bytes = max(self.state_bytes, self._store.nbytes)
 
     def _room_for(self, count: int) -> int:
         """How many rows to compute where ``count`` are needed: as in the step before, down to half."""

@@ -43,6 +43,12 @@ class State:
         """bool [B, N]."""
         return self.ids == self.sampling.mask
 
+    @property
+    def to_fill(self) -> slice:
+        """From the first masked position to the last one."""
+        found = self.masked.any(0).nonzero().flatten().tolist() or [0]
+        return slice(found[0], found[-1] + 1)
+
     def masked_before(self, end: int) -> Tensor:
         """bool [B, N]: masked positions before the end of a block."""
         return self.masked & (torch.arange(self.ids.shape[1], device=self.ids.device) < end)
@@ -50,10 +56,12 @@ class State:
 
 @dataclass(frozen=True)
 class Wanted:
-    """One step: where proposals are wanted (bool [B, N]), and its number (for random draws)."""
+    """One step: where proposals are wanted (bool [B, N]), its number (for random draws), and the positions that are being
+    filled in."""
 
     where: Tensor
     step: int
+    block: slice
 
 
 Proposals: TypeAlias = "tuple[Tensor, Tensor]"
@@ -99,7 +107,7 @@ def llada(state: State) -> Sampler:
         if given.threshold is not None:
             while bool(state.masked[:, within].any()):
                 before = state.ids
-                proposed, confidence = yield Wanted(state.masked_before(end), forwards)
+                proposed, confidence = yield Wanted(state.masked_before(end), forwards, within)
                 state.ids = commit.commit_confident(before, proposed, confidence, given.threshold)
                 forwards += 1
                 if given.temperature == 0 and torch.equal(before, state.ids):
@@ -109,7 +117,7 @@ def llada(state: State) -> Sampler:
         for number in range(steps):
             masked = state.masked_before(end)
             if bool(counts[:, number].any()) and bool(masked.any()):
-                proposed, confidence = yield Wanted(masked, begun + number)
+                proposed, confidence = yield Wanted(masked, begun + number, within)
                 state.ids = commit.commit_best(state.ids, proposed, confidence, counts[:, number])
                 forwards += 1
         begun += steps
@@ -121,6 +129,7 @@ def dream(state: State) -> Sampler:
     given, batch = state.sampling, state.ids.shape[0]
     times = torch.linspace(1, given.eps, given.steps + 1)
     everywhere = torch.arange(state.ids.numel(), device=state.ids.device)
+    within = state.to_fill
     for step in range(given.steps):
         masked = state.masked
         if given.algorithm == "origin":
@@ -130,13 +139,13 @@ def dream(state: State) -> Sampler:
             chosen = commit.dream_origin(state.ids, share.to(state.ids.device), masked, keys)
             if not bool(chosen.any()):
                 continue
-            proposed, _ = yield Wanted(chosen, step)
+            proposed, _ = yield Wanted(chosen, step, within)
             state.ids = torch.where(chosen, proposed, state.ids)
         else:
             count = commit.dream_count(int(masked.sum()), batch, step, given.steps, given.eps)
             if not count:
                 continue
-            proposed, confidence = yield Wanted(masked, step)
+            proposed, confidence = yield Wanted(masked, step, within)
             keys = noise.row_keys(given.seed, noise.CHOICE, step, everywhere)
             state.ids = commit.commit_dream(
                 state.ids, proposed, confidence, count,

@@ -80,7 +80,8 @@ class _Rewriter(Emitter):
         super().__init__(module)
         self.module, self.cut, self.labels, self.space = module, cut, cut.labels, cut.space
         self.kept_as = dict(cut.kept_as)
-        self.order = [node for node in self.graph.nodes]
+        self.order = list(self.graph.nodes)
+        self._front = next(node for node in self.order if node.op != "placeholder")
         self._sources = size_sources(self.graph)
         self._sizes: dict[sympy.Expr, Any] = {}
         self._computed: dict[fx.Node, fx.Node] = {}
@@ -112,7 +113,7 @@ class _Rewriter(Emitter):
         placeholders = self.graph.find_nodes(op="placeholder")
         entries = self.space[0] if len(self.space) > 1 else sympy.Integer(1)
         _, count = new_number(self.mode.shape_env, "computed_rows", _HINT)
-        number = self._number_of_entries(entries, placeholders)
+        number = ir.argument_value(self._size(entries))
         with self.mode, self.graph.inserting_after(placeholders[-1]):
             self._given = self.graph.placeholder("computed_rows")
             device = ir.main_device_of(self.module)
@@ -123,8 +124,6 @@ class _Rewriter(Emitter):
             index = add_state(self, value, len(self._places))
             self._states[value] = self.graph.find_nodes(op="placeholder")[index]
             self._places.append(StatePlace(index, None))
-        last = self.graph.find_nodes(op="placeholder")[-1]
-        self._front = last.next
         with self.graph.inserting_before(self._front):
             self._count = self.emit(aten.sym_size.int, self._given, 1)
             if len(self.space) == 1:
@@ -140,12 +139,6 @@ class _Rewriter(Emitter):
             self._flat = self.emit(aten.view.default, self._among_all, [self._flat_count])
             self._flat_positions = self.emit(aten.reshape.default, self._given, [self._flat_count])
 
-    def _number_of_entries(self, entries: sympy.Expr, placeholders: list[fx.Node]) -> Any:
-        if entries.is_Integer:
-            return int(entries)
-        with self.graph.inserting_before(placeholders[-1].next):
-            return ir.argument_value(self._size(entries))
-
     def _size(self, expr: sympy.Expr) -> Any:
         """A size as an argument: an int, or a node that reads it off the inputs."""
         expr = sympy.sympify(expr)
@@ -156,8 +149,7 @@ class _Rewriter(Emitter):
         return self._sizes[expr]
 
     def _emit_size(self, expr: sympy.Expr) -> fx.Node:
-        front = self.graph.find_nodes(op="placeholder")[-1].next
-        with self.graph.inserting_before(front):
+        with self.graph.inserting_before(self._front):
             if expr in self._sources:
                 node, dim = self._sources[expr]
                 return node if dim is None else self.emit(aten.sym_size.int, node, dim)

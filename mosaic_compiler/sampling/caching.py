@@ -1,0 +1,60 @@
+"""Which kind of step comes next in a generation, and which rows it computes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mosaic_compiler.planning.caches import Policy, Refresh
+from mosaic_compiler.sampling.samplers import Wanted
+from mosaic_compiler.session import numbers_in
+
+
+class Schedule:
+    """The word of steps, full and reuse, that a policy spells over a generation.
+
+    Args:
+        shifted: position n is predicted from row n - 1.
+
+    Attributes:
+        counts: how many steps of each kind there were.
+    """
+
+    def __init__(self, policy: Policy, refresh: Refresh, mask: int, *, shifted: bool) -> None:
+        self._policy, self._refresh, self._mask, self._shifted = policy, refresh, mask, shifted
+        self._since: int | None = None
+        self._block: slice | None = None
+        self._last: Tensor | None = None
+        self.counts = {"full": 0, "reuse": 0}
+
+    def next(self, ids: Tensor, wanted: Wanted, needed: Tensor) -> tuple[str, Tensor | None]:
+        """The kind of the next step, and the rows that it computes.
+
+        Args:
+            ids: int64 [B, N].
+            needed: bool [B, N], rows that proposals are made of.
+
+        Returns:
+            ``full`` and ``None``, or ``reuse`` and int64 [B, R].
+        """
+        if not self._policy.is_kept or self._refresh.is_due(self._since, wanted.block != self._block):
+            kind, rows = "full", None
+        else:
+            kind, rows = "reuse", numbers_in(self._rows(ids, wanted.block) | needed)
+        self._since = 0 if kind == "full" else (self._since or 0) + 1
+        self._block, self._last = wanted.block, ids
+        self.counts[kind] += 1
+        return kind, rows
+
+    def _rows(self, ids: Tensor, block: slice) -> Tensor:
+        """bool [B, N]: what the policy says."""
+        policy, rows = self._policy, torch.zeros_like(ids, dtype=torch.bool)
+        if policy.begins is not None:
+            rows[:, block.start : block.stop if policy.ends == "block" else None] = True
+        if policy.takes_masked:
+            rows |= ids == self._mask
+        if policy.takes_changed and self._last is not None:
+            rows |= ids != self._last
+        if self._shifted:  # what is in a row is read from the one before
+            rows[:, :-1] |= rows[:, 1:].clone()
+        return rows

@@ -1,0 +1,62 @@
+"""An independent implementation of what is kept: whole sequences in eager PyTorch, with keys and values replaced.
+
+Every call of ``scaled_dot_product_attention`` is one place where keys and values are needed whole.  In a step for some
+rows all rows are computed, but attention sees the new keys and values of those rows only; what is computed of the
+others is looked at by nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_sdpa = F.scaled_dot_product_attention
+
+
+class Kept:
+    """Keys and values of each attention of a function, in the order of its calls."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def full(self, *args: Any, **named: Any) -> Any:
+        """Call the function; remember keys and values."""
+        self.keys, self.values = [], []
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, *more: Any, **options: Any) -> Tensor:
+            self.keys.append(key.clone())
+            self.values.append(value.clone())
+            return _sdpa(query, key, value, *more, **options)
+
+        with _attention(attend):
+            return self.function(*args, **named)
+
+    def reuse(self, rows: Tensor, *args: Any, **named: Any) -> Any:
+        """The same, where only rows [B, R] get new keys and values (of more entries than B: those again)."""
+        numbers = iter(range(len(self.keys)))
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, *more: Any, **options: Any) -> Tensor:
+            number = next(numbers)
+            entries = rows.repeat(key.shape[0] // rows.shape[0], 1)
+            is_new = torch.zeros(key.shape[0], key.shape[2], dtype=torch.bool).scatter(1, entries, True)
+            chosen = is_new[:, None, :, None]
+            self.keys[number] = torch.where(chosen, key, self.keys[number])
+            self.values[number] = torch.where(chosen, value, self.values[number])
+            return _sdpa(query, self.keys[number], self.values[number], *more, **options)
+
+        with _attention(attend):
+            return self.function(*args, **named)
+
+
+@contextmanager
+def _attention(attend: Callable[..., Tensor]) -> Iterator[None]:
+    with mock.patch.object(F, "scaled_dot_product_attention", attend), torch.no_grad():
+        yield
