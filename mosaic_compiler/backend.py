@@ -29,9 +29,9 @@ from mosaic_compiler.methods import watch_methods
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.base import Machine
 from mosaic_compiler.passes.canonicalize import CanonicalizePass
-from mosaic_compiler.passes.needed_rows import NeededRowsPass, settle_sizes
+from mosaic_compiler.passes.needed_rows import NeededRowsPass, settle_sizes, token_ids_of
 from mosaic_compiler.passes.pipeline import make_family, run_passes
-from mosaic_compiler.passes.state import KeepStatePass, ReuseStatePass, find_cut
+from mosaic_compiler.passes.state import KeepStatePass, ReuseStatePass, find_cut, inputs_of
 from mosaic_compiler.runtime.observers import Observers
 from mosaic_compiler.runtime.sparse import page_bytes
 from mosaic_compiler.runtime.state import Kinds
@@ -132,11 +132,13 @@ def _kinds_of(module: fx.GraphModule, options: MosaicOptions) -> Kinds:
         for kind in (KeepStatePass(), ReuseStatePass()):
             derived = kind(canonical)
             dump = None if options.dump is None else os.path.join(options.dump, kind.name)
-            given = replace(options, needed_rows="all", dump=dump)
+            given = replace(options, needed_rows="all", cache="none", dump=dump)
             made.append((_made(derived, given, STATIC_INPUTS.of(derived)), STATE.of(derived)))
     (full, kept), (reuse, replaced) = made
     values = tuple(f"{v.name} {list(ir.only_tensor(v).shape)}" for v in cut.values)
-    return Kinds(full, reuse, (kept, replaced), is_heavy=is_heavy, values=values)
+    weights = tuple(i for i in inputs_of(cut.values) if i in STATIC_INPUTS.of(canonical))
+    ids = token_ids_of(module)
+    return Kinds(full, reuse, (kept, replaced), is_heavy=is_heavy, values=values, ids=ids, weights=weights)
 
 
 @contextmanager

@@ -10,11 +10,13 @@ from typing import Any
 
 from mosaic_compiler.errors import OptionsError
 from mosaic_compiler.planning.budget import parse_budget
+from mosaic_compiler.planning.caches import POLICIES, Refresh, refresh_of
 from mosaic_compiler.planning.placement import DEADLINE
 from mosaic_compiler.recipes import PASS_NAMES
 from mosaic_compiler.settings import Settings, read_settings
 
 ROW_CHOICES = ("all", "masked", "before_masked")
+CACHES = ("none", "exact", "delayed")
 PLACEMENTS = ("auto", "naive", "size", "live-total", "area", "lifetime")
 
 
@@ -44,6 +46,11 @@ class MosaicOptions:
             caller's own loop picks rows: ``all``, ``masked`` (positions that hold ``mask_token_id``: LLaDA) or
             ``before_masked`` (rows in front of such positions: Dream).  The other rows are zeros that take no memory.
         mask_token_id: the id that ``needed_rows`` looks for.
+        cache: what a compiled model keeps from call to call, where the caller's own loop commits tokens: ``none``;
+            ``exact`` (what is proven to stay as it is: nothing, for models whose rows attend to all others); ``delayed``:
+            a call computes rows of masked tokens, and of those that have changed since the last call.  The last one is an
+            approximation, and needs ``needed_rows`` and ``mask_token_id``.
+        cache_refresh: all rows are computed again every so many calls (or ``never``); also for another text.
         chunk_rows: force every loop to this many rows per chunk, whatever the budget (for experiments).
         program_cache: how many bound programs (one per length and set of weights) a graph keeps.
     """
@@ -58,6 +65,8 @@ class MosaicOptions:
     memory_budget: int | str | None = None
     needed_rows: str = "all"
     mask_token_id: int | None = None
+    cache: str = "none"
+    cache_refresh: int | str = 8
     chunk_rows: int | None = None
     program_cache: int = 64
 
@@ -78,6 +87,7 @@ class MosaicOptions:
         valid_tile = tile is None or (isinstance(tile, int) and not isinstance(tile, bool) and tile >= 1)
         _expect(valid_tile, "vocabulary_tile", "a whole number of columns from 1, or None", tile)
         self._check_needed_rows()
+        self._check_cache()
         object.__setattr__(self, "memory_budget", parse_budget(self.memory_budget))
         chunk = self.chunk_rows
         valid_chunk = chunk is None or (isinstance(chunk, int) and not isinstance(chunk, bool) and chunk >= 1)
@@ -96,6 +106,21 @@ class MosaicOptions:
             raise OptionsError(
                 f"needed_rows={self.needed_rows!r} needs mask_token_id: the id of the mask token, for example "
                 "model.config.mask_token_id or tokenizer.mask_token_id"
+            )
+
+    def _check_cache(self) -> None:
+        if self.cache not in CACHES:
+            more = "; prefix and dual need to know the blocks: they are for generate(cache=...)"
+            raise OptionsError(f"cache={self.cache!r}{nearest(str(self.cache), CACHES)}{more}")
+        try:
+            refresh = refresh_of(self.cache_refresh)
+        except ValueError:
+            refresh = Refresh()
+        _expect(not refresh.at_blocks, "cache_refresh", "a number of calls from 1, or 'never'", self.cache_refresh)
+        if POLICIES[self.cache].is_kept and self.needed_rows == "all":
+            raise OptionsError(
+                f"cache={self.cache!r} computes rows of masked tokens: say that no others are read, with "
+                "needed_rows='masked' (or 'before_masked') and mask_token_id"
             )
 
     @property

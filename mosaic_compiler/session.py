@@ -17,6 +17,7 @@ from mosaic_compiler.errors import StateError
 from mosaic_compiler.planning.budget import parse_budget
 from mosaic_compiler.planning.plan import MemoryPlan
 from mosaic_compiler.runtime.engine import Step, running, within_budget
+from mosaic_compiler.runtime.rows import rows_of
 from mosaic_compiler.runtime.state import Store, stepping
 
 lookup_backend("mosaic")
@@ -94,7 +95,7 @@ class Session:
                 raise StateError("there is no state yet: call full() first")
             if (shape := _shape_of(ids)) != self._shape:
                 raise StateError(f"state was kept for ids {list(self._shape)}, these are {list(shape)}: call full() first")
-            return self._run(store, "reuse", rows_of(rows, ids), (ids, *more), named)
+            return self._run(store, "reuse", rows_of(rows, *shape).to(ids.device), (ids, *more), named)
 
     def _run(self, store: Store, kind: str, rows: Tensor | None, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
         ran: list[Step] = []
@@ -142,48 +143,6 @@ class Session:
             yield self._store
         finally:
             self._lock.release()
-
-
-def rows_of(rows: Any, ids: Tensor) -> Tensor:
-    """Row numbers int64 [B, R] of each sequence.
-
-    Args:
-        rows: see :meth:`Session.reuse`.
-
-    Raises:
-        StateError: for none, or some that the sequences have not.
-    """
-    batch, length = ids.shape
-    given = rows if isinstance(rows, Tensor) else torch.tensor(list(rows), dtype=torch.int64)
-    if given.dtype == torch.bool:
-        given = numbers_in(given.expand(batch, length))
-    elif given.is_floating_point() or given.is_complex():
-        raise StateError(f"rows must be whole numbers or a mask, got {given.dtype}")
-    if given.dim() not in (1, 2) or not given.numel():
-        raise StateError(f"rows must be [R] or [B, R] with at least one row, got {list(given.shape)}")
-    given = given.to(torch.int64)
-    given = given.expand(batch, -1) if given.dim() == 1 or given.shape[0] == 1 else given
-    if given.shape[0] != batch:
-        raise StateError(f"rows are given for {given.shape[0]} sequences, ids have {batch}")
-    least, most = torch.aminmax(given)
-    if int(least) < 0 or int(most) >= length:
-        raise StateError(f"rows {int(least)} to {int(most)} are not within the sequence: it has rows 0 to {length - 1}")
-    return given.to(ids.device)
-
-
-def numbers_in(mask: Tensor) -> Tensor:
-    """Where a mask [B, N] holds, in each row of it, int64 [B, R]; the last one again where others have more.
-
-    Raises:
-        StateError: if it holds nowhere.
-    """
-    counts = mask.sum(1)
-    most = int(counts.max()) if mask.shape[0] else 0
-    if not most:
-        raise StateError("rows: the mask selects none")
-    order = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
-    last = (counts - 1).clamp(min=0).unsqueeze(1)
-    return order.gather(1, torch.minimum(torch.arange(most, device=mask.device).expand_as(order), last))
 
 
 def _shape_of(ids: Tensor) -> tuple[int, int]:

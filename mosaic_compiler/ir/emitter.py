@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 from mosaic_compiler.compat.symbols import new_number
 from mosaic_compiler.ir.graphs import BINDS, fake_mode_of
 from mosaic_compiler.ir.sizes import UnreadableSizeError, parts_of
-from mosaic_compiler.ir.values import argument_value, is_contiguous, tensor_of, value_of
+from mosaic_compiler.ir.values import argument_value, is_contiguous, layout_of, tensor_of, value_of
 
 aten = torch.ops.aten
 
@@ -50,6 +50,19 @@ class Emitter:
         node = self.bare(operator.getitem, source, index)
         node.meta["val"] = value_of(source)[index]
         return node
+
+    def propagate(self, changed: set[fx.Node]) -> None:
+        """Metadata behind nodes whose layout is another one now."""
+        changed = set(changed)
+        for node in self.graph.nodes:
+            if node.op != "call_function" or not changed.intersection(node.all_input_nodes):
+                continue
+            before = layout_of(value_of(node))
+            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), value_of)
+            with self.mode:
+                node.meta["val"] = node.target(*args, **kwargs)
+            if layout_of(value_of(node)) != before:
+                changed.add(node)
 
     def bind_number(self, node: fx.Node) -> Any:
         """A new symbol for the number that a node of the prologue gives."""

@@ -110,6 +110,13 @@ def _find(module: fx.GraphModule) -> tuple[fx.Node, list[fx.Node]] | str:
     return "no output of this graph has one row of logits per token id that the graph looks up"
 
 
+def token_ids_of(module: fx.GraphModule) -> int | None:
+    """Which input holds token ids, by its position: the one that rows of a table are looked up by, if that is one."""
+    given = {lookup.given for lookup in _lookups(module)}
+    placeholders = module.graph.find_nodes(op="placeholder")
+    return placeholders.index(given.pop()) if len(given) == 1 else None
+
+
 def _may_be_logits(node: fx.Node, lookup: _Lookup, as_wide_as_table: bool) -> bool:
     columns = _sizes(node)[-1]
     return bool(columns == lookup.entries if as_wide_as_table else columns != lookup.width)

@@ -43,6 +43,8 @@ class Kinds:
         problem: why nothing can be kept.
         is_heavy: there are products in it: what it computes is worth keeping.
         values: what is kept, for people.
+        ids: which input holds token ids; ``None``: that cannot be told.
+        weights: which inputs are weights that kept values are computed with.
     """
 
     full: Step | None = None
@@ -51,6 +53,12 @@ class Kinds:
     problem: str = ""
     is_heavy: bool = False
     values: tuple[str, ...] = ()
+    ids: int | None = None
+    weights: tuple[int, ...] = ()
+
+
+class MissingStateError(StateError):
+    """A graph is to use state, and has not run for all rows yet: it was compiled just now."""
 
 
 class Stateful(Step):
@@ -63,7 +71,11 @@ class Stateful(Step):
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         store = _store.get()
-        return super().__call__(inputs) if store is None else store.run(self, inputs)
+        return self.run_alone(inputs) if store is None else store.run(self, inputs)
+
+    def run_alone(self, inputs: Sequence[Any]) -> list[Any]:
+        """A call outside of sessions."""
+        return Step.__call__(self, inputs)
 
 
 class Block:
@@ -80,6 +92,7 @@ class Block:
         assert kinds.reuse is not None
         self.full, self.reuse = kinds.full, kinds.reuse
         self._note, self._reuse_note = kinds.notes
+        self._weights_at = kinds.weights
         graph = kinds.full.main_graph
         self._facts: list[TensorFacts] = []
         for place in self._note.places:
@@ -99,6 +112,10 @@ class Block:
         self._finalizer = weakref.finalize(self, self.arena.release)
         self._finalizer.atexit = False
 
+    def fits(self, inputs: Sequence[Any]) -> bool:
+        """State is there, and for such inputs."""
+        return self.is_valid and self._sizes_of(inputs) == self._sizes and self._weights_in(inputs) == self._weights
+
     def keep(self, inputs: Sequence[Any]) -> list[Any]:
         """A step for all rows."""
         self.is_valid = False
@@ -112,7 +129,7 @@ class Block:
         except BaseException:
             self.release()  # a step that did not fit leaves nothing behind
             raise
-        self._weights, self.is_valid = _weights_of(self.full, inputs), True
+        self._weights, self.is_valid = self._weights_in(inputs), True
         return results[: len(results) - len(self.tensors)]
 
     def run_rows(self, inputs: Sequence[Any], rows: Tensor) -> list[Any]:
@@ -141,7 +158,7 @@ class Block:
                 f"state was kept for {', '.join(known)}, and this step has {', '.join(now)}: call full() with these ids "
                 "first"
             )
-        if _weights_of(self.full, inputs) != self._weights:
+        if self._weights_in(inputs) != self._weights:
             raise StateError("the model's weights have changed since state was kept: it is stale; call full() first")
 
     def _rows_for_entries(self, rows: Tensor) -> Tensor:
@@ -188,6 +205,10 @@ class Block:
             for at, size, dtype, shape, stride in zip(offsets, nbytes, dtypes, shapes, strides, strict=True)
         ]
         self.nbytes, self._sizes = total, self._sizes_of(inputs)
+
+    def _weights_in(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """What tells whether weights that state was computed with have changed."""
+        return tuple((inputs[i].data_ptr(), _version(inputs[i])) for i in self._weights_at)
 
     def _forget(self) -> None:
         """No program may be bound to memory that is given back."""
@@ -236,7 +257,9 @@ class Store:
         block = self._blocks.get(step)
         if block is None:
             if self.kind != "full":
-                raise StateError("there is no valid state: no step for all rows has run; call full() first")
+                raise MissingStateError(
+                    "there is no state of this graph, which was compiled for these inputs just now: call full() first"
+                )
             block = self._blocks[step] = Block(kinds)
         if self.kind == "full":
             return block.keep(inputs)
@@ -277,11 +300,6 @@ def stepping(store: Store, kind: str, rows: Tensor | None = None) -> Iterator[No
         raise
     finally:
         _store.reset(token)
-
-
-def _weights_of(step: Step, inputs: Sequence[Any]) -> tuple[Any, ...]:
-    """What tells whether weights have changed."""
-    return tuple((inputs[i].data_ptr(), _version(inputs[i])) for i in step.kept.static if i < len(inputs))
 
 
 def _version(tensor: Tensor) -> int:

@@ -7,6 +7,7 @@ graphs for people who look at them.
 from __future__ import annotations
 
 import functools
+import logging
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,10 +23,12 @@ from mosaic_compiler.lowering.lifetimes import find_lives
 from mosaic_compiler.lowering.lower import lower
 from mosaic_compiler.lowering.scopes import Lives
 from mosaic_compiler.options import MosaicOptions
+from mosaic_compiler.planning.caches import POLICIES, refresh_of
 from mosaic_compiler.planning.kept import KeptStep
 from mosaic_compiler.planning.lowered import LoweredOp, LoweredStep
 from mosaic_compiler.planning.outline import StepOutline
 from mosaic_compiler.planning.plan import Fallback, MemoryPlan
+from mosaic_compiler.runtime.automatic import Automatic
 from mosaic_compiler.runtime.devices import check_machine
 from mosaic_compiler.runtime.engine import running, within_budget
 from mosaic_compiler.runtime.fallbacks import find_fallbacks, unmet_options
@@ -35,6 +38,8 @@ from mosaic_compiler.runtime.program import Program
 from mosaic_compiler.runtime.programs import Variant
 from mosaic_compiler.runtime.state import Kinds, Stateful
 from mosaic_compiler.runtime.symbols import hints_of, meanings_of, selected_in, symbol_readings
+
+logger = logging.getLogger("mosaic_compiler")
 
 __all__ = ["CompiledStep", "running", "within_budget"]
 
@@ -65,9 +70,17 @@ class CompiledStep(Stateful):
         lives = {name: find_lives(graph) for name, graph in graphs.items()}
         self.lives: Lives = [*lives.values()][-1]
         self._on_plan, self._derive = on_plan, derive
+        policy = POLICIES[options.cache]
+        self.automatic: Automatic | None = None
+        if policy.is_kept:
+            assert options.mask_token_id is not None
+            shifted = options.needed_rows == "before_masked"
+            refresh = refresh_of(options.cache_refresh)
+            self.automatic = Automatic(policy, refresh, options.mask_token_id, shifted=shifted)
         self._planned_fallbacks = find_fallbacks(self.lives) + unmet_options(module, options)
         self._clusters = [found for graph in reversed([*graphs.values()]) for found in clusters_in(graph)]
         self._found_late: dict[str, Fallback] = {}
+        self._has_said_approximate = False
         self.options = options
         self._be_strict()
         check_machine(options.budget, self.lives.device)
@@ -96,6 +109,29 @@ class CompiledStep(Stateful):
         """Steps for all rows that keep state, and for some rows that use it: made of the captured graph when they are
         first asked for."""
         return self._derive()
+
+    def run_alone(self, inputs: Sequence[Any]) -> list[Any]:
+        """A call outside of sessions; with the option ``cache``, with state of its own."""
+        if self.automatic is None:
+            return super().run_alone(inputs)
+        kinds = self.kinds
+        if kinds.full is None or kinds.ids is None:
+            if kinds.is_heavy and "no-state" not in self._found_late:
+                reason = kinds.problem or "which input holds the token ids cannot be told"
+                reason = f"nothing is kept from call to call, every row is computed: {reason}"
+                self._found_late["no-state"] = Fallback("no-state", "", "", reason, "")
+                logger.warning("mosaic: no-state: %s", reason)
+                self._be_strict()
+            return super().run_alone(inputs)
+        if not self._has_said_approximate:
+            self._has_said_approximate = True
+            logger.info(
+                "mosaic: cache=%r is an approximation: calls compute rows of masked and changed tokens (all rows: %s), "
+                "and other rows stay as they were kept",
+                self.options.cache,
+                self.options.cache_refresh,
+            )
+        return self.automatic.run(self, kinds, inputs)
 
     @property
     def fallbacks(self) -> tuple[Fallback, ...]:

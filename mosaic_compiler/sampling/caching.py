@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mosaic_compiler.planning.caches import Policy, Refresh
+from mosaic_compiler.runtime.rows import numbers_in
 from mosaic_compiler.sampling.samplers import Wanted
-from mosaic_compiler.session import numbers_in
 
 
 class Schedule:
@@ -40,11 +40,19 @@ class Schedule:
         if not self._policy.is_kept or self._refresh.is_due(self._since, wanted.block != self._block):
             kind, rows = "full", None
         else:
-            kind, rows = "reuse", numbers_in(self._rows(ids, wanted.block) | needed)
+            wanted_rows = self._rows(ids, wanted.block) | needed
+            kind, rows = "reuse", numbers_in(wanted_rows, max(int(wanted_rows.sum(1).max()), 1))
         self._since = 0 if kind == "full" else (self._since or 0) + 1
         self._block, self._last = wanted.block, ids
         self.counts[kind] += 1
         return kind, rows
+
+    def all_rows(self) -> str:
+        """The step that was said to be a ``reuse`` is a ``full`` one after all."""
+        self.counts["reuse"] -= 1
+        self.counts["full"] += 1
+        self._since = 0
+        return "full"
 
     def _rows(self, ids: Tensor, block: slice) -> Tensor:
         """bool [B, N]: what the policy says."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from mosaic_compiler.planning.caches import POLICIES, Policy, Refresh
 from mosaic_compiler.planning.plan import Fallback, MemoryPlan
 from mosaic_compiler.planning.room import capacity, serves
-from mosaic_compiler.runtime.state import Store, stepping
+from mosaic_compiler.runtime.state import MissingStateError, Store, stepping
 from mosaic_compiler.sampling import noise
 from mosaic_compiler.sampling.caching import Schedule
 from mosaic_compiler.sampling.calls import call_for
@@ -109,8 +108,7 @@ class Run:
         room = self._room_for(len(cells)) - len(cells)  # some rows again, so that one program serves many steps
         padded = [torch.cat([tensor, tensor[:1].expand(room)]) for tensor in (rows, keys)]
         unguided = torch.where(self.given, given.mask, self.ids) if given.guidance > 0 else None
-        with self._step(wanted, rows):
-            token, confidence = self._proposer(self.ids, *padded, self._numbers, unguided, self.real)
+        token, confidence = self._propose(wanted, rows, (self.ids, *padded, self._numbers, unguided, self.real))
         token, confidence = token[: len(cells)], confidence[: len(cells)]
         if self._kind.may_draw and given.remasking == "random":
             drawn = noise.uniform(noise.row_keys(given.seed, noise.CONFIDENCE, step, cells), 1).squeeze(1).float()
@@ -119,19 +117,28 @@ class Run:
         proposed[cells], scores[cells] = token, confidence
         return proposed.view_as(self.ids), scores.view_as(self.ids)
 
-    @contextmanager
-    def _step(self, wanted: Wanted, rows: Tensor) -> Iterator[None]:
+    def _propose(self, wanted: Wanted, rows: Tensor, arguments: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """A step of the kind that is due; ``rows`` (flat) are those that proposals are made of."""
         needed = torch.zeros(self.ids.numel(), dtype=torch.bool, device=self.ids.device)
         needed[rows] = True
         kind, computed = self.schedule.next(self.ids, wanted, needed.view_as(self.ids))
         if self._store is None:
-            yield
-            return
-        with stepping(self._store, kind, computed):
-            yield
-            self._store.check_kept()
+            return self._proposer(*arguments)
+        try:
+            result = self._with_state(self._store, kind, computed, arguments)
+        except MissingStateError:  # the model was compiled again: its graph is another one in its second call
+            self._store.release()
+            result = self._with_state(self._store, self.schedule.all_rows(), None, arguments)
         self.state_bytes = max(self.state_bytes, self._store.nbytes)
+        return result
+
+    def _with_state(
+        self, store: Store, kind: str, computed: Tensor | None, arguments: Sequence[Any]
+    ) -> tuple[Tensor, Tensor]:
+        with stepping(store, kind, computed):
+            result = self._proposer(*arguments)
+            store.check_kept()
+        return result
 
     def _room_for(self, count: int) -> int:
         """How many rows to compute where ``count`` are needed: as in the step before, down to half."""

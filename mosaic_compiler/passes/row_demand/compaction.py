@@ -55,7 +55,7 @@ class Compactor(Emitter):
                     self._rewrite_exit(node)
                 else:
                     self.compact[node] = self._compact_node(node)
-        self._repropagate()
+        self.propagate(set(self.replaced))
         if not self._shows_number:
             self.selectors.allow_repeats()
 
@@ -291,17 +291,6 @@ class Compactor(Emitter):
         result = self.emit(aten.view.default, full, shape)
         self._scattered[result] = operand
         return result
-
-    def _repropagate(self) -> None:
-        """Metadata behind a replaced index: its size is the number of rows now."""
-        changed = set(self.replaced)
-        for node in self.graph.nodes:
-            if node.op != "call_function" or not changed.intersection(node.all_input_nodes):
-                continue
-            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), ir.value_of)
-            with self.mode:
-                node.meta["val"] = node.target(*args, **kwargs)
-            changed.add(node)
 
 
 def _has_rows(layout: Layout, space: Space) -> bool:

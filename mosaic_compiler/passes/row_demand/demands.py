@@ -105,7 +105,7 @@ class Demands:
         reads itself; or the output."""
         while node in self.blame and self.of.get(node, node) is None:
             reader = self.blame[node]
-            if not _passes_rows_on(reader, node):
+            if not passes_rows_on(reader, node):
                 return reader
             node = reader
         return node
@@ -128,7 +128,7 @@ class Demands:
             yield node, total, total, self.cause(node)
 
 
-def _passes_rows_on(reader: fx.Node, operand: fx.Node) -> bool:
+def passes_rows_on(reader: fx.Node, operand: fx.Node) -> bool:
     """Some rows of the reader need only the same rows of the operand."""
     tensor = ir.tensor_of(reader)
     if reader.target is operator.getitem or movement_base(reader) is not None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -21,6 +22,8 @@ from torch import fx
 from mosaic_compiler import book, ir
 from mosaic_compiler.book import FLAT, Space, rows
 from mosaic_compiler.passes.chunk_loops.labels import Edge, Labels, find_labels
+from mosaic_compiler.passes.row_demand.demands import passes_rows_on
+from mosaic_compiler.passes.row_demand.moves import movement_base
 
 aten = rows.aten
 
@@ -72,6 +75,19 @@ def find_cut(graph: fx.Graph) -> Cut:
     return Cut(labels, space, frozenset(inside), frozenset(dear), order, tuple(kept_as.items()))
 
 
+def inputs_of(values: Sequence[fx.Node]) -> list[int]:
+    """Positions of the inputs that some values are computed from."""
+    found: set[fx.Node] = set()
+    todo = list(values)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += node.all_input_nodes
+    placeholders = values[0].graph.find_nodes(op="placeholder") if values else []
+    return [position for position, node in enumerate(placeholders) if node in found]
+
+
 def _main_space(labels: Labels) -> Space | None:
     """The rows of most products."""
     counts = Counter(labels.space[node] for node in labels.of if book.entry(node).is_heavy)
@@ -83,30 +99,39 @@ def _split(graph: fx.Graph, labels: Labels, space: Space) -> tuple[set[fx.Node],
 
     What reads all rows of dear values without being one (a sort over the sequence, the caller) stands behind all that
     is computed for some rows; nothing dear may follow it.  So does what chooses rows by a mask behind the last product:
-    ``row-demand`` looks for that where all rows are.
+    ``row-demand`` looks for that where all rows are.  Behind rows that are picked (the last ones, in front of a head)
+    what needs the same rows only may follow.
     """
     leads_on = _in_front_of_products(graph)
     inside: set[fx.Node] = set()
     dear: set[fx.Node] = set()
+    picked: set[fx.Node] = set()
     behind: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        reads = [operand for operand, kind, _ in labels.edges(node) if kind is not Edge.OUTER or operand in behind]
         late = next((behind[operand] for operand in node.all_input_nodes if operand in behind), None)
         has_rows = node in labels.of and labels.space[node] == space and not ir.has_unbacked(node)
         has_rows = has_rows and (node in leads_on or book.entry(node).choice is None)
-        if late is None and has_rows:
+        if late is None and has_rows and not picked.intersection(node.all_input_nodes):
             inside.add(node)
             if book.entry(node).is_heavy or any(operand in dear for operand in node.all_input_nodes):
                 dear.add(node)
             continue
-        if late is None and not any(operand in dear for operand in reads):
-            continue
-        if not _has_tensors(node):
+        reads = [o for o, kind, _ in labels.edges(node) if o in picked or (o in dear and kind is not Edge.OUTER)]
+        if (late is None and not reads) or not _has_tensors(node):
             continue  # whoever only asks for a size needs no value
+        is_pick = movement_base(node) in dear | picked  # it takes whole rows of one of them
+        if late is None and (is_pick or all(o in picked and _keeps_rows(node, o) for o in reads)):
+            picked.add(node)
+            continue
         behind[node] = late or node
         if book.entry(node).is_heavy:
             return inside, dear, f"{_named(behind[node])} needs all rows of what it reads, and {_named(node)} follows"
     return inside, dear, ""
+
+
+def _keeps_rows(node: fx.Node, operand: fx.Node) -> bool:
+    """Its rows are computed from the same rows of an operand, or it is a view of it."""
+    return ir.is_view(node) or passes_rows_on(node, operand)
 
 
 def _in_front_of_products(graph: fx.Graph) -> set[fx.Node]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -84,10 +84,12 @@ class _Keeper(Emitter):
         users = list(value.users)
         self.origin = value
         with self.graph.inserting_before(value.next):
-            copy = self.emit(aten.clone.default, value)
+            copy = self.emit(aten.clone.default, value, memory_format=torch.preserve_format)
         for user in users:
             if user.op != "output":
                 user.replace_input_with(value, copy)
+        if ir.layout_of(ir.value_of(copy)) != ir.layout_of(ir.value_of(value)):
+            self.propagate({copy})
         return copy
 
 
@@ -99,9 +101,19 @@ def add_state(emitter: Emitter, value: fx.Node, number: int) -> int:
         node = emitter.graph.placeholder(f"state_{number}")
         node.meta = {k: v for k, v in value.meta.items() if k in ("stack_trace", "nn_module_stack")}
         node.meta["val"] = torch.empty_strided(
-            list(tensor.shape), ir.own_strides(tensor), dtype=tensor.dtype, device=tensor.device
+            list(tensor.shape), _dense_strides(tensor), dtype=tensor.dtype, device=tensor.device
         )
     return len(placeholders)
+
+
+def _dense_strides(tensor: torch.Tensor) -> list[Any]:
+    """Of a copy: dims in the same order in memory, without gaps."""
+    strides: list[Any] = [1] * tensor.dim()
+    step: Any = 1
+    for dim in reversed(ir.memory_order(tensor)):
+        strides[dim] = step
+        step = step * tensor.shape[dim]
+    return strides
 
 
 def note_state(module: fx.GraphModule, places: list[StatePlace]) -> None:
