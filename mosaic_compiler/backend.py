@@ -136,6 +136,7 @@ def _kinds_of(module: fx.GraphModule, options: MosaicOptions) -> Kinds:
             made.append((_made(derived, given, STATIC_INPUTS.of(derived)), STATE.of(derived)))
     (full, kept), (reuse, replaced) = made
     values = tuple(f"{v.name} {list(ir.only_tensor(v).shape)}" for v in cut.values)
+    reuse.replays = True
     weights = tuple(i for i in inputs_of(cut.values) if i in STATIC_INPUTS.of(canonical))
     ids = token_ids_of(module)
     return Kinds(full, reuse, (kept, replaced), is_heavy=is_heavy, values=values, ids=ids, weights=weights)

@@ -91,8 +91,7 @@ def cpu_casts(node: fx.Node) -> sympy.Expr:
 
 def flash_scratch(node: fx.Node) -> sympy.Expr:
     """Bytes that FlashAttention may allocate while it computes a node, if ``kernels/attention.py`` may choose it."""
-    varying = {other.meta[ir.BINDS] for other in node.graph.nodes if ir.BINDS in other.meta}
-    if not has_flash_twin(node, varying):
+    if not has_flash_twin(node, ir.numbers_of_rows(node.graph)):
         return sympy.Integer(0)
     batch, heads, rows, depth = attention_shape(node, 0)
     return SplitBytes(batch * heads, rows, attention_shape(node, 1)[2], depth, sympy.Integer(multiprocessors()))

@@ -8,6 +8,7 @@ aliasing and mutation are read from operator schemas.
 from mosaic_compiler.compat.tensors import is_composite
 from mosaic_compiler.ir.graphs import (
     BINDS,
+    COMPUTED_ROWS,
     MAY_REPEAT,
     Provenance,
     copy_graph,
@@ -17,6 +18,7 @@ from mosaic_compiler.ir.graphs import (
     is_returned,
     main_device_of,
     most_of,
+    numbers_of_rows,
     prologue_nodes,
     provenance,
     remove_dead_code,
@@ -65,6 +67,7 @@ from mosaic_compiler.ir.values import (
 
 __all__ = [
     "BINDS",
+    "COMPUTED_ROWS",
     "MAY_REPEAT",
     "Provenance",
     "Root",
@@ -97,6 +100,7 @@ __all__ = [
     "most_of",
     "mutated_arguments",
     "numbers_in",
+    "numbers_of_rows",
     "only_tensor",
     "overloads_of",
     "own_strides",

@@ -35,6 +35,19 @@ MAY_REPEAT = "may_repeat"
 computed for them goes back to where they stand.  A step may then compute more rows than it needs."""
 
 
+COMPUTED_ROWS = "computed_rows"
+"""Metadata key, on the input with the numbers of the rows that a step computes."""
+
+
+def numbers_of_rows(graph: fx.Graph) -> set[sympy.Symbol]:
+    """Symbols for numbers of computed rows, which are others in other steps: the prologue's, and the input's."""
+    found = {node.meta[BINDS] for node in graph.nodes if BINDS in node.meta}
+    for node in graph.find_nodes(op="placeholder"):
+        if COMPUTED_ROWS in node.meta:
+            found |= expr_of(only_tensor(node).shape[-1]).free_symbols
+    return found
+
+
 def most_of(node: fx.Node) -> sympy.Expr:
     """The most that a number bound by the prologue can be: the elements of the mask that selects rows; for pages of
     memory, all of them."""

@@ -35,7 +35,7 @@ from mosaic_compiler.planning.lowered import (
 def lower(module: fx.GraphModule, lives: Lives) -> LoweredStep:
     """The step of a graph after all passes, as data."""
     graph = module.graph
-    varying = frozenset(node.meta[ir.BINDS] for node in lives.prologue if ir.BINDS in node.meta)
+    varying = frozenset(ir.numbers_of_rows(graph))
     members = set(lives.prologue)
     bodies: dict[ChunkLoop, LoweredGraph] = {}
 

@@ -81,6 +81,7 @@ class Step:
         outline: the step as planning sees it.
         planner: plans the graph that is always there.
         plan: the plan of the last call, ``None`` before the first.
+        replays: on a GPU, programs are recorded and replayed.
     """
 
     _boxed_call = True
@@ -89,6 +90,7 @@ class Step:
         self.kept, self.variants, self.options = kept, variants, options
         self.outline, self.planner = kept.outline, kept.outline.planner
         self.plan: MemoryPlan | None = None
+        self.replays = False
         preferred, main = next(iter(variants.values())), [*variants.values()][-1]
         self.device = main.linked.device
         self._prologue = main.prologue
@@ -115,6 +117,9 @@ class Step:
 
     def found(self, op: LoweredOp, problem: str) -> None:
         """An op returned something else than its schema or fake kernel says: it was copied."""
+
+    def unrecorded(self, problem: str) -> None:
+        """A program that was to be replayed runs call by call."""
 
     def bound(self, program: Program) -> None:
         """A new program was bound."""
@@ -150,7 +155,10 @@ class Step:
             arena.ensure(planned.plan.height)
             program.resize(self._with_chunks(sizes, planned))
             self.plan = program.plan
-            return program.run(values)
+            results = program.run(values)
+            if program.recorder is not None and program.recorder.problem:
+                self.unrecorded(program.recorder.problem)
+            return results
 
     def _new(self, arena: Arena, sizes: Sizes, roomy: Sizes, inputs: Sequence[Any], early: Mapping[str, Any]) -> Bound:
         """A program for these sizes, in a plan with room for a few more rows.  What cuDNN has to prepare for them it
@@ -205,6 +213,8 @@ class Step:
             poison=self.kept.outline.guard > 0,
             found=self.found,
         )
+        if self.replays and self.device.type == "cuda" and not self.kept.outline.guard:
+            program.record(self._static, self.device)
         self.bound(program)
         weights = [(weakref.ref(values[i]), values[i].data_ptr()) for i in self._static]
         return Bound(variant, planned, program, weights)

@@ -11,7 +11,7 @@ memory per call, because the caller keeps them) and results of opaque ops.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from mosaic_compiler.runtime.binder import Binder, Shared
 from mosaic_compiler.runtime.instructions import Instruction, Slot, drop
 from mosaic_compiler.runtime.link import Linked, LinkedStep
 from mosaic_compiler.runtime.loops import bind_loop
+from mosaic_compiler.runtime.recorder import Recorder
 from mosaic_compiler.runtime.watched import Found
 
 
@@ -48,6 +49,11 @@ class Program:
         self._inputs = binder.inputs
         self.outputs: list[Any] | None = None
         self._checked = False
+        self.recorder: Recorder | None = None
+
+    def record(self, fixed: Collection[int], device: torch.device) -> None:
+        """Replay the kernels of later runs, as one (see ``recorder.py``)."""
+        self.recorder = Recorder(self._run, fixed, device)
 
     @property
     def sizes(self) -> Sizes:
@@ -59,6 +65,8 @@ class Program:
         if sizes.symbols != self._binder.sizes.symbols:
             self._binder.resize(sizes)
             self.outputs = None
+            if self.recorder is not None:
+                self.recorder.forget()
 
     def finish(self) -> None:
         """Bind what is not bound yet."""
@@ -68,7 +76,12 @@ class Program:
         self.outputs = self._load()
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
-        """Run the step.  ``inputs`` are the graph's placeholders, then the prologue's results.
+        """Run the step.  ``inputs`` are the graph's placeholders, then the prologue's results."""
+        is_first = self.outputs is None or not self._checked
+        return self._run(inputs) if self.recorder is None or is_first else self.recorder(inputs)
+
+    def _run(self, inputs: Sequence[Any]) -> list[Any]:
+        """Run the step, call by call.
 
         What has to be bound is bound node by node, right before it runs: a GPU is busy with the first nodes while later
         ones are bound.

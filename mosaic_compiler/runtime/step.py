@@ -167,6 +167,12 @@ class CompiledStep(Stateful):
             self._found_late[op.name] = Fallback(problem, op.name, op.target, reason, op.source)
             self._be_strict()
 
+    def unrecorded(self, problem: str) -> None:
+        """A program that was to be replayed runs call by call."""
+        if "not-recorded" not in self._found_late:
+            self._found_late["not-recorded"] = Fallback("not-recorded", "", "", problem, "")
+            logger.info("mosaic: not-recorded: %s", problem)
+
     def _be_strict(self) -> None:
         if self.options.strict and (found := self.fallbacks):
             raise FallbackError(

@@ -117,6 +117,7 @@ class _Rewriter(Emitter):
         with self.mode, self.graph.inserting_after(placeholders[-1]):
             self._given = self.graph.placeholder("computed_rows")
             device = ir.main_device_of(self.module)
+            self._given.meta[ir.COMPUTED_ROWS] = True
             self._given.meta["val"] = torch.empty((number, count), dtype=torch.int64, device=device)
         STATE.write(self.module, replace(STATE.of(self.module), rows=len(placeholders)))
         self._states: dict[fx.Node, fx.Node] = {}
