@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from mosaic_compiler import ir
 from mosaic_compiler.book.scratch import flash_scratch, multiprocessors
 from mosaic_compiler.kernels import attention
+from mosaic_compiler.planning.few import partial_bytes
 from mosaic_compiler.planning.flash import split_bytes
 from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.planning.room import capacity
@@ -58,12 +59,23 @@ def test_rows_that_vary_need_no_plan_until_they_are_worth_it():
 
 
 def test_what_split_keys_need_must_be_planned():
-    node, rows = attend(None, False, keys=4096)
+    node, rows = attend(None, False, keys=4096, kv_heads=8)
     needed = split_bytes(8, 7, 4096, 64, multiprocessors())
     assert needed > 0
     assert chosen(node, rows, 7, scratch=needed - 1) is CUDNN
     assert chosen(node, rows, 7, scratch=needed) is not CUDNN
     assert chosen(node, rows, 4000, scratch=0) is not CUDNN  # enough queries for every multiprocessor
+
+
+def test_few_queries_of_groups_have_a_kernel_where_its_memory_is_planned():
+    node, rows = attend(None, False, keys=4096)
+    needed = partial_bytes(2, 4 * 7, 4096, 64, multiprocessors())
+    assert needed > 0
+    assert chosen(node, rows, 7, scratch=needed).__name__ == "attend"
+    assert chosen(node, rows, 7, scratch=needed - 1) is CUDNN
+    assert chosen(node, rows, 200, scratch=1 << 40).__name__ == "_flash_like_cudnn"
+    node.args[0].meta[ir.BINDS] = rows
+    assert Sizes({rows: 32})(flash_scratch(node)) >= needed
 
 
 @settings(max_examples=200, deadline=None)

@@ -21,6 +21,7 @@ from mosaic_compiler.planning.flash import SplitBytes
 aten = torch.ops.aten
 
 CUDNN = aten._scaled_dot_product_cudnn_attention.default
+FLASH = aten._scaled_dot_product_flash_attention.default
 
 
 def cpu_flash_attention(node: fx.Node) -> sympy.Expr:
@@ -90,20 +91,22 @@ def cpu_casts(node: fx.Node) -> sympy.Expr:
 
 
 def flash_scratch(node: fx.Node) -> sympy.Expr:
-    """Bytes that FlashAttention may allocate while it computes a node, if ``kernels/attention.py`` may choose it."""
+    """Bytes that FlashAttention, or the kernel for few queries, may allocate while it computes a node, if
+    ``kernels/attention.py`` may choose it."""
     if not has_flash_twin(node, ir.numbers_of_rows(node.graph)):
         return sympy.Integer(0)
     batch, heads, rows, depth = attention_shape(node, 0)
-    return SplitBytes(batch * heads, rows, attention_shape(node, 1)[2], depth, sympy.Integer(multiprocessors()))
+    groups, keys = attention_shape(node, 1)[1:3]
+    return SplitBytes(batch * heads, rows, keys, depth, sympy.Integer(multiprocessors()), batch * groups)
 
 
 def has_flash_twin(node: fx.Node, varying: Collection[sympy.Symbol]) -> bool:
-    """An attention of cuDNN's that FlashAttention can compute as well, with a number of queries that varies."""
-    is_cudnn = node.target is CUDNN
-    if not is_cudnn or not attention_shape(node, 0)[2].free_symbols & set(varying):
+    """An attention of cuDNN's (or its own) that FlashAttention can compute as well, with a number of queries that
+    varies."""
+    if node.target not in (CUDNN, FLASH) or not attention_shape(node, 0)[2].free_symbols & set(varying):
         return False
     depth, depth_of_values = attention_shape(node, 0)[3], attention_shape(node, 2)[3]
-    plain = ir.argument(node, "attn_bias") is None and ir.argument(node, "is_causal") is False
+    plain = (node.target is FLASH or ir.argument(node, "attn_bias") is None) and ir.argument(node, "is_causal") is False
     plain = plain and ir.argument(node, "dropout_p") == 0 and all(user.args[1] == 0 for user in node.users)
     return bool(plain and depth == depth_of_values and depth.is_Integer and depth % 8 == 0 and depth <= 256)
 

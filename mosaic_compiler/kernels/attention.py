@@ -18,28 +18,30 @@ from torch import Tensor, fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.book import scratch
+from mosaic_compiler.kernels import few_queries
 from mosaic_compiler.planning.flash import split_bytes
 from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.planning.lowered import Attention
 
 aten = torch.ops.aten
 
-_FLASH = aten._scaled_dot_product_flash_attention.default
+_FLASH = scratch.FLASH
 _WORTH_A_PLAN = 1 << 39  # floating-point operations
 
 
 def facts_of(node: fx.Node, varying: Collection[sympy.Symbol]) -> Attention | None:
-    """What the choice between kernels depends on; ``None`` for all but cuDNN's attention of plain queries.
+    """What the choice between kernels depends on; ``None`` for all but cuDNN's and FlashAttention of plain queries.
 
     Args:
         varying: symbols whose values only the data says.
     """
     others = (*node.args[3:], *node.kwargs.values())
-    if node.target is not scratch.CUDNN or any(isinstance(other, fx.Node) for other in others):
+    if node.target not in (scratch.CUDNN, _FLASH) or any(isinstance(other, fx.Node) for other in others):
         return None
     tensors = scratch.attention_operands(node)
     shapes, strides = (tuple(tuple(map(ir.expr_of, part)) for part in parts) for parts in _layouts(tensors))
-    return Attention(shapes, strides, str(tensors[0].dtype), scratch.has_flash_twin(node, varying))
+    is_cudnn, scale = node.target is scratch.CUDNN, ir.argument(node, "scale")
+    return Attention(shapes, strides, str(tensors[0].dtype), scratch.has_flash_twin(node, varying), is_cudnn, scale)
 
 
 def _layouts(tensors: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
@@ -47,7 +49,7 @@ def _layouts(tensors: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
 
 
 def kernel_of(facts: Attention | None, own: Callable[..., Any], sizes: Sizes, room: int) -> Callable[..., Any]:
-    """What computes an attention at these sizes: its own op, or FlashAttention called like it.
+    """What computes an attention at these sizes: its own op, or another kernel called like it.
 
     Args:
         room: bytes that the plan has for it, besides its results.
@@ -55,16 +57,19 @@ def kernel_of(facts: Attention | None, own: Callable[..., Any], sizes: Sizes, ro
     if facts is None or not facts.varies:
         return own
     query, key = ([sizes(size) for size in facts.shapes[operand]] for operand in (0, 1))
-    if work(query, key) >= _WORTH_A_PLAN:
+    processors = scratch.multiprocessors()
+    if few_queries.serves(query, key, facts.dtype) and few_queries.scratch_for(query, key, processors) <= room:
+        return _few(few_queries.scale_of(facts.scale, query[3]), processors)
+    if not facts.is_cudnn or work(query, key) >= _WORTH_A_PLAN:
         return own
     batch, heads, rows, depth = query
-    needed = split_bytes(batch * heads, rows, key[2], depth, scratch.multiprocessors())
+    needed = split_bytes(batch * heads, rows, key[2], depth, processors)
     return _flash_like_cudnn if needed <= room else own
 
 
 def makes_plan(facts: Attention | None, known: Collection[sympy.Symbol]) -> bool:
     """cuDNN makes a plan for it, and its shapes follow from the symbols in ``known``."""
-    if facts is None:
+    if facts is None or not facts.is_cudnn or facts.varies:
         return False
     numbers = [number for parts in (facts.shapes, facts.strides) for part in parts for number in part]
     return all(number.free_symbols <= set(known) for number in numbers)
@@ -74,6 +79,15 @@ def work(query: Sequence[int], key: Sequence[int]) -> int:
     """Floating-point operations of an attention of these shapes."""
     batch, heads, rows, depth = query
     return 4 * batch * heads * rows * depth * key[2]
+
+
+def _few(scale: float, processors: int) -> Callable[..., Any]:
+    """The kernel for few queries, called like the op that it stands for; nobody reads the other results."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+        return (few_queries.few_query_attention(query, key, value, scale, processors), *[None] * 8)
+
+    return attend
 
 
 def _flash_like_cudnn(

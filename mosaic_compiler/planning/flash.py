@@ -12,6 +12,7 @@ from typing import Any
 
 import sympy
 
+from mosaic_compiler.planning.few import LEAST_KEYS, MOST_ROWS, partial_bytes
 from mosaic_compiler.planning.room import least_served
 
 _ROWS = 64  # queries that one group of threads works on
@@ -40,8 +41,9 @@ def _parts(groups: int, processors: int, blocks: int) -> int:
 
 
 class SplitBytes(sympy.Function):  # type: ignore[misc]
-    """``SplitBytes(heads, rows, keys, depth, processors)``: the most of :func:`split_bytes` for ``rows`` queries or
-    fewer, down to those that a program for ``rows`` still serves (half, and what was rounded up)."""
+    """``SplitBytes(heads, rows, keys, depth, processors, groups)``: the most of :func:`split_bytes` (and of
+    :func:`~mosaic_compiler.planning.few.partial_bytes`) for ``rows`` queries or fewer, down to those that a program for
+    ``rows`` still serves (half, and what was rounded up).  ``groups``: heads of keys, of all batch entries."""
 
     is_integer = True
     is_nonnegative = True
@@ -50,11 +52,15 @@ class SplitBytes(sympy.Function):  # type: ignore[misc]
     def eval(cls, *arguments: Any) -> sympy.Integer | None:
         if not all(argument.is_Integer for argument in arguments):
             return None
-        heads, rows, keys, depth, processors = map(int, arguments)
+        heads, rows, keys, depth, processors, groups = map(int, arguments)
         if rows <= 0 or keys <= 0:
             return sympy.Integer(0)
         least = least_served(rows)
         ends = [min(last * _ROWS, rows) for last in range(-(-least // _ROWS), -(-rows // _ROWS) + 1)]
         busy = 2 * processors * _ROWS  # queries in all heads from which nothing is split
         sizes = [split_bytes(heads, end, keys, depth, processors) for end in ends if heads * (end - _ROWS) < busy]
+        share = heads // groups
+        if heads > groups and share * least <= MOST_ROWS and keys >= LEAST_KEYS:
+            few = range(least, min(rows, MOST_ROWS // share) + 1)
+            sizes += [partial_bytes(groups, share * count, keys, depth, processors) for count in few]
         return sympy.Integer(max(sizes, default=0))

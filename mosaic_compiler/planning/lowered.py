@@ -96,19 +96,23 @@ class LoopOutput:
 
 @dataclass(frozen=True)
 class Attention:
-    """An attention of cuDNN's.
+    """An attention of cuDNN's, or FlashAttention.
 
     Attributes:
         shapes: of queries, keys and values, each [B, heads, rows, depth].
         strides: likewise.
         dtype: of all three.
-        varies: FlashAttention can compute it as well, and how many queries there are only the data says.
+        varies: other kernels can compute it as well, and how many queries there are only the data (or an input) says.
+        is_cudnn: cuDNN computes it, unless another kernel is chosen.
+        scale: of the scores; ``None``: the usual one.
     """
 
     shapes: tuple[tuple[sympy.Expr, ...], ...]
     strides: tuple[tuple[sympy.Expr, ...], ...]
     dtype: str
     varies: bool
+    is_cudnn: bool = True
+    scale: float | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,7 +31,7 @@ class Recorder:
     def __init__(self, run: Run, fixed: Collection[int], device: torch.device) -> None:
         self._run, self._fixed, self._device = run, frozenset(fixed), device
         self._graph: Any = None
-        self._inputs: list[Any] = []
+        self._inputs: list[tuple[int, Any]] = []  # those that may be others in each call, with their positions
         self._outputs: list[Any] = []
         self.problem = ""
 
@@ -45,9 +45,9 @@ class Recorder:
             self._record(inputs)
         if self._graph is None or not self._is_for(inputs):
             return self._run(inputs)
-        for index, (place, given) in enumerate(zip(self._inputs, inputs, strict=True)):
-            if index not in self._fixed and isinstance(place, Tensor) and place.device.type == "cuda":
-                place.copy_(given, non_blocking=True)
+        for index, place in self._inputs:
+            if isinstance(place, Tensor) and place.is_cuda:
+                place.copy_(inputs[index], non_blocking=True)
         self._graph.replay()
         return [out.clone() if isinstance(out, Tensor) else out for out in self._outputs]
 
@@ -70,7 +70,8 @@ class Recorder:
             self.problem = f"its kernels cannot be recorded: {first[:200]}"
             return
         current.wait_stream(stream)
-        self._graph, self._inputs, self._outputs = graph, places, outputs
+        self._inputs = [(index, place) for index, place in enumerate(places) if index not in self._fixed]
+        self._graph, self._outputs = graph, outputs
 
     def _place(self, index: int, given: Any) -> Any:
         """Where an input lies in the recording; numbers that are read on the host are part of it."""
@@ -79,16 +80,13 @@ class Recorder:
         return given.clone() if given.device.type == "cuda" else given.detach().clone()
 
     def _is_for(self, inputs: Sequence[Any]) -> bool:
-        return all(
-            self._is_same(index, place, given)
-            for index, (place, given) in enumerate(zip(self._inputs, inputs, strict=True))
-        )
+        return all(_is_same(place, inputs[index]) for index, place in self._inputs)
 
-    def _is_same(self, index: int, place: Any, given: Any) -> bool:
-        if index in self._fixed:
-            return True  # a program is for these
-        if not isinstance(place, Tensor) or not isinstance(given, Tensor):
-            return bool(type(place) is type(given) and place == given)
-        if place.shape != given.shape or place.dtype != given.dtype or place.device != given.device:
-            return False
-        return place.device.type == "cuda" or torch.equal(place, given)
+
+def _is_same(place: Any, given: Any) -> bool:
+    """A call with ``given`` can be replayed: on the device anything of the same layout, on the host the same numbers."""
+    if not isinstance(place, Tensor) or not isinstance(given, Tensor):
+        return bool(type(place) is type(given) and place == given)
+    if place.shape != given.shape or place.dtype != given.dtype or place.device != given.device:
+        return False
+    return place.is_cuda or torch.equal(place, given)

@@ -10,11 +10,12 @@ from torch import Tensor
 from mosaic_compiler.errors import StateError
 
 
-def rows_of(rows: Any, batch: int, length: int) -> Tensor:
-    """Row numbers int64 [B, R] of each sequence.
+def rows_of(rows: Any, batch: int, length: int, device: torch.device) -> Tensor:
+    """Row numbers int64 [B, R] of each sequence, on a device.
 
     Args:
-        rows: int64 [R] (for each sequence) or [B, R], numbers (a ``range``), or bool [B, N].
+        rows: int64 [R] (for each sequence) or [B, R], numbers (a ``range``), or bool [B, N].  Those that are on the host
+            are looked at without waiting for the device.
 
     Raises:
         StateError: for none, or some that the sequences have not.
@@ -39,7 +40,9 @@ def rows_of(rows: Any, batch: int, length: int) -> Tensor:
     least, most = (int(value) for value in torch.aminmax(given))
     if least < 0 or most >= length:
         raise StateError(f"rows {least} to {most} are not within the sequence: it has rows 0 to {length - 1}")
-    return given
+    if device.type == "cuda" and given.device.type == "cpu":
+        return given.contiguous().pin_memory().to(device, non_blocking=True)
+    return given.to(device)
 
 
 def numbers_in(mask: Tensor, most: int) -> Tensor:

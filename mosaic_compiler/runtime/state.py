@@ -6,7 +6,6 @@ kind of step that is asked for: for all rows, keeping state, or for some rows, w
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -108,6 +107,7 @@ class Block:
         self._sizes: tuple[tuple[str, int], ...] | None = None
         self._meanings = dict(kinds.full.outline.meanings)
         self._weights: Any = None
+        self._counts_writes: bool | None = None
         self._served: set[int] = set()
         self._finalizer = weakref.finalize(self, self.arena.release)
         self._finalizer.atexit = False
@@ -118,7 +118,7 @@ class Block:
 
     def keep(self, inputs: Sequence[Any]) -> list[Any]:
         """A step for all rows."""
-        self.is_valid = False
+        self.is_valid, self._counts_writes = False, None
         if self._sizes_of(inputs) != self._sizes:
             self._map(inputs)
         if self.full.kept.outline.guard:
@@ -206,9 +206,14 @@ class Block:
         ]
         self.nbytes, self._sizes = total, self._sizes_of(inputs)
 
-    def _weights_in(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        """What tells whether weights that state was computed with have changed."""
-        return tuple((inputs[i].data_ptr(), _version(inputs[i])) for i in self._weights_at)
+    def _weights_in(self, inputs: Sequence[Any]) -> Any:
+        """What tells whether weights that state was computed with have changed: where they are, and how often they were
+        written (inference tensors do not count that)."""
+        weights = [inputs[i] for i in self._weights_at]
+        if self._counts_writes is None:
+            self._counts_writes = not any(weight.is_inference() for weight in weights)
+        versions = [weight._version for weight in weights] if self._counts_writes else None
+        return [weight.data_ptr() for weight in weights], versions
 
     def _forget(self) -> None:
         """No program may be bound to memory that is given back."""
@@ -300,9 +305,3 @@ def stepping(store: Store, kind: str, rows: Tensor | None = None) -> Iterator[No
         raise
     finally:
         _store.reset(token)
-
-
-def _version(tensor: Tensor) -> int:
-    with contextlib.suppress(RuntimeError):  # inference tensors keep no count of writes
-        return tensor._version
-    return -1

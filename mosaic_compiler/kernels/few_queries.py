@@ -1,0 +1,129 @@
+"""Attention of few queries against many keys, on a GPU: heads of a group packed as rows, keys in pieces.
+
+FlashAttention gives each head of a group a program of its own, which reads the group's keys again: with 7 heads a group
+it takes three to five times as long as reading keys and values once does.  Here they are read once.  Pieces of the keys are
+merged exactly::
+
+    o = sum_i 2^(l_i - l) o_i,   l = log2 sum_i 2^l_i        for partial results o_i with log-sum-exps l_i (base 2)
+
+The kernels are in ``few_queries_kernels.py``, which needs Triton; the reference beside them does not.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mosaic_compiler.planning.few import LEAST_KEYS, MOST_PIECES, MOST_ROWS, partial_bytes, pieces, tile_for
+
+DTYPES = (torch.bfloat16, torch.float16)
+_LOG2E = 1.4426950408889634
+
+
+def few_query_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, processors: int) -> Tensor:
+    """softmax(scale * query @ key^T) @ value, head by head.
+
+    Args:
+        query: [B, H, M, d], bf16 or fp16 (float32 only in Triton's interpreter), d a power of two from 16 to 128.
+        key, value: [B, H / g, N, d]; the last dim of all three is dense.
+        processors: multiprocessors, see :func:`~mosaic_compiler.planning.few.pieces`.
+
+    Returns:
+        [B, H, M, d], with the query's strides where that is dense.
+    """
+    from mosaic_compiler.kernels import few_queries_kernels as kernels
+
+    batch, heads, queries, depth = query.shape
+    groups, keys = key.shape[1], key.shape[2]
+    rows, tile = heads // groups * queries, tile_for(keys)
+    count = pieces(batch * groups, rows, keys, processors)
+    out = torch.empty_like(query)  # also in memory, as the kernels that this stands for do
+    target: Tensor = out
+    sums: Tensor = out  # read by nobody where there is one piece
+    if count > 1:
+        partial = query.new_empty(batch * groups * count * rows * (depth + 1), dtype=torch.float32)
+        target, sums = partial.split([partial.numel() // (depth + 1) * depth, partial.numel() // (depth + 1)])
+    sources: Any = [_descriptor(tensor, tile.keys) for tensor in (key, value)]
+    has_descriptors = _has_descriptors(query.device) and None not in sources
+    blocks = -(-rows // tile.rows)
+    kernels.attention_kernel[(blocks * batch * groups * count,)](
+        query, *(sources if has_descriptors else (key, value)), target, sums, scale * _LOG2E,
+        *_steps(query), *_steps(key), *_steps(value), *_steps(out),
+        groups, queries, keys, rows, blocks, batch * groups, count,
+        DEPTH=depth, BLOCK_M=tile.rows, BLOCK_N=tile.keys, SPLIT=count > 1, DESCRIPTORS=has_descriptors,
+        UPCAST=_is_interpreted(), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if count > 1:
+        kernels.merge_kernel[(rows, batch * groups)](
+            target, sums, out, *_steps(out), groups, queries, rows, count,
+            DEPTH=depth, MOST=MOST_PIECES, num_warps=4, num_stages=2,
+        )  # fmt: skip
+    return out
+
+
+def few_query_reference(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """The same in plain PyTorch, in float32."""
+    batch, heads, queries, depth = query.shape
+    packed = query.float().reshape(batch, key.shape[1], -1, depth)
+    weights = torch.softmax(packed @ key.float().transpose(-1, -2) * scale, -1)
+    return (weights @ value.float()).reshape(batch, heads, queries, depth).to(query.dtype)
+
+
+def serves(query: list[int], key: list[int], dtype: str) -> bool:
+    """The kernel takes these shapes (as :func:`few_query_attention`), and is faster than FlashAttention there: groups of
+    heads, few rows, many keys."""
+    heads, queries, depth = query[1:]
+    groups, keys = key[1:3]
+    shape = depth in (16, 32, 64, 128) and groups and heads % groups == 0
+    rows = heads // groups * queries if shape else 0
+    fits = bool(shape) and heads > groups and 0 < rows <= MOST_ROWS and keys >= LEAST_KEYS
+    return fits and dtype in map(str, DTYPES) and _has_triton()
+
+
+def scratch_for(query: list[int], key: list[int], processors: int) -> int:
+    """Bytes that it allocates besides its result."""
+    batch, heads, queries, depth = query
+    return partial_bytes(batch * key[1], heads // key[1] * queries, key[2], depth, processors)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _has_descriptors(device: torch.device) -> bool:
+    """Blocks of a tensor can be copied by the device's copy engine."""
+    return _is_interpreted() or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0))
+
+
+def _steps(tensor: Tensor) -> tuple[int, ...]:
+    """The first three strides; one along a dim of size 1 means nothing."""
+    return tuple(0 if size == 1 else step for size, step in zip(tensor.shape[:3], tensor.stride()[:3], strict=True))
+
+
+def _descriptor(tensor: Tensor, keys: int) -> Any:
+    """What the copy engine needs to know of keys or values; ``None`` where they do not lie as it needs them."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    size, depth = tensor.dtype.itemsize, tensor.shape[3]
+    strides = [depth if n == 1 else step for n, step in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)]
+    if tensor.data_ptr() % 16 or any(step <= 0 or step * size % 16 or step * size >= 1 << 40 for step in strides):
+        return None
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, keys, depth])
+
+
+def scale_of(given: float | None, depth: int) -> float:
+    """The scale of an attention, as PyTorch takes it."""
+    return 1 / math.sqrt(depth) if given is None else given
