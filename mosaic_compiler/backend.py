@@ -10,9 +10,10 @@ import gc
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -31,7 +32,7 @@ from mosaic_compiler.passes.base import Machine
 from mosaic_compiler.passes.canonicalize import CanonicalizePass
 from mosaic_compiler.passes.needed_rows import NeededRowsPass, settle_sizes, token_ids_of
 from mosaic_compiler.passes.pipeline import make_family, run_passes
-from mosaic_compiler.passes.state import KeepStatePass, ReuseStatePass, find_cut, inputs_of
+from mosaic_compiler.passes.state import Cut, KeepStatePass, ReuseStatePass, find_cut, inputs_of
 from mosaic_compiler.runtime.observers import Observers
 from mosaic_compiler.runtime.sparse import page_bytes
 from mosaic_compiler.runtime.state import Kinds
@@ -120,26 +121,52 @@ def _made(module: fx.GraphModule, options: MosaicOptions, static_inputs: Sequenc
     return step
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a graph would keep from step to step.
+
+    Attributes:
+        module: the graph, canonical.
+        cut: see ``passes/state/cut.py``.
+        is_heavy: there are products in it.
+    """
+
+    module: fx.GraphModule
+    cut: Cut
+    is_heavy: bool
+
+    @property
+    def nbytes(self) -> sympy.Expr:
+        """Bytes of all values, in the graph's symbols."""
+        return sum((ir.storage_extent(ir.only_tensor(value)) for value in self.cut.values), sympy.Integer(0))
+
+
+def kept_of(module: fx.GraphModule, options: MosaicOptions) -> Kept:
+    """What a captured graph would keep."""
+    with _no_guards(module):
+        canonical, _ = run_passes(module, passes=[NeededRowsPass.of(options, Machine()), CanonicalizePass()])
+        is_heavy = any(book.entry(node).is_heavy for node in canonical.graph.nodes)
+        return Kept(canonical, find_cut(canonical.graph), is_heavy)
+
+
 def _kinds_of(module: fx.GraphModule, options: MosaicOptions) -> Kinds:
     """Steps that keep state, and steps for some rows that use it, of one captured graph: nothing is captured again."""
     with _no_guards(module), _without_collections():
-        canonical, _ = run_passes(module, passes=[NeededRowsPass.of(options, Machine()), CanonicalizePass()])
-        is_heavy = any(book.entry(node).is_heavy for node in canonical.graph.nodes)
-        cut = find_cut(canonical.graph)
+        kept = kept_of(module, options)
+        canonical, cut = kept.module, kept.cut
         if cut.problem:
-            return Kinds(problem=cut.problem, is_heavy=is_heavy)
+            return Kinds(problem=cut.problem, is_heavy=kept.is_heavy)
         made = []
         for kind in (KeepStatePass(), ReuseStatePass()):
             derived = kind(canonical)
             dump = None if options.dump is None else os.path.join(options.dump, kind.name)
             given = replace(options, needed_rows="all", cache="none", dump=dump)
             made.append((_made(derived, given, STATIC_INPUTS.of(derived)), STATE.of(derived)))
-    (full, kept), (reuse, replaced) = made
-    values = tuple(f"{v.name} {list(ir.only_tensor(v).shape)}" for v in cut.values)
+    (full, kept_at), (reuse, replaced_at) = made
     reuse.replays = True
     weights = tuple(i for i in inputs_of(cut.values) if i in STATIC_INPUTS.of(canonical))
     ids = token_ids_of(module)
-    return Kinds(full, reuse, (kept, replaced), is_heavy=is_heavy, values=values, ids=ids, weights=weights)
+    return Kinds(full, reuse, (kept_at, replaced_at), is_heavy=kept.is_heavy, ids=ids, weights=weights)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import pickle
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -23,6 +23,10 @@ from mosaic_compiler.errors import ConfigError, MosaicError, OptionsError, PlanE
 from mosaic_compiler.planning.budget import format_bytes
 from mosaic_compiler.planning.plan import MemoryPlan
 from mosaic_compiler.report import tables
+from mosaic_compiler.report.known_cards import SPEEDS
+
+if TYPE_CHECKING:
+    from mosaic_compiler.ahead.fit import Traced
 
 app = typer.Typer(
     name="mosaic",
@@ -60,6 +64,64 @@ def read_plan(path: Path) -> MemoryPlan:
         raise PlanError(f"{path}: {error}") from None
 
 
+def _fit_with_state(
+    model: Traced, config: str, dtype: str, card: str, room: int, lengths: list[int], rows: int, masked: float,
+    output: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """``fit --cache``: steps that keep state, and steps for some rows that use it."""
+    from mosaic_compiler.ahead.cached import answer_cached, longest_cached
+    from mosaic_compiler.ahead.configs import name_of
+
+    assert model.stateful is not None
+    speed = SPEEDS.get(card)
+    answers = [
+        answer_cached(model.stateful, model.weights, length, room, rows=rows, row_share=masked, speed=speed)
+        for length in lengths
+    ]
+    most = longest_cached(model.stateful, room, masked)
+    if output is not None:
+        plans = [a.full for a in answers if a.full is not None]
+        if not plans:
+            raise ConfigError(
+                f"none of these lengths fits: there is no plan to write to {output}: {answers[-1].problem}"
+            )
+        output.write_text(replace(plans[-1], title=f"{name_of(config)}, {parse_dtype(dtype)}").to_json())
+    if as_json:
+        found = [
+            {
+                "tokens": a.tokens, "fits": a.full is not None, "state": a.state, "problem": a.problem, "rows": rows,
+                "peaks": {kind: plan.peak for kind, plan in (("full", a.full), ("reuse", a.reuse)) if plan is not None},
+                "seconds": dict(a.seconds),
+            }
+            for a in answers
+        ]  # fmt: skip
+        print(json.dumps({"weights": model.weights, "room": room, "longest": most, "answers": found}, indent=1))
+        return
+    console = Console()
+    console.print(
+        f"{config}, {dtype}: weights {format_bytes(model.weights)}; {format_bytes(max(room, 0))} of {card} are left for "
+        "state and steps"
+    )
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("tokens", "fits", "state", "peak of a full step", f"of {rows} rows", "seconds", f"of {rows} rows"):
+        table.add_column(column, justify="right")
+    for a in answers:
+        peaks = [format_bytes(plan.peak) if plan else "-" for plan in (a.full, a.reuse)]
+        times = [_seconds(a.seconds[kind]) for kind in ("full", "reuse")]
+        table.add_row(f"{a.tokens:,}", _yes(a.full is not None), format_bytes(a.state), *peaks, *times)
+    console.print(table)
+    console.print(f"longest sequence: {most:,} tokens with all of it kept (predicted)")
+    if speed is None:
+        console.print(f"how fast {card} is is not known: name the card (--gpu RTX4090) for predicted times")
+    for a in answers:
+        if a.problem:
+            console.print(f"{a.tokens:,} tokens: {a.problem}", style="red")
+
+
+def _seconds(given: float | None) -> str:
+    return "-" if given is None else f"{given:.3g}"
+
+
 @app.command()
 def fit(
     config: Annotated[str, typer.Option(help="LLaDA-8B, Dream-7B, LLaDA-MoE-7B-A1B, or a Hugging Face config.json")],
@@ -73,18 +135,30 @@ def fit(
     device: Annotated[
         str, typer.Option(help="whose kernels: cuda, cpu, or auto (a GPU's where there is one)")
     ] = "auto",
+    cache: Annotated[
+        str, typer.Option(help="what is kept from step to step, as in generate: none, prefix, dual or delayed")
+    ] = "none",
+    rows: Annotated[int, typer.Option(help="with --cache: rows that a step computes (those of a block)", min=1)] = 32,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="write the plan of the longest of them")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
 ) -> None:
     """Does a model run at so many tokens on such a card?  Needs neither weights nor a GPU."""
     from mosaic_compiler.ahead.configs import load_config, name_of, positions
     from mosaic_compiler.ahead.fit import answer, longest, traced
+    from mosaic_compiler.planning.caches import policy_of
 
     lengths = parse_tokens(tokens)
     (card, memory), kept = parse_card(gpu), parse_bytes("--reserve", reserve)
     described = load_config(config)
-    model = traced(described, parse_dtype(dtype), device, on_trace=_say_tracing)
+    try:
+        is_kept = policy_of(cache).is_kept
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    model = traced(described, parse_dtype(dtype), device, on_trace=_say_tracing, with_state=is_kept)
     room = memory - kept - model.weights
+    if model.stateful is not None:
+        _fit_with_state(model, config, dtype, card, room, lengths, rows, masked, output, as_json)
+        return
     answers = [answer(model, length, room, masked) for length in lengths]
     most, eager = longest(model, room, masked)
     trained = positions(described)

@@ -27,6 +27,12 @@ def generate(
     steps: Annotated[int, typer.Option(help="steps in all")] = 32,
     block_length: Annotated[int | None, typer.Option(help="LLaDA: tokens per block")] = None,
     budget: Annotated[str | None, typer.Option(help="memory for activations, such as 64MiB")] = None,
+    cache: Annotated[
+        str, typer.Option(help="what is kept from step to step: none, exact, or approximately: prefix, dual, delayed")
+    ] = "exact",
+    cache_refresh: Annotated[
+        str, typer.Option(help="when all rows are computed again: block, never, or a number of steps")
+    ] = "block",
     temperature: Annotated[float, typer.Option(help="0: the most likely tokens")] = 0.0,
     cfg: Annotated[float, typer.Option(help="LLaDA: scale of the guidance")] = 0.0,
     remasking: Annotated[str, typer.Option(help="LLaDA: low_confidence or random")] = "low_confidence",
@@ -50,6 +56,7 @@ def generate(
     """Fill in new tokens behind a prompt, or the masks of a text; the text settles in the terminal."""
     import time
 
+    from mosaic_compiler.planning.caches import policy_of, refresh_of
     from mosaic_compiler.sampling.request import Sampling
 
     if (prompt is not None) + (file is not None) + (infill is not None) != 1:
@@ -61,6 +68,7 @@ def generate(
             raise ConfigError(f"{source}: {getattr(error, 'strerror', None) or 'no text'}") from None
     assert prompt is not None
     length = _length(infill, prompt, gen_length, eos)
+    refresh = int(cache_refresh) if cache_refresh.isdecimal() else cache_refresh
     limit = None if budget is None else parse_bytes("--budget", budget)
     try:  # what can be known to be wrong without a model, before one is loaded
         Sampling(
@@ -68,6 +76,8 @@ def generate(
             block_length=(length or 1) if block_length is None else block_length, temperature=temperature, guidance=cfg,
             remasking=remasking, threshold=threshold, algorithm=alg or "origin", top_p=top_p, top_k=top_k,
         ).check()  # fmt: skip
+        policy_of(cache)
+        refresh_of(refresh)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
@@ -93,7 +103,7 @@ def generate(
                 loaded, ids, gen_length=length, steps=steps, block_length=block_length, memory_budget=limit,
                 temperature=temperature, cfg_scale=cfg, remasking=remasking, threshold=threshold, alg=alg,
                 top_p=top_p, top_k=top_k, bidirectional=bidirectional, mask_token_id=mask, eos_token_id=eos,
-                stop_at_eos=eos is not None,
+                stop_at_eos=eos is not None, cache=cache, cache_refresh=refresh,
                 streamer=LiveText(tokenizer, mask, shown, out) if live else None,
                 progress=sys.stderr.isatty() and not live and not as_json,
                 generator=torch.Generator().manual_seed(seed),
@@ -108,13 +118,18 @@ def generate(
     if as_json:
         print(json.dumps({
             "text": text, "tokens": new.tolist(), "prompt_tokens": given, "steps": result.steps,
-            "seconds": seconds, "workspace": peak,
+            "seconds": seconds, "workspace": peak, "steps_by_kind": dict(result.steps_by_kind),
+            "state": result.state_bytes, "approximate": result.is_approximate,
         }))  # fmt: skip
         return
     if not live:
         print(text)
     where = "behind" if infill is None else "among"
     said = f"{len(new)} tokens {where} {given} in {seconds:.1f} s, {result.steps} steps"
+    if result.is_approximate:
+        said += (
+            f" ({result.steps_by_kind['reuse']} of them with {format_bytes(result.state_bytes)} of state: approximate)"
+        )
     Console(stderr=True).print(said + ("" if peak is None else f", {format_bytes(peak)} of activations"), style="dim")
 
 

@@ -94,7 +94,9 @@ class Session:
             if self._shape is None:
                 raise StateError("there is no state yet: call full() first")
             if (shape := _shape_of(ids)) != self._shape:
-                raise StateError(f"state was kept for ids {list(self._shape)}, these are {list(shape)}: call full() first")
+                raise StateError(
+                    f"state was kept for ids {list(self._shape)}, these are {list(shape)}: call full() first"
+                )
             return self._run(store, "reuse", rows_of(rows, *shape, ids.device), (ids, *more), named)
 
     def _run(self, store: Store, kind: str, rows: Tensor | None, args: Sequence[Any], named: Mapping[str, Any]) -> Any:

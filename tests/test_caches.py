@@ -175,7 +175,9 @@ def test_infilling_with_caches(policy):
     prompt[:, [2, 3, 9, 10, 11, 17, 18]] = MASK
     options = {"gen_length": 0, "block_length": 4, "steps": 6, "mask_token_id": MASK}
     plain = mosaic_compiler.generate(LLADA, prompt, cache="none", **options)
-    assert torch.equal(mosaic_compiler.generate(LLADA, prompt, cache=policy, cache_refresh=1, **options).sequences, plain.sequences)
+    assert torch.equal(
+        mosaic_compiler.generate(LLADA, prompt, cache=policy, cache_refresh=1, **options).sequences, plain.sequences
+    )
     got = mosaic_compiler.generate(LLADA, prompt, cache=policy, **options)
     assert not (got.sequences == MASK).any()
     if policy == "exact":
@@ -205,7 +207,9 @@ def _infilled(logits_fn, ids, blocks):
 
 def test_one_log_line_says_what_an_approximation_would_save(caplog):
     with caplog.at_level("INFO", "mosaic_compiler"):
-        got = mosaic_compiler.generate(LLADA, prompt_of(1, 9, 0), gen_length=8, block_length=4, steps=4, mask_token_id=MASK)
+        got = mosaic_compiler.generate(
+            LLADA, prompt_of(1, 9, 0), gen_length=8, block_length=4, steps=4, mask_token_id=MASK
+        )
     lines = [line for line in caplog.messages if "cache='exact'" in line]
     assert len(lines) == 1
     assert "all 17 rows" in lines[0]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mosaic_compiler.ahead.cached import Stateful, stateful
 from mosaic_compiler.ahead.configs import DTYPES, build
 from mosaic_compiler.errors import BudgetError, CaptureError, ConfigError
 from mosaic_compiler.planning.buffers import lower_bound
@@ -42,11 +43,13 @@ class Traced:
         outline: the step as this compiler runs it.
         eager: the same for the graph as it was captured, whose bytes live are what eager PyTorch needs.
         weights: bytes of the parameters.
+        stateful: steps that keep state and use it, if that was asked for.
     """
 
     outline: StepOutline
     eager: StepOutline
     weights: int
+    stateful: Stateful | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ def traced(
     device: str = "auto",
     cache: Path | None = None,
     on_trace: Callable[[], None] = lambda: None,
+    with_state: bool = False,
 ) -> Traced:
     """Trace a model's step, or take it from the cache.
 
@@ -73,6 +77,7 @@ def traced(
         dtype: one of :data:`DTYPES`.
         device: whose kernels are planned for: ``cuda`` (where torch can use a GPU), ``cpu``, or ``auto``.
         on_trace: called if the model has to be traced.
+        with_state: also steps that keep state.
         cache: folder; ``None``: ``$MOSAIC_CACHE``, or ``mosaic_compiler`` in the user's cache folder.
 
     Raises:
@@ -82,7 +87,7 @@ def traced(
         raise ConfigError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     if device not in ("auto", "cuda", "cpu"):
         raise ConfigError(f"device {device!r} is none of auto, cuda, cpu")
-    path = (cache or _cache_folder()) / f"{_key(config, dtype, device)}.pickle"
+    path = (cache or _cache_folder()) / f"{_key(config, dtype, device, with_state)}.pickle"
     if path.is_file():
         try:
             known = pickle.loads(path.read_bytes())
@@ -90,7 +95,7 @@ def traced(
                 return known
         except Exception:  # whatever a truncated file raises: traced again, and written again
             path.unlink(missing_ok=True)
-    found = _trace(config, dtype, device, on_trace)
+    found = _trace(config, dtype, device, on_trace, with_state)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(pickle.dumps(found))
@@ -137,21 +142,23 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mosaic_compiler"
 
 
-def _key(config: Mapping[str, Any], dtype: str, device: str) -> str:
+def _key(config: Mapping[str, Any], dtype: str, device: str, with_state: bool) -> str:
     """A hash of everything that a trace depends on: config, versions, and this package's sources."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "sympy")}
     try:
         versions["transformers"] = importlib.metadata.version("transformers")
     except importlib.metadata.PackageNotFoundError:
         versions["transformers"] = ""
-    text = json.dumps([dict(config), dtype, device, versions], sort_keys=True)
+    text = json.dumps([dict(config), dtype, device, with_state, versions], sort_keys=True)
     digest = hashlib.sha256(text.encode())
     for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:24]
 
 
-def _trace(config: Mapping[str, Any], dtype: str, device: str, on_trace: Callable[[], None]) -> Traced:
+def _trace(
+    config: Mapping[str, Any], dtype: str, device: str, on_trace: Callable[[], None], with_state: bool
+) -> Traced:
     import torch
 
     from mosaic_compiler.ahead.forecast import capture_step
@@ -180,4 +187,5 @@ def _trace(config: Mapping[str, Any], dtype: str, device: str, on_trace: Callabl
     outline = captured.outline
     eager = find_lives(captured.captured).data()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return Traced(outline.data(), StepOutline({"eager": eager}, outline.hints, ()), weights)
+    kept = stateful(captured) if with_state else None
+    return Traced(outline.data(), StepOutline({"eager": eager}, outline.hints, ()), weights, kept)

@@ -38,14 +38,26 @@ computed for them goes back to where they stand.  A step may then compute more r
 COMPUTED_ROWS = "computed_rows"
 """Metadata key, on the input with the numbers of the rows that a step computes."""
 
+STATE_MEMORY = "state_memory"
+"""Metadata key, on an input that lives from step to step."""
+
 
 def numbers_of_rows(graph: fx.Graph) -> set[sympy.Symbol]:
-    """Symbols for numbers of computed rows, which are others in other steps: the prologue's, and the input's."""
+    """Symbols for numbers of computed rows, which are others in other steps: those that the prologue binds; in a step for
+    some rows all sizes of inputs that are no sizes of state."""
     found = {node.meta[BINDS] for node in graph.nodes if BINDS in node.meta}
-    for node in graph.find_nodes(op="placeholder"):
-        if COMPUTED_ROWS in node.meta:
-            found |= expr_of(only_tensor(node).shape[-1]).free_symbols
+    inputs = graph.find_nodes(op="placeholder")
+    if any(COMPUTED_ROWS in node.meta for node in inputs):
+        lasting = {symbol for node in inputs if STATE_MEMORY in node.meta for symbol in _sizes_in(node)}
+        found |= {symbol for node in inputs for symbol in _sizes_in(node)} - lasting
     return found
+
+
+def _sizes_in(node: fx.Node) -> set[sympy.Symbol]:
+    """Symbols in a tensor's sizes."""
+    return {
+        s for tensor in tensors_of(node) if tensor is not None for n in tensor.shape for s in expr_of(n).free_symbols
+    }
 
 
 def most_of(node: fx.Node) -> sympy.Expr:

@@ -147,5 +147,7 @@ def merge_kernel(
         tile = tl.load(partial + slot[:, None] * DEPTH + column[None, :], mask=is_piece[:, None], other=0.0)
         total += tl.sum(tile * weight[:, None], 0)
     head = place % groups * (rows // queries) + row // queries
-    offset = (place // groups).to(tl.int64) * o_batch + head.to(tl.int64) * o_head + (row % queries).to(tl.int64) * o_row
+    offset = (
+        (place // groups).to(tl.int64) * o_batch + head.to(tl.int64) * o_head + (row % queries).to(tl.int64) * o_row
+    )
     tl.store(out + offset + column, (total / weights).to(out.dtype.element_ty))

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mosaic_compiler.ahead.forecast import capture_step, fresh_caller, unwrap
-from mosaic_compiler.backend import mosaic, observing
+from mosaic_compiler.backend import kept_of, mosaic, observing
 from mosaic_compiler.ir import Provenance
 from mosaic_compiler.ir.notes import UNRULED
 from mosaic_compiler.kernels.gather_logits import Choice
@@ -46,6 +46,8 @@ class GraphReport:
     """Ops without a row rule that read matrices of rows (name, op, origin): they need all rows at once."""
     orders: tuple[OrderDecision, ...] = ()
     """Orders of the ops that ``reorder`` compared, for the step and for loop bodies."""
+    state: str = ""
+    """What could be kept from step to step (``Session``, ``cache``), or why nothing can; empty without products."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,8 @@ class Report:
             for name, op, origin in graph.unruled:
                 yield Text(f"{name} ({op}) needs all rows at once: it has no row rule  {origin.source}")
             yield from map(_order_line, graph.orders)
+            if graph.state:
+                yield Text(graph.state)
             yield _pass_table(graph.passes)
             yield Text()
             yield tables.fallbacks(graph.fallbacks)
@@ -212,4 +216,21 @@ def _graph_report(step: CompiledStep, plan: MemoryPlan | None) -> GraphReport:
     module = step.module
     projections = tuple(GATHER_CHOICES.of(module).items())
     rows, unruled, orders = ROW_DECISIONS.of(module), UNRULED.of(module), ORDERS.of(module)
-    return GraphReport(plan, step.passes, step.fallbacks, rows, projections, unruled, orders)
+    return GraphReport(plan, step.passes, step.fallbacks, rows, projections, unruled, orders, _state_line(step, plan))
+
+
+def _state_line(step: CompiledStep, plan: MemoryPlan | None) -> str:
+    """What this graph would keep from step to step, with the bytes at a plan's sizes."""
+    kept = kept_of(step.captured, step.options)
+    if not kept.is_heavy:
+        return ""
+    if kept.cut.problem:
+        return f"state: nothing can be kept from step to step: {kept.cut.problem}"
+    numbers = dict(plan.symbols) if plan is not None else {}
+    known = {symbol: numbers[str(symbol)] for symbol in kept.nbytes.free_symbols if str(symbol) in numbers}
+    nbytes = kept.nbytes.xreplace(known)
+    size = format_bytes(int(nbytes)) if nbytes.is_Integer else f"{nbytes} bytes"
+    return (
+        f"state: {len(kept.cut.values)} values can be kept from step to step, {size}; steps for some rows are exact only "
+        "where no row that they see has changed since"
+    )

@@ -19,6 +19,18 @@ CARDS: Mapping[str, int] = MappingProxyType(
     }
 )  # fmt: skip
 
+SPEEDS: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {
+        "A10": (0.6e12, 125e12), "A10G": (0.6e12, 70e12), "L4": (0.3e12, 121e12), "A30": (0.933e12, 165e12),
+        "A40": (0.696e12, 150e12), "L40": (0.864e12, 181e12), "L40S": (0.864e12, 362e12),
+        "A100-40GB": (1.555e12, 312e12), "A100-80GB": (2.039e12, 312e12), "H100": (3.35e12, 989e12),
+        "H100-NVL": (3.9e12, 835e12), "H200": (4.8e12, 989e12), "RTX3090": (0.936e12, 71e12),
+        "RTX4090": (1.008e12, 165e12), "RTX5090": (1.792e12, 210e12), "RTXA6000": (0.768e12, 155e12),
+        "RTX6000Ada": (0.96e12, 364e12),
+    }
+)  # fmt: skip
+"""Published bytes of memory and dense bf16 floating-point operations per second."""
+
 _SPELLINGS = MappingProxyType({"A100": "A100-40GB", "V100": "V100-16GB", "H100-80GB": "H100"})
 """Of a card that comes with less or more memory, the one with less: what fits there fits both."""
 

@@ -226,7 +226,9 @@ class Step:
     def forget(self, inputs: Sequence[Any]) -> None:
         """Drop programs that are bound to one of these tensors."""
         given = {id(tensor) for tensor in inputs}
-        for key in [key for key, bound in self._programs.items() if any(id(ref()) in given for ref, _ in bound.weights)]:
+        for key in [
+            key for key, bound in self._programs.items() if any(id(ref()) in given for ref, _ in bound.weights)
+        ]:
             del self._programs[key]
 
     def sizes(self, numbers: Sequence[int], counts: Sequence[int]) -> Sizes:

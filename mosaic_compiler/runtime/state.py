@@ -41,7 +41,6 @@ class Kinds:
         notes: where state and row numbers come in, of both.
         problem: why nothing can be kept.
         is_heavy: there are products in it: what it computes is worth keeping.
-        values: what is kept, for people.
         ids: which input holds token ids; ``None``: that cannot be told.
         weights: which inputs are weights that kept values are computed with.
     """
@@ -51,7 +50,6 @@ class Kinds:
     notes: tuple[StateNote, StateNote] = (StateNote(), StateNote())
     problem: str = ""
     is_heavy: bool = False
-    values: tuple[str, ...] = ()
     ids: int | None = None
     weights: tuple[int, ...] = ()
 
@@ -176,7 +174,9 @@ class Block:
             rows = torch.cat([rows, rows[:, -1:].expand(-1, wanted - count)], 1)
         entries = rows.shape[0]
         if len(facts.shape) > 1:
-            entries = Sizes({s: n for s in self._symbols for name, n in self._sizes or () if str(s) == name})(facts.shape[0])
+            entries = Sizes({s: n for s in self._symbols for name, n in self._sizes or () if str(s) == name})(
+                facts.shape[0]
+            )
         if entries % rows.shape[0]:
             raise StateError(f"rows are given for {rows.shape[0]} sequences, and the step has {entries}")
         return rows.repeat(entries // rows.shape[0], 1) if len(facts.shape) > 1 else rows.squeeze(0)

@@ -205,7 +205,9 @@ class _Analysis:
         for operand in node.all_input_nodes:
             if operand is not source:
                 self._need_all(operand, node)
-        self._need(source, Demand(layout, space, moves=[Segment(space, self.demands.same_move(node, dims), None, dims)]), node)
+        self._need(
+            source, Demand(layout, space, moves=[Segment(space, self.demands.same_move(node, dims), None, dims)]), node
+        )
         self.demands.exits.append(node)
         return True
 

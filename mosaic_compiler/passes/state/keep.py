@@ -100,6 +100,7 @@ def add_state(emitter: Emitter, value: fx.Node, number: int) -> int:
     with emitter.mode, emitter.graph.inserting_after(placeholders[-1]):
         node = emitter.graph.placeholder(f"state_{number}")
         node.meta = {k: v for k, v in value.meta.items() if k in ("stack_trace", "nn_module_stack")}
+        node.meta[ir.STATE_MEMORY] = True
         node.meta["val"] = torch.empty_strided(
             list(tensor.shape), _dense_strides(tensor), dtype=tensor.dtype, device=tensor.device
         )

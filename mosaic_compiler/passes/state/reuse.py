@@ -216,7 +216,9 @@ class _Rewriter(Emitter):
 
     def _by_entry(self, flat: fx.Node, dim: int, theirs: Layout) -> fx.Node:
         """[.., E * C, ..] -> [E, .., C, ..], as it is broadcast to a reader's layout (aligned at the last dim)."""
-        sizes: list[Any] = [self._size(ir.expr_of(size)) if d != dim else None for d, size in enumerate(rows.shape_of(flat))]
+        sizes: list[Any] = [
+            self._size(ir.expr_of(size)) if d != dim else None for d, size in enumerate(rows.shape_of(flat))
+        ]
         entries, at, skip = self._size(self.space[0]), theirs.index(0), len(theirs) - len(sizes)
         split = self.emit(aten.reshape.default, flat, [*sizes[:dim], entries, self._count, *sizes[dim + 1 :]])
         front = self.emit(aten.permute.default, split, [dim, *(d for d in range(len(sizes) + 1) if d != dim)])
