@@ -166,7 +166,8 @@ def _kinds_of(module: fx.GraphModule, options: MosaicOptions) -> Kinds:
     reuse.replays = True
     weights = tuple(i for i in inputs_of(cut.values) if i in STATIC_INPUTS.of(canonical))
     ids = token_ids_of(module)
-    return Kinds(full, reuse, (kept_at, replaced_at), is_heavy=kept.is_heavy, ids=ids, weights=weights)
+    origins = tuple(f"{origin.module} {origin.source}" for origin in map(ir.provenance, cut.values))
+    return Kinds(full, reuse, (kept_at, replaced_at), cut.space, origins, "", kept.is_heavy, ids, weights)
 
 
 @contextmanager

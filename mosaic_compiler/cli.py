@@ -99,8 +99,8 @@ def _fit_with_state(
         return
     console = Console()
     console.print(
-        f"{config}, {dtype}: weights {format_bytes(model.weights)}; {format_bytes(max(room, 0))} of {card} are left for "
-        "state and steps"
+        f"{config}, {dtype}: weights {format_bytes(model.weights)}; {format_bytes(max(room, 0))} of {card} are left "
+        "for state and steps"
     )
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("tokens", "fits", "state", "peak of a full step", f"of {rows} rows", "seconds", f"of {rows} rows"):
@@ -171,7 +171,7 @@ def fit(
         title = f"{name_of(config)}, {parse_dtype(dtype)}"
         output.write_text(replace(plans[-1], title=title).to_json())
     if as_json:
-        rows = [
+        found = [
             {
                 "tokens": a.tokens, "fits": a.plan is not None, "peak": a.plan.peak if a.plan else None,
                 "workspace": a.plan.workspace if a.plan else None, "problem": a.problem, "eager_peak": a.eager_peak,
@@ -180,7 +180,7 @@ def fit(
             for a in answers
         ]  # fmt: skip
         head = {"weights": model.weights, "room": room, "longest": most, "longest_eager": eager, "positions": trained}
-        print(json.dumps({**head, "answers": rows}, indent=1))
+        print(json.dumps({**head, "answers": found}, indent=1))
         return
     console = Console()
     console.print(

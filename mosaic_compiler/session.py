@@ -26,10 +26,10 @@ lookup_backend("mosaic")
 class Session:
     """One sequence (or batch) that is denoised step by step, and what its steps have kept.
 
-    A ``full`` step computes all rows, as calling the function does, and keeps the values that are needed whole (keys and
-    values of attention).  A ``reuse`` step computes some rows: of what is kept those rows are replaced, all others are
-    as they were.  What it returns is the same as of a full step if nothing that the rows see has changed since their
-    state was kept; otherwise it is an approximation.
+    A ``full`` step computes all rows, as calling the function does, and keeps the values that are needed whole (keys
+    and values of attention).  A ``reuse`` step computes some rows: of what is kept those rows are replaced, all others
+    are as they were.  What it returns is the same as of a full step if nothing that the rows see has changed since
+    their state was kept; otherwise it is an approximation.
 
     Args:
         function: a model or step, called with token ids int64 [B, N] first; compiled or not.
@@ -46,8 +46,8 @@ class Session:
         ...     ids[:, 40] = logits[:, 40].argmax(-1)
         ...     logits = session.reuse(ids, range(32, 64)).logits  # rows 32 to 63; zeros elsewhere
 
-    A session is for one thread at a time; several sessions of a function stand side by side.  It may be used again after
-    an error in a step, beginning with a full one.
+    A session is for one thread at a time; several sessions of a function stand side by side.  It may be used again
+    after an error in a step, beginning with a full one.
     """
 
     def __init__(
@@ -101,7 +101,8 @@ class Session:
 
     def _run(self, store: Store, kind: str, rows: Tensor | None, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
         ran: list[Step] = []
-        with running(ran.append), within_budget(self._budget), stepping(store, kind, rows), torch.no_grad():
+        assert self._shape is not None
+        with running(ran.append), within_budget(self._budget), stepping(store, kind, self._shape, rows), torch.no_grad():
             result = self._function(*args, **named)
             store.check_kept()
         plans = [step.plan for step in ran if step.plan is not None]

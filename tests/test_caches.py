@@ -260,7 +260,7 @@ class Arenas:
 
     def _all(self):
         shared = [arena for pool in pools._pools.values() for arena in pool._arenas]
-        return [o for o in gc.get_objects() if isinstance(o, HostArena) and not any(o is arena for arena in shared)]
+        return [o for o in gc.get_objects() if type(o) is HostArena and not any(o is arena for arena in shared)]
 
 
 def test_a_model_without_a_cut_gets_no_cache():

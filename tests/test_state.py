@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import gc
-
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kept import Kept
 from toy_models import Toy, ids, toys
 
-from mosaic_compiler import Session, StateError
 from mosaic_compiler.backend import _kinds_of
 from mosaic_compiler.ir.notes import STATIC_INPUTS
 from mosaic_compiler.options import MosaicOptions
@@ -95,3 +91,39 @@ def test_graphs_of_both_kinds_run_in_plain_pytorch_and_are_verified(toy, batch, 
         torch.testing.assert_close(at_rows(one, rows), at_rows(other, rows))
     for one, other in zip(state, results[len(expected) :], strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_who_reads_rows_that_are_not_computed_is_named():
+    """A mean over all rows of the logits is not what it says in a step for some rows; a choice by a mask is."""
+    weights = Toy().weights(0)
+
+    def mean(tokens, *given):
+        return Toy(result="logits")(tokens, *given)[0].mean(1)
+
+    def chosen(tokens, *given):
+        logits = Toy(result="logits")(tokens, *given)[0]
+        return torch.where(tokens == 3, logits.argmax(-1), tokens)
+
+    for function, names in ((mean, ["uncomputed-rows"]), (chosen, [])):
+        module = trace(function, ids(1, 13, 0), *weights, dynamic=[(1,)])
+        STATIC_INPUTS.write(module, tuple(range(1, 1 + len(weights))))
+        kinds = _kinds_of(module, MosaicOptions(disable=("fuse",)))
+        assert [fallback.name for fallback in kinds.reuse.fallbacks] == names
+
+
+def test_a_graph_that_mixes_rows_in_the_middle_keeps_nothing():
+    """Rows behind a mean over the sequence cannot be computed from some rows."""
+    weights = Toy().weights(0)
+
+    def mixing(tokens, *given):
+        table, *rest, head = given
+        x = torch.nn.functional.embedding(tokens, table)
+        x = Toy().block(x, *rest[:9])
+        x = x - x.mean(1, keepdim=True)
+        return Toy().block(x, *rest[9:18]) @ head.t()
+
+    module = trace(mixing, ids(1, 13, 0), *weights, dynamic=[(1,)])
+    kinds = _kinds_of(module, MosaicOptions())
+    assert not kinds.keeps
+    assert "needs all rows of what it reads" in kinds.why
+    assert "follows" in kinds.why

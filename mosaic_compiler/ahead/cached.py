@@ -1,4 +1,4 @@
-"""``mosaic fit --cache``: steps that keep state, and steps that use it: bytes, the longest sequence, predicted times."""
+"""``mosaic fit --cache``: steps that keep state, and steps that use it: bytes, longest sequence, predicted times."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class Stateful:
 
 @dataclass(frozen=True)
 class CachedAnswer:
-    """For one length: plans of both kinds (``None`` if they do not fit), and predicted seconds (``None``: the card is not
-    known)."""
+    """For one length: plans of both kinds (``None`` if they do not fit), and predicted seconds (``None``: the card is
+    not known)."""
 
     tokens: int
     full: MemoryPlan | None
@@ -74,8 +74,8 @@ def stateful(captured: CompiledStep) -> Stateful:
         ConfigError: if nothing can be kept.
     """
     kinds: Any = captured.kinds
-    if kinds.full is None:
-        raise ConfigError(f"this model has nothing to keep from step to step: {kinds.problem}")
+    if not kinds.keeps:
+        raise ConfigError(f"this model has nothing to keep from step to step: {kinds.why}")
     steps = {"full": kinds.full, "reuse": kinds.reuse}
     outlines = {name: step.outline.data() for name, step in steps.items()}
     work = {name: _work(next(iter(step.graphs.values()))) for name, step in steps.items()}

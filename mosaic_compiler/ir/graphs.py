@@ -43,8 +43,8 @@ STATE_MEMORY = "state_memory"
 
 
 def numbers_of_rows(graph: fx.Graph) -> set[sympy.Symbol]:
-    """Symbols for numbers of computed rows, which are others in other steps: those that the prologue binds; in a step for
-    some rows all sizes of inputs that are no sizes of state."""
+    """Symbols for numbers of computed rows, which are others in other steps: those that the prologue binds; in a step
+    for some rows all sizes of inputs that are no sizes of state."""
     found = {node.meta[BINDS] for node in graph.nodes if BINDS in node.meta}
     inputs = graph.find_nodes(op="placeholder")
     if any(COMPUTED_ROWS in node.meta for node in inputs):

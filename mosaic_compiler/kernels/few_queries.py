@@ -1,8 +1,8 @@
 """Attention of few queries against many keys, on a GPU: heads of a group packed as rows, keys in pieces.
 
 FlashAttention gives each head of a group a program of its own, which reads the group's keys again: with 7 heads a group
-it takes three to five times as long as reading keys and values once does.  Here they are read once.  Pieces of the keys are
-merged exactly::
+it takes three to five times as long as reading keys and values once does.  Here they are read once.  Pieces of the keys
+are merged exactly::
 
     o = sum_i 2^(l_i - l) o_i,   l = log2 sum_i 2^l_i        for partial results o_i with log-sum-exps l_i (base 2)
 
@@ -48,7 +48,7 @@ def few_query_attention(query: Tensor, key: Tensor, value: Tensor, scale: float,
     sums: Tensor = out  # read by nobody where there is one piece
     if count > 1:
         partial = query.new_empty(batch * groups * count * rows * (depth + 1), dtype=torch.float32)
-        target, sums = partial.split([partial.numel() // (depth + 1) * depth, partial.numel() // (depth + 1)])
+        target, sums = torch.split(partial, [partial.numel() // (depth + 1) * depth, partial.numel() // (depth + 1)])
     sources: Any = [_descriptor(tensor, tile.keys) for tensor in (key, value)]
     has_descriptors = _has_descriptors(query.device) and None not in sources
     blocks = -(-rows // tile.rows)
@@ -76,8 +76,8 @@ def few_query_reference(query: Tensor, key: Tensor, value: Tensor, scale: float)
 
 
 def serves(query: list[int], key: list[int], dtype: str) -> bool:
-    """The kernel takes these shapes (as :func:`few_query_attention`), and is faster than FlashAttention there: groups of
-    heads, few rows, many keys."""
+    """The kernel takes these shapes (as :func:`few_query_attention`), and is faster than FlashAttention there: groups
+    of heads, few rows, many keys."""
     heads, queries, depth = query[1:]
     groups, keys = key[1:3]
     shape = depth in (16, 32, 64, 128) and groups and heads % groups == 0

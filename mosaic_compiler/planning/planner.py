@@ -212,8 +212,8 @@ class Planner:
         kept = sum(b.size for b in buffers if b.space == "state")
         share = f", {kept} ({format_bytes(kept)}) of them for state, which lives from step to step" if kept else ""
         return BudgetError(
-            f"a step with {at or 'these sizes'} needs at least {needed} bytes ({format_bytes(needed)}){share}, its memory "
-            f"budget is {budget} ({format_bytes(budget)}): {advice}. The "
+            f"a step with {at or 'these sizes'} needs at least {needed} bytes ({format_bytes(needed)}){share}, its "
+            f"memory budget is {budget} ({format_bytes(budget)}): {advice}. The "
             f"bottleneck, {format_bytes(worst.nbytes)} of {format_bytes(total)} live at the worst moment, is "
             f"{worst.describe()}",
             needed,

@@ -224,13 +224,14 @@ def _state_line(step: CompiledStep, plan: MemoryPlan | None) -> str:
     kept = kept_of(step.captured, step.options)
     if not kept.is_heavy:
         return ""
-    if kept.cut.problem:
-        return f"state: nothing can be kept from step to step: {kept.cut.problem}"
+    if kept.cut.problem or not kept.cut.values:
+        reason = kept.cut.problem or "each row depends on itself only"
+        return f"state: nothing can be kept from step to step: {reason}"
     numbers = dict(plan.symbols) if plan is not None else {}
     known = {symbol: numbers[str(symbol)] for symbol in kept.nbytes.free_symbols if str(symbol) in numbers}
     nbytes = kept.nbytes.xreplace(known)
     size = format_bytes(int(nbytes)) if nbytes.is_Integer else f"{nbytes} bytes"
     return (
-        f"state: {len(kept.cut.values)} values can be kept from step to step, {size}; steps for some rows are exact only "
-        "where no row that they see has changed since"
+        f"state: {len(kept.cut.values)} values can be kept from step to step, {size}; steps for some rows are exact "
+        "only where no row that they see has changed since"
     )

@@ -22,6 +22,7 @@ COLOURS = {
     "output": "#BBBBBB",
     "scratch": "#BBBBBB",
     "host": "#DDDDDD",
+    "state": "#EE8866",
 }
 HATCHES = {"output": "x", "scratch": "/", "host": "."}
 """What tells the grey groups apart."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from mosaic_compiler import book, ir
+from mosaic_compiler.ir import ops
 from mosaic_compiler.ir.notes import UNMET_ROWS
 from mosaic_compiler.lowering.scopes import Lives
 from mosaic_compiler.options import MosaicOptions
@@ -47,6 +48,29 @@ def unmet_options(module: fx.GraphModule, options: MosaicOptions) -> tuple[Fallb
         return ()
     reason = arena_problem(device) or f"there is no virtual memory for results on {device.type} devices"
     return (Fallback("dense-logits", "", "", f"zeros of unneeded rows take memory, because {reason}", ""),)
+
+
+def uncomputed_rows(module: fx.GraphModule) -> tuple[Fallback, ...]:
+    """Who reads all rows of a value of which only some are computed, other than to return them."""
+    found: dict[str, Fallback] = {}
+    todo = [(node, node) for node in module.graph.nodes if node.target is ops.put_rows and not _are_numbers(node.args[0])]
+    while todo:
+        put, node = todo.pop()
+        for user in node.users:
+            if ir.is_view(user):
+                todo.append((put, user))
+            elif user.op != "output" and not book.entry(user).moves_rows and ir.tensors_of(user) != (None,):
+                reason = f"reads all rows of {put.name}, of which this step computes some: the others are zeros there"
+                source = ir.provenance(user).source
+                found.setdefault(user.name, Fallback("uncomputed-rows", user.name, str(user.target), reason, source))
+    return tuple(found.values())
+
+
+def _are_numbers(rows: fx.Node) -> bool:
+    """Of rows, that ``row-demand`` looks positions up in."""
+    while ir.is_view(rows) and rows.all_input_nodes:
+        rows = rows.all_input_nodes[0]
+    return book.entry(rows).family == "numbers"
 
 
 def _is_accounted(node: fx.Node) -> bool:

@@ -54,9 +54,9 @@ class Recorder:
     def _record(self, inputs: Sequence[Any]) -> None:
         """Capture the program's kernels, on a stream of its own."""
         places = [self._place(index, given) for index, given in enumerate(inputs)]
-        graph: Any = torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
+        graph: Any = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self._device)
-        stream = torch.cuda.Stream(self._device)
+        stream: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(current)
         try:
             with torch.cuda.stream(stream):
@@ -84,7 +84,7 @@ class Recorder:
 
 
 def _is_same(place: Any, given: Any) -> bool:
-    """A call with ``given`` can be replayed: on the device anything of the same layout, on the host the same numbers."""
+    """A call with ``given`` can be replayed: on the device anything of that layout, on the host the same numbers."""
     if not isinstance(place, Tensor) or not isinstance(given, Tensor):
         return bool(type(place) is type(given) and place == given)
     if place.shape != given.shape or place.dtype != given.dtype or place.device != given.device:

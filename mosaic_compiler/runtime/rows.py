@@ -14,8 +14,8 @@ def rows_of(rows: Any, batch: int, length: int, device: torch.device) -> Tensor:
     """Row numbers int64 [B, R] of each sequence, on a device.
 
     Args:
-        rows: int64 [R] (for each sequence) or [B, R], numbers (a ``range``), or bool [B, N].  Those that are on the host
-            are looked at without waiting for the device.
+        rows: int64 [R] (for each sequence) or [B, R], numbers (a ``range``), or bool [B, N].  Those that are on the
+            host are looked at without waiting for the device.
 
     Raises:
         StateError: for none, or some that the sequences have not.

@@ -31,7 +31,7 @@ from mosaic_compiler.planning.plan import Fallback, MemoryPlan
 from mosaic_compiler.runtime.automatic import Automatic
 from mosaic_compiler.runtime.devices import check_machine
 from mosaic_compiler.runtime.engine import running, within_budget
-from mosaic_compiler.runtime.fallbacks import find_fallbacks, unmet_options
+from mosaic_compiler.runtime.fallbacks import find_fallbacks, uncomputed_rows, unmet_options
 from mosaic_compiler.runtime.instructions import GUARD
 from mosaic_compiler.runtime.link import LinkedStep
 from mosaic_compiler.runtime.program import Program
@@ -77,7 +77,11 @@ class CompiledStep(Stateful):
             shifted = options.needed_rows == "before_masked"
             refresh = refresh_of(options.cache_refresh)
             self.automatic = Automatic(policy, refresh, options.mask_token_id, shifted=shifted)
-        self._planned_fallbacks = find_fallbacks(self.lives) + unmet_options(module, options)
+        self._planned_fallbacks = (
+            *find_fallbacks(self.lives),
+            *unmet_options(module, options),
+            *uncomputed_rows(module),
+        )
         self._clusters = [found for graph in reversed([*graphs.values()]) for found in clusters_in(graph)]
         self._found_late: dict[str, Fallback] = {}
         self._has_said_approximate = False
@@ -115,9 +119,9 @@ class CompiledStep(Stateful):
         if self.automatic is None:
             return super().run_alone(inputs)
         kinds = self.kinds
-        if kinds.full is None or kinds.ids is None:
+        if not kinds.keeps or kinds.ids is None:
             if kinds.is_heavy and "no-state" not in self._found_late:
-                reason = kinds.problem or "which input holds the token ids cannot be told"
+                reason = kinds.why or "which input holds the token ids cannot be told"
                 reason = f"nothing is kept from call to call, every row is computed: {reason}"
                 self._found_late["no-state"] = Fallback("no-state", "", "", reason, "")
                 logger.warning("mosaic: no-state: %s", reason)

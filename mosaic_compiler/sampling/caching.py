@@ -54,10 +54,12 @@ class Schedule:
         self._since = 0
         return "full"
 
-    def _rows(self, ids: Tensor, block: slice) -> Tensor:
+    def _rows(self, ids: Tensor, block: slice | None) -> Tensor:
         """bool [B, N]: what the policy says."""
         policy, rows = self._policy, torch.zeros_like(ids, dtype=torch.bool)
-        if policy.begins is not None:
+        if policy.begins is not None and block is None:
+            rows[:] = True
+        elif policy.begins is not None and block is not None:
             rows[:, block.start : block.stop if policy.ends == "block" else None] = True
         if policy.takes_masked:
             rows |= ids == self._mask

@@ -124,11 +124,11 @@ def generate(
         stop_at_eos: end when every sequence has an end token with nothing masked before it; what is behind is filled
             with it.
         cache: what is kept from step to step: ``none``; ``exact`` (the default): what is proven to stay what it is, and
-            that is nothing for models whose rows attend to all others; ``prefix``, ``dual``: steps compute the rows from
-            the block on, or of the block (Fast-dLLM); ``delayed``: those of masked tokens and of the tokens that the
-            last step committed (dKV-Cache).  The last three are approximations: other text may come out.
-        cache_refresh: when all rows are computed again: ``block`` (the first step of each block), ``never`` (but for the
-            first step), or every so many steps; 1 is no cache.
+            that is nothing for models whose rows attend to all others; ``prefix``, ``dual``: steps compute the rows
+            from the block on, or of the block (Fast-dLLM); ``delayed``: those of masked tokens and of the tokens that
+            the last step committed (dKV-Cache).  The last three are approximations: other text may come out.
+        cache_refresh: when all rows are computed again: ``block`` (the first step of each block), ``never`` (but for
+            the first step), or every so many steps; 1 is no cache.
         memory_budget, options: of the backend, see :class:`~mosaic_compiler.MosaicOptions`; the budget is for what is
             kept as well.
         compile: ``False``: run the same in eager PyTorch.
@@ -223,8 +223,8 @@ def _say_what_would_save(run: Run) -> None:
     given = run.sampling
     block = given.block_length if given.sampler == "llada" else len(range(*run.state.to_fill.indices(run.ids.shape[1])))
     logger.info(
-        "mosaic: cache='exact' computes all %d rows in every step, because each attends to all others; cache='dual', an "
-        "approximation, would compute %d in all but the first step of a block",
+        "mosaic: cache='exact' computes all %d rows in every step, because each attends to all others; cache='dual', "
+        "an approximation, would compute %d in all but the first step of a block",
         run.ids.shape[1],
         min(block, run.ids.shape[1]),
     )

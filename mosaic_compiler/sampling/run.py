@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mosaic_compiler.planning.caches import POLICIES, Policy, Refresh
+from mosaic_compiler.planning.caches import Policy, Refresh
 from mosaic_compiler.planning.plan import Fallback, MemoryPlan
 from mosaic_compiler.planning.room import capacity, serves
 from mosaic_compiler.runtime.state import MissingStateError, Store, stepping
@@ -42,8 +42,8 @@ class Run:
         sampling: Sampling,
         options: Mapping[str, Any],
         is_compiled: bool,
-        policy: Policy = POLICIES["none"],
-        refresh: Refresh = Refresh(),
+        policy: Policy,
+        refresh: Refresh,
     ) -> None:
         self.sampling = sampling
         batch, self.start = prompt.shape
@@ -135,7 +135,7 @@ class Run:
     def _with_state(
         self, store: Store, kind: str, computed: Tensor | None, arguments: Sequence[Any]
     ) -> tuple[Tensor, Tensor]:
-        with stepping(store, kind, computed):
+        with stepping(store, kind, (self.ids.shape[0], self.ids.shape[1]), computed):
             result = self._proposer(*arguments)
             store.check_kept()
         return result

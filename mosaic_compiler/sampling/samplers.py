@@ -56,12 +56,12 @@ class State:
 
 @dataclass(frozen=True)
 class Wanted:
-    """One step: where proposals are wanted (bool [B, N]), its number (for random draws), and the positions that are being
-    filled in."""
+    """One step: where proposals are wanted (bool [B, N]), its number (for random draws), and the positions that are
+    being filled in (``None``: all)."""
 
     where: Tensor
     step: int
-    block: slice
+    block: slice | None = None
 
 
 Proposals: TypeAlias = "tuple[Tensor, Tensor]"

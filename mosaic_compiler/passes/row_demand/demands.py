@@ -87,8 +87,8 @@ class Demands:
     _moves: dict[Any, fx.Node] = field(default_factory=dict)
 
     def same_move(self, node: fx.Node, dims: int) -> fx.Node:
-        """One move for all that take the same rows out of so many leading dims: rows are told by their numbers, whatever
-        value they are of.  (Moves of several steps are told by their nodes.)"""
+        """One move for all that take the same rows out of so many leading dims: rows are told by their numbers,
+        whatever value they are of.  (Moves of several steps are told by their nodes.)"""
         base = movement_base(node)
         if moved_dims(node) is None or base is None:
             return node

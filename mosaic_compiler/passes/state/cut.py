@@ -37,7 +37,7 @@ class Cut:
         space: of the rows: (N,), or (E, N) for E batch entries.
         inside: values that are computed for some rows only, in graph order.
         dear: those that a matmul or an attention was needed for: the others can be computed for all rows as well.
-        values: what is kept, in graph order.
+        values: what is kept, in graph order; none where each row depends on itself only.
         kept_as: for each value that is needed whole and kept: the kept value that it is a rearrangement of.
         problem: why nothing can be kept; then there is nothing in the rest.
     """
@@ -66,8 +66,6 @@ def find_cut(graph: fx.Graph) -> Cut:
             if kind is Edge.FULL and operand in dear:
                 kept_as.setdefault(operand, _fewest_bytes(operand, labels, dear))
     values = set(kept_as.values())
-    if not values:
-        return Cut(labels, problem="no value is needed whole: each row depends on itself only")
     for value in values:
         if not _has_rows(labels, value, space):
             return Cut(labels, problem=f"rows of {_named(value)} cannot be told from its batch entries")
@@ -154,8 +152,8 @@ def _has_rows(labels: Labels, value: fx.Node, space: Space) -> bool:
 
 
 def _fewest_bytes(operand: fx.Node, labels: Labels, dear: set[fx.Node]) -> fx.Node:
-    """Where to keep a value that is needed whole: of what it is a rearrangement of, the one with the fewest bytes (heads
-    not yet repeated); of those with equally many the first that only views lead away from (not yet transposed)."""
+    """Where to keep a value that is needed whole: of what it is a rearrangement of, the one with the fewest bytes
+    (heads not yet repeated); of those with equally many the first that only views lead away from (not transposed)."""
     chain = [operand]
     while (source := _rearranged(chain[-1], labels)) is not None and source in dear:
         chain.append(source)

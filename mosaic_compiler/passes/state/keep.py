@@ -65,8 +65,10 @@ class _Keeper(Emitter):
         storage = ir.StorageMap(self.graph)
         taken = ir.escaping_roots(self.graph, storage) | ir.written_roots(self.graph, storage)
         output = self.graph.output_node()
-        places, kept = [], []
-        results = list(output.args[0])
+        places: list[StatePlace] = []
+        kept: list[fx.Node] = []
+        given: Any = output.args[0]
+        results = [given] if isinstance(given, fx.Node) else list(given)
         for value in self.cut.values:
             root = storage.root(value)
             is_own = root is not None and root[0] is value and root not in taken

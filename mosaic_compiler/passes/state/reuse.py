@@ -87,10 +87,9 @@ class _Rewriter(Emitter):
         self._computed: dict[fx.Node, fx.Node] = {}
         self._state: dict[fx.Node, fx.Node] = {}
         self._whole: dict[fx.Node, fx.Node] = {}
-        self._gathered: dict[tuple[fx.Node, Layout], fx.Node] = {}
+        self._gathered: dict[tuple[fx.Node, Layout, Layout], fx.Node] = {}
         self._all_rows: dict[fx.Node, fx.Node] = {}
         self._places: list[StatePlace] = []
-        self._numbers: dict[str, Any] = {}
 
     def rewrite(self) -> None:
         self._add_inputs()
@@ -98,7 +97,6 @@ class _Rewriter(Emitter):
             self.origin = node
             if node in self.cut.inside:
                 with self.graph.inserting_before(node.next):
-                    self._anchor = node.next
                     self._computed[node] = self._compute(node)
                     if node in self._states:
                         self._state[node] = self._replace_rows(node)
