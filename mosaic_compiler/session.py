@@ -94,15 +94,19 @@ class Session:
             if self._shape is None:
                 raise StateError("there is no state yet: call full() first")
             if (shape := _shape_of(ids)) != self._shape:
-                raise StateError(
-                    f"state was kept for ids {list(self._shape)}, these are {list(shape)}: call full() first"
-                )
+                known, now = list(self._shape), list(shape)
+                raise StateError(f"state was kept for ids {known}, these are {now}: call full() first")
             return self._run(store, "reuse", rows_of(rows, *shape, ids.device), (ids, *more), named)
 
     def _run(self, store: Store, kind: str, rows: Tensor | None, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
         ran: list[Step] = []
         assert self._shape is not None
-        with running(ran.append), within_budget(self._budget), stepping(store, kind, self._shape, rows), torch.no_grad():
+        with (
+            running(ran.append),
+            within_budget(self._budget),
+            stepping(store, kind, self._shape, rows),
+            torch.no_grad(),
+        ):
             result = self._function(*args, **named)
             store.check_kept()
         plans = [step.plan for step in ran if step.plan is not None]

@@ -46,7 +46,9 @@ class Kept:
         def attend(query: Tensor, key: Tensor, value: Tensor, *more: Any, **options: Any) -> Tensor:
             number = next(numbers)
             entries = rows.repeat(key.shape[0] // rows.shape[0], 1)
-            is_new = torch.zeros(key.shape[0], key.shape[2], dtype=torch.bool).scatter(1, entries, True)
+            is_new = torch.zeros(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device).scatter(
+                1, entries, True
+            )
             chosen = is_new[:, None, :, None]
             self.keys[number] = torch.where(chosen, key, self.keys[number])
             self.values[number] = torch.where(chosen, value, self.values[number])

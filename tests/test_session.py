@@ -203,7 +203,7 @@ def test_two_threads_cannot_step_at_once():
 
 
 def test_nothing_is_left_behind():
-    """Memory of state goes back when a session is closed, when nobody has it any more, and where a step does not fit."""
+    """Memory goes back when a session is closed, when nobody has it any more, and where a step does not fit."""
     mapped, ids = Arenas(), ids_of(4000, 5)
     session = Session(MODEL)
     session.full(ids)
@@ -244,16 +244,14 @@ def test_no_recompilation_for_other_lengths_and_rows():
 
 
 # ---------------------------------------------------------------------------------- the option ``cache``
-def loop(model, ids, steps=6, seen=None):
+def loop(model, ids, steps=6, mask=MASK):
     """A generate loop that somebody wrote: the most confident masked token, one a step; ids change in place."""
     ids = ids.clone()
     with torch.no_grad():
         for _ in range(steps):
-            masked = ids == MASK
+            masked = ids == mask
             probability, token = torch.softmax(model(ids).logits, -1).max(-1)
             best = torch.where(masked, probability, -1.0).argmax(-1, keepdim=True)
-            if seen is not None:
-                seen.append(ids.clone())
             ids.scatter_(1, best, token.gather(1, best))
     return ids
 
@@ -261,8 +259,9 @@ def loop(model, ids, steps=6, seen=None):
 class Delayed:
     """The oracle of ``cache="delayed"`` for a loop: rows of masked and changed tokens."""
 
-    def __init__(self, model, refresh):
-        self.kept, self.refresh, self.last, self.since = Kept(logits_of(model)), refresh, None, 0
+    def __init__(self, model, refresh, mask=MASK):
+        self.kept, self.refresh, self.mask = Kept(logits_of(model)), refresh, mask
+        self.last, self.since = None, 0
 
     def __call__(self, ids):
         import types
@@ -270,7 +269,7 @@ class Delayed:
         if self.last is None or self.since + 1 >= self.refresh:
             logits, self.since = self.kept.full(ids), 0
         else:
-            rows = ((ids == MASK) | (ids != self.last))[0].nonzero().squeeze(1)[None]
+            rows = ((ids == self.mask) | (ids != self.last))[0].nonzero().squeeze(1)[None]
             logits, self.since = self.kept.reuse(rows, ids), self.since + 1
         self.last = ids.clone()
         return types.SimpleNamespace(logits=logits)

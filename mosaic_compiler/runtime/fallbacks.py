@@ -53,7 +53,8 @@ def unmet_options(module: fx.GraphModule, options: MosaicOptions) -> tuple[Fallb
 def uncomputed_rows(module: fx.GraphModule) -> tuple[Fallback, ...]:
     """Who reads all rows of a value of which only some are computed, other than to return them."""
     found: dict[str, Fallback] = {}
-    todo = [(node, node) for node in module.graph.nodes if node.target is ops.put_rows and not _are_numbers(node.args[0])]
+    put_back = [node for node in module.graph.nodes if node.target is ops.put_rows]
+    todo = [(node, node) for node in put_back if not _are_numbers(node.args[0])]
     while todo:
         put, node = todo.pop()
         for user in node.users:

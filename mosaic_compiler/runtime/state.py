@@ -147,7 +147,8 @@ class Block:
     def adopt(self, other: Block, inputs: Sequence[Any]) -> bool:
         """Take over the state of another graph of the same model, if it holds the same values: a model may be compiled
         again in its second call (because it has made tables in its first one)."""
-        values = [(facts.dtype, shape, step) for facts, shape, step in zip(self._facts, *self._shapes(inputs), strict=True)]
+        layouts = zip(self._facts, *self._shapes(inputs), strict=True)
+        values = [(facts.dtype, shape, step) for facts, shape, step in layouts]
         known = [(str(t.dtype), tuple(t.shape), t.stride()) for t in other.tensors]
         if not other.is_valid or self._kinds.origins != other._kinds.origins or values != known:
             return False
@@ -312,9 +313,8 @@ class Store:
         if not is_for_rows:
             raise StateError("rows of this step are not those of its token ids, so it cannot be told which to compute")
         block = self._blocks.get(step)
-        if block is None:
-            if self.kind != "full":
-                block = self._adopted(step, kinds, inputs)
+        if block is None and self.kind != "full":
+            block = self._adopted(step, kinds, inputs)
         if block is None:
             if self.kind != "full":
                 raise MissingStateError(

@@ -1,0 +1,191 @@
+"""On a CUDA device: state, recorded steps, and the kernel for few queries."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from kept import Kept
+from test_gpu import model as step_of
+from test_session import Delayed, loop
+
+import mosaic_compiler
+from mosaic_compiler import Session
+from mosaic_compiler.kernels.few_queries import few_query_attention, few_query_reference
+from mosaic_compiler.planning.few import pieces
+from mosaic_compiler.runtime.pools import pool_for
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.fuse,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+MiB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def _release():
+    yield
+    torch._dynamo.reset()
+    mosaic_compiler.release_memory()
+    torch.cuda.empty_cache()
+
+
+def ids_of(tokens, seed=0):
+    return torch.randint(4, 1000, (1, tokens), generator=torch.Generator().manual_seed(seed)).cuda()
+
+
+def recorded(session):
+    """The recordings of a session's reuse steps."""
+    (kinds,) = session._store.ran
+    found = [bound.program.recorder for bound in kinds.reuse._programs.values()]
+    return [
+        recorder for recorder in found if recorder is not None and recorder._graph is not None
+    ], kinds.reuse.fallbacks
+
+
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_steps_equal_an_independent_implementation(kv_heads):
+    """Eight steps for some rows, most of them replayed, with other ids and rows each; then another length."""
+    model = step_of(kv_heads=kv_heads).model
+    oracle, session = Kept(lambda ids: model(ids).logits), Session(model)
+    for tokens in (300, 2000):
+        ids = ids_of(tokens)
+        torch.testing.assert_close(session.full(ids).logits, oracle.full(ids), atol=2e-3, rtol=1e-3)
+        for number in range(8):
+            ids = ids.clone()
+            ids[:, 40 * number : 40 * number + 9] = 5 + number
+            rows = torch.arange(40 * number % 250, 40 * number % 250 + 24)
+            expected = oracle.reuse(rows[None].cuda(), ids)
+            got = session.reuse(ids, rows).logits
+            torch.testing.assert_close(got[:, rows], expected[:, rows], atol=2e-3, rtol=1e-3)
+        found, fallbacks = recorded(session)
+        assert found
+        assert not fallbacks
+    session.close()
+
+
+def test_a_generation_with_noise_is_replayed():
+    """What a sampler is told is read on the host: another temperature is another recording, and no other result."""
+    model = step_of().model
+    options = {"gen_length": 32, "block_length": 16, "steps": 16, "mask_token_id": 3, "bidirectional": True}
+    for temperature in (0.0, 0.7, 0.3):
+        got = [
+            mosaic_compiler.generate(
+                model, ids_of(200), cache="dual", temperature=temperature, cache_refresh=refresh,
+                generator=torch.Generator().manual_seed(1), **options,
+            ).sequences
+            for refresh in (1, "block", "block")
+        ]  # fmt: skip
+        plain = mosaic_compiler.generate(
+            model,
+            ids_of(200),
+            cache="none",
+            temperature=temperature,
+            generator=torch.Generator().manual_seed(1),
+            **options,
+        )
+        assert torch.equal(got[0], plain.sequences)
+        assert torch.equal(got[1], got[2])
+
+
+def test_a_loop_of_ones_own_is_replayed():
+    model = step_of().model
+    options = {"needed_rows": "masked", "mask_token_id": 3, "cache": "delayed", "cache_refresh": 4}
+    fast = torch.compile(model, backend="mosaic", dynamic=True, options=options)
+    ids = ids_of(120)
+    ids[:, 50:70] = 3
+    got = [loop(fast, ids, steps=12, mask=3) for _ in range(2)]
+    assert torch.equal(got[0], got[1])
+    assert torch.equal(got[0], loop(Delayed(model, 4, 3), ids, steps=12, mask=3))
+
+
+def test_the_plan_has_state_and_the_peak_is_measured():
+    """Of a full step and of one for some rows: planned is at least measured, within 2 %; and all of it goes back."""
+    model = step_of(torch.bfloat16, kv_heads=1).model
+    step = mosaic_compiler.sampling.DenoisingStep(model, 3)
+    ids = ids_of(40_000)
+    ids[:, -64:] = 3
+    window = mosaic_compiler.sampling.block_window(40_000, 39_936, 39_968, "cuda")
+    count = torch.tensor([1], device="cuda")
+    torch.cuda.synchronize()
+    session = Session(step)
+    for kind, call in (
+        ("full", lambda: session.full(ids, window, count)),
+        ("reuse", lambda: session.reuse(ids, range(39_936, 39_968), window, count)),
+    ):
+        for _ in range(2):
+            call()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        allocated = torch.cuda.max_memory_allocated() - before
+        measured = allocated + pool_for(torch.device("cuda", 0)).reserved() + session.nbytes
+        plan = session.plans[kind]
+        assert plan.state == session.nbytes > 0
+        assert measured <= plan.peak + 512 * 64
+        if kind == "full":
+            assert plan.peak <= 1.02 * measured + MiB
+    mapped = session._store._blocks
+    arenas = [block.arena for block in mapped.values()]
+    assert sum(arena.mapped for arena in arenas) >= session.nbytes
+    session.close()
+    assert sum(arena.mapped for arena in arenas) == 0
+
+
+def test_an_op_that_waits_for_the_device_is_named():
+    class Waits(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            logits = self.model(ids).logits
+            return torch.ops.gpu_state_tests.looks_at(logits)
+
+    ids = ids_of(60)
+    with Session(Waits(step_of().model)) as session:
+        session.full(ids)
+        results = [session.reuse(ids, range(4, 20)) for _ in range(4)]
+        assert all(torch.equal(result, results[0]) for result in results)
+        found, fallbacks = recorded(session)
+        assert not found
+        assert "not-recorded" in [fallback.name for fallback in fallbacks]
+    torch.cuda.synchronize()
+
+
+@torch.library.custom_op("gpu_state_tests::looks_at", mutates_args=())
+def looks_at(x: torch.Tensor) -> torch.Tensor:
+    return x * float(x.abs().sum().item() > 0)
+
+
+@looks_at.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+def test_the_kernel_for_few_queries():
+    torch.manual_seed(0)
+    seen = set()
+    for groups, share, queries, keys, depth, dtype in (
+        (4, 7, 32, 6000, 128, torch.bfloat16), (4, 7, 32, 200_001, 128, torch.bfloat16),
+        (1, 4, 5, 1025, 64, torch.float16), (2, 2, 33, 4096, 64, torch.bfloat16), (1, 8, 64, 1500, 32, torch.bfloat16),
+    ):  # fmt: skip
+        for batch, by_row in itertools.product((1, 2), (True, False)):
+            query = torch.randn(batch, queries, groups * share, depth, dtype=dtype, device="cuda").transpose(1, 2)
+            key, value = (
+                torch.randn(batch, keys, groups, depth, dtype=dtype, device="cuda").transpose(1, 2)
+                if by_row
+                else torch.randn(batch, groups, keys, depth, dtype=dtype, device="cuda")
+                for _ in range(2)
+            )
+            got = few_query_attention(query, key, value, depth**-0.5, 132)
+            expected = few_query_reference(query, key, value, depth**-0.5)
+            assert got.stride() == query.stride()
+            torch.testing.assert_close(got.float(), expected.float(), atol=4e-3, rtol=2e-2)
+            seen.add(pieces(batch * groups, share * queries, keys, 132))
+    assert len(seen) > 3
