@@ -1,7 +1,7 @@
 """Generating behind a long prompt with and without caches: tiny-llada, 64 tokens in 64 steps, blocks of 32, on the CPU.
 
-Ids that differ from those without a cache are counted: the caches are approximations.  The second table is somebody's own
-loop (LLaDA's published one) around a compiled model, whose rows the option ``cache`` finds.
+Ids that differ from those without a cache are counted: the caches are approximations.  Somebody's own loop (LLaDA's
+published one) is measured as well, around a compiled model whose rows the option ``cache`` finds.
 """
 
 from __future__ import annotations

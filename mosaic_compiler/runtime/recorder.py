@@ -68,6 +68,8 @@ class Recorder:
         except Exception as error:  # whatever an op raises that waits for the device
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             self.problem = f"its kernels cannot be recorded: {first[:200]}"
+            generator: Any = torch.cuda.default_generators[self._device.index or 0]
+            generator.graphsafe_set_state(generator.clone_state())  # it still takes itself for a part of the recording
             return
         current.wait_stream(stream)
         self._inputs = [(index, place) for index, place in enumerate(places) if index not in self._fixed]
