@@ -349,7 +349,7 @@ def test_needed_rows_are_attended_without_a_plan_and_within_the_memory_plan():
                 torch.cuda.synchronize()
             assert torch.cuda.max_memory_allocated() - before <= max(steps[0].plan.outside)
             kernels = " ".join(event.name for event in profile.events())
-            assert "flash_fwd" in kernels
+            assert "flash_fwd" in kernels or "attention_kernel" in kernels  # the latter where queries are few
             assert (result != step(ids, window, count)).sum() <= 0.02 * masked + 2
             ids[:] = 7
     assert len(steps) == 1
