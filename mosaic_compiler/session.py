@@ -7,12 +7,13 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from mosaic_compiler.compat.dynamo import lookup_backend
+from mosaic_compiler.compat.tracing import tree_flatten, tree_map_only
 from mosaic_compiler.errors import StateError
 from mosaic_compiler.planning.budget import parse_budget
 from mosaic_compiler.planning.plan import MemoryPlan
@@ -62,6 +63,8 @@ class Session:
         self._store: Store | None = Store()
         self._lock = threading.Lock()
         self._shape: tuple[int, int] | None = None
+        self._written: tuple[Sequence[Any], Mapping[str, Any]] | None = None
+        self._differs: Tensor | bool = False
         self.plans: dict[str, MemoryPlan] = {}
 
     # ---------------------------------------------------------------------------------------- steps
@@ -76,8 +79,7 @@ class Session:
             BudgetError: if step and state do not fit ``memory_budget``.
         """
         with self._taken() as store:
-            self._shape = _shape_of(ids)
-            return self._run(store, "full", None, (ids, *more), named)
+            return self._full(store, (ids, *more), named)
 
     def reuse(self, ids: Tensor, rows: Any, *more: Any, **named: Any) -> Any:
         """Call the function for some rows, with all others as they were kept.
@@ -96,7 +98,37 @@ class Session:
             if (shape := _shape_of(ids)) != self._shape:
                 known, now = list(self._shape), list(shape)
                 raise StateError(f"state was kept for ids {known}, these are {now}: call full() first")
-            return self._run(store, "reuse", rows_of(rows, *shape, ids.device), (ids, *more), named)
+            return self._reuse(store, rows_of(rows, *shape, ids.device), (ids, *more), named)
+
+    def exact(self, ids: Tensor, rows: Any, *more: Any, **named: Any) -> Any:
+        """Call the function for some rows, exactly: a ``reuse`` step if nothing has changed since state was kept, and
+        else (where rows see all others, whatever has changed makes all state invalid) a ``full`` one.
+
+        Args, raises: as :meth:`reuse` and :meth:`full`.
+        """
+        with self._taken() as store:
+            shape = _shape_of(ids)
+            computed = rows_of(rows, *shape, ids.device)
+            known = self._written if shape == self._shape and not self._differs else None
+            if known is None or bool(_differs(known, ((ids, *more), named))):
+                return self._full(store, (ids, *more), named)
+            return self._reuse(store, computed, (ids, *more), named)
+
+    @property
+    def is_approximate(self) -> bool:
+        """State was used with other arguments than it was kept with: results may differ from those of full steps."""
+        return bool(self._differs)
+
+    def _full(self, store: Store, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
+        self._shape, self._written, self._differs = _shape_of(args[0]), None, False
+        result = self._run(store, "full", None, args, named)
+        self._written = _copied((args, named))
+        return result
+
+    def _reuse(self, store: Store, rows: Tensor, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
+        if self._written is not None and self._differs is not True:
+            self._differs = self._differs | _differs(self._written, (args, named))  # on a GPU, nobody waits for it
+        return self._run(store, "reuse", rows, args, named)
 
     def _run(self, store: Store, kind: str, rows: Tensor | None, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
         ran: list[Step] = []
@@ -150,6 +182,33 @@ class Session:
             yield self._store
         finally:
             self._lock.release()
+
+
+Call: TypeAlias = "tuple[Sequence[Any], Mapping[str, Any]]"
+"""Arguments of a call, by position and by name."""
+
+
+def _copied(call: Call) -> Call:
+    """With copies of tensors, which their owner may write to."""
+    args, named = tree_map_only(Tensor, lambda tensor: tensor.clone(), (tuple(call[0]), dict(call[1])))
+    return args, named
+
+
+def _differs(one: Call, other: Call) -> Tensor | bool:
+    """Whether two calls have other arguments; of tensors on a GPU as a tensor there."""
+    (first, spec), (second, other_spec) = (tree_flatten((tuple(args), dict(named))) for args, named in (one, other))
+    if spec != other_spec:
+        return True
+    found: Tensor | bool = False
+    for a, b in zip(first, second, strict=True):
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            if type(a) is not type(b) or a != b:
+                return True
+        elif (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+            return True
+        elif a is not b:
+            found = found | (a != b).any()
+    return found
 
 
 def _shape_of(ids: Tensor) -> tuple[int, int]:

@@ -165,6 +165,43 @@ def test_what_a_session_refuses():
             call()
 
 
+@settings(max_examples=12)
+@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 999)), min_size=1, max_size=8))
+def test_exact_steps_are_exact(events):
+    """Whatever approximate steps stand between them; and it is known which results may differ."""
+    ids = ids_of(20, 0)
+    with Session(MODEL) as session:
+        session.full(ids)
+        differs = False
+        kept = ids
+        for is_exact, changes, seed in events:
+            if changes:
+                ids = ids.clone()
+                ids[0, seed % 20] = 10 + seed % 40
+            rows = [seed % 20, (seed // 20) % 20]
+            if not is_exact:
+                session.reuse(ids, rows)
+                differs |= not torch.equal(ids, kept)
+                assert session.is_approximate == differs
+                continue
+            got = session.exact(ids, rows).logits
+            torch.testing.assert_close(got[:, rows], MODEL(ids).logits[:, rows], atol=1e-4, rtol=1e-4)
+            assert not session.is_approximate
+            if differs or not torch.equal(ids, kept):
+                kept, differs = ids, False
+
+
+def test_an_exact_step_computes_only_the_rows_where_nothing_has_changed():
+    ids = ids_of(20, 0)
+    with Session(MODEL) as session:
+        assert session.exact(ids, [3]).logits[:, 4].any()  # a full step: nothing was kept yet
+        assert not session.exact(ids, [3]).logits[:, 4].any()
+        session.exact(ids, [3], attention_bias=torch.zeros(1, 1, 1, 20))  # another argument: a full step
+        assert not session.is_approximate
+        session.reuse(ids, [3])
+        assert session.is_approximate
+
+
 def test_weights_that_nothing_kept_depends_on_may_change():
     model, ids = LLaDALike(6), ids_of(10, 3)
     with Session(model) as session:
