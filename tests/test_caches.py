@@ -112,7 +112,7 @@ def _of_the_first_half(rows):
     return chosen
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(policies, refreshes, st.integers(1, 2), st.integers(1, 9), st.sampled_from(["maskgit_plus", "entropy"]),
        st.integers(0, 999))  # fmt: skip
 def test_dream_with_caches(policy, refresh, batch, length, algorithm, seed):
@@ -153,7 +153,7 @@ def _unfilled(cached):
     return blocks
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(policies, st.integers(0, 99))
 def test_left_padding_with_caches(policy, seed):
     prompt, real = prompt_of(2, 7, seed), torch.ones(2, 7, dtype=torch.bool)

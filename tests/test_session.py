@@ -53,7 +53,7 @@ def _(x):
     return torch.empty_like(x)
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     st.lists(
         st.tuples(st.integers(0, 2), st.sampled_from(["full", "reuse", "reuse", "reuse"]), st.integers(0, 999)),
@@ -165,7 +165,7 @@ def test_what_a_session_refuses():
             call()
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 999)), min_size=1, max_size=8))
 def test_exact_steps_are_exact(events):
     """Whatever approximate steps stand between them; and it is known which results may differ."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kept import Kept
 from toy_models import Toy, ids, toys
 
+from mosaic_compiler import ir
 from mosaic_compiler.backend import _kinds_of
 from mosaic_compiler.ir.notes import STATIC_INPUTS
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes import CanonicalizePass, Verifier, run_passes, trace
 from mosaic_compiler.passes.state import KeepStatePass, ReuseStatePass, find_cut
+from mosaic_compiler.passes.verifier.legal_writes import illegal_writes
 from mosaic_compiler.runtime.state import Block
 
 
@@ -32,8 +35,7 @@ def at_rows(result: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return result.gather(1, index)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
+schedules = given(
     toy=toys,
     batch=st.integers(1, 3),
     length=st.integers(2, 24),
@@ -42,8 +44,23 @@ def at_rows(result: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     steps=st.lists(st.tuples(st.booleans(), st.lists(rows_in, min_size=3, max_size=3), st.integers(0, 3)), max_size=4),
     seed=st.integers(0, 9),
 )
+
+
+@settings(max_examples=20)
+@schedules
 def test_any_schedule_of_steps_equals_an_independent_one(toy, batch, length, chunk, poison, steps, seed):
     """Full and reuse steps in any order, with any rows for each sequence, ids that change in between, in chunks."""
+    check_schedule(toy, batch, length, chunk, poison, steps, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=200)
+@schedules
+def test_many_schedules(toy, batch, length, chunk, poison, steps, seed):
+    check_schedule(toy, batch, length, chunk, poison, steps, seed)
+
+
+def check_schedule(toy, batch, length, chunk, poison, steps, seed):
     weights = toy.weights(seed)
     module = traced(toy, batch, weights)
     kinds = _kinds_of(module, MosaicOptions(chunk_rows=chunk, poison=poison))
@@ -69,7 +86,7 @@ def test_any_schedule_of_steps_equals_an_independent_one(toy, batch, length, chu
     block.release()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10)
 @given(toy=toys, batch=st.integers(1, 2), seed=st.integers(0, 9))
 def test_graphs_of_both_kinds_run_in_plain_pytorch_and_are_verified(toy, batch, seed):
     weights = toy.weights(seed)
@@ -91,6 +108,23 @@ def test_graphs_of_both_kinds_run_in_plain_pytorch_and_are_verified(toy, batch, 
         torch.testing.assert_close(at_rows(one, rows), at_rows(other, rows))
     for one, other in zip(state, results[len(expected) :], strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_old_state_is_not_read_behind_a_write(batch):
+    """A pass that moved a read of state behind the rows that replace it would be caught."""
+    weights = Toy().weights(0)
+    canonical, _ = run_passes(traced(Toy(), batch, weights), passes=[CanonicalizePass()])
+    graph = ReuseStatePass()(canonical).graph
+    assert not list(illegal_writes(graph, ir.StorageMap(graph)))
+    state = next(node for node in graph.nodes if ir.STATE_MEMORY in node.meta)
+    output = graph.output_node()
+    with graph.inserting_before(output):
+        late = graph.call_function(torch.ops.aten.sum.default, (state,))
+        late.meta["val"] = torch.empty(())
+    problems = list(illegal_writes(graph, ir.StorageMap(graph)))
+    assert len(problems) == 1
+    assert f"overwrites {state.name}, which sum_default reads later" in problems[0].replace(late.name, "sum_default")
 
 
 def test_who_reads_rows_that_are_not_computed_is_named():

@@ -5,7 +5,7 @@ topology   every operand is defined before its use; the graph lints
 metadata   dtype, sizes, strides and device of every node agree with a fake-tensor re-run
 signature  the outputs are those of the graph before: count, layout, and which inputs they alias
 effects    random draws and writes to inputs are the same, in the same order
-in-place   a write into a buffer of the step is legal (``passes/in_place.py``, ``passes/reuse_rows.py``)
+in-place   a write into a buffer of the step, or into state, is legal (``passes/in_place.py``, ``passes/reuse_rows.py``)
 loops      operands and results of a loop agree with its body: the same tensors with c rows
 clusters   operands and results of a cluster have the layout of its body's
 quadratic  no value grows faster with the inputs' sizes than some value did before (no new N x N)

@@ -15,7 +15,7 @@ from mosaic_compiler.passes.reuse_rows import late_readers
 
 
 def illegal_writes(graph: fx.Graph, storage: ir.StorageMap) -> Iterator[str]:
-    """Writes into storage of the step that somebody could notice.  Judged from the graph alone."""
+    """Writes into storage of the step, or into state, that somebody could notice.  Judged from the graph alone."""
     escaping_values = graph.output_node().all_input_nodes
     order = {node: index for index, node in enumerate(graph.nodes)}
     readers: dict[ir.Root, list[fx.Node]] = {}
@@ -27,7 +27,7 @@ def illegal_writes(graph: fx.Graph, storage: ir.StorageMap) -> Iterator[str]:
     for node in graph.nodes:
         for argument in ir.mutated_arguments(node):
             root = storage.root(argument)
-            if root is None or not ir.is_computed(root):
+            if root is None or not (ir.is_computed(root) or ir.STATE_MEMORY in root[0].meta):
                 continue
             successors = _derived_from(node, root, storage)
             for reader in readers.get(root, []):
