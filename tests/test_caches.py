@@ -78,7 +78,7 @@ def prompt_of(batch, length, seed):
     return torch.randint(10, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-@settings(max_examples=16)
+@settings(max_examples=12)
 @given(policies, refreshes, st.integers(1, 3), st.integers(1, 11), st.sampled_from([(8, 4, 2), (12, 3, 3), (6, 6, 4)]),
        st.sampled_from([0.0, 0.0, 1.5]), st.sampled_from([0.0, 0.7]), st.integers(0, 999))  # fmt: skip
 def test_llada_with_caches(policy, refresh, batch, length, sizes, guidance, temperature, seed):
