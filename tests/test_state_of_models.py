@@ -43,6 +43,7 @@ def test_tiny_llada(tiny_llada, genesis):
     check(tiny_llada, ids)
 
 
+@pytest.mark.slow
 def test_tiny_llada_generates_the_same_with_a_refresh_in_every_step(tiny_llada, genesis):
     torch.set_num_threads(2)
     options = {"gen_length": 32, "steps": 16, "block_length": 16}
