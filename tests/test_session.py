@@ -53,7 +53,7 @@ def _(x):
     return torch.empty_like(x)
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(
     st.lists(
         st.tuples(st.integers(0, 2), st.sampled_from(["full", "reuse", "reuse", "reuse"]), st.integers(0, 999)),
@@ -110,8 +110,7 @@ def test_a_step_of_ones_own():
         assert torch.equal(session.reuse(ids, range(8, 16), window, count), first)
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("kind", ["full", "reuse"])
+@pytest.mark.parametrize(("error", "kind"), [(RuntimeError, "full"), (KeyboardInterrupt, "reuse")])
 def test_an_error_in_a_step_makes_state_invalid(error, kind):
     """State has been written when the last op raises: what it holds must not be used any more."""
     model, ids = Counted(0), ids_of(10, 2)
@@ -202,6 +201,7 @@ def test_an_exact_step_computes_only_the_rows_where_nothing_has_changed():
         assert session.is_approximate
 
 
+@pytest.mark.slow
 def test_weights_that_nothing_kept_depends_on_may_change():
     model, ids = LLaDALike(6), ids_of(10, 3)
     with Session(model) as session:
@@ -239,6 +239,7 @@ def test_two_threads_cannot_step_at_once():
     assert problems == ["this session is in use by another thread: give each thread a session of its own"]
 
 
+@pytest.mark.slow
 def test_nothing_is_left_behind():
     """Memory goes back when a session is closed, when nobody has it any more, and where a step does not fit."""
     mapped, ids = Arenas(), ids_of(4000, 5)
@@ -312,7 +313,9 @@ class Delayed:
         return types.SimpleNamespace(logits=logits)
 
 
-@pytest.mark.parametrize("refresh", [1, 3, "never"])
+@pytest.mark.parametrize(
+    "refresh", [3, pytest.param(1, marks=pytest.mark.slow), pytest.param("never", marks=pytest.mark.slow)]
+)
 def test_a_loop_of_ones_own_finds_its_rows(refresh, caplog):
     model = LLaDALike(8)
     options = {"needed_rows": "masked", "mask_token_id": MASK, "cache": "delayed", "cache_refresh": refresh}
