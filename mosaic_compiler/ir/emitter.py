@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 
 from mosaic_compiler.compat.symbols import new_number
 from mosaic_compiler.ir.graphs import BINDS, fake_mode_of
-from mosaic_compiler.ir.sizes import UnreadableSizeError, parts_of
+from mosaic_compiler.ir.sizes import UnreadableSizeError, parts_of, size_sources
 from mosaic_compiler.ir.values import argument_value, is_contiguous, layout_of, tensor_of, value_of
 
 aten = torch.ops.aten
@@ -94,6 +94,10 @@ class Emitter:
         assert isinstance(result, fx.Node)
         return result
 
+    def permuted(self, source: fx.Node, order: Sequence[int]) -> fx.Node:
+        """With dims in another order; itself where it is the same one."""
+        return source if [*order] == [*range(len(order))] else self.emit(aten.permute.default, source, [*order])
+
     def _emit_reshape(self, source: fx.Node, shape: Sequence[Any]) -> fx.Node:
         tensor = tensor_of(source)
         assert tensor is not None
@@ -102,3 +106,37 @@ class Emitter:
         if not is_contiguous(tensor):
             source = self.emit(aten.clone.default, source, memory_format=torch.contiguous_format)
         return self.emit(aten.view.default, source, list(shape))
+
+
+class SizeEmitter(Emitter):
+    """Reads sizes off the inputs too, each of them once.
+
+    Attributes:
+        front: the node that they are read in front of: by default the first one that is no input.
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.front = next(node for node in self.graph.nodes if node.op != "placeholder")
+        self.sources = size_sources(self.graph)
+        self._sizes: dict[sympy.Expr, Any] = {}
+
+    def size(self, expr: sympy.Expr) -> Any:
+        """A size as an argument: an int, or a node that reads it off the inputs.
+
+        Raises:
+            UnreadableSizeError: if it cannot be told from them.
+        """
+        expr = sympy.sympify(expr)
+        if expr.is_Integer:
+            return int(expr)
+        if expr not in self._sizes:
+            with self.graph.inserting_before(self.front):
+                self._sizes[expr] = self._emit_size(expr)
+        return self._sizes[expr]
+
+    def _emit_size(self, expr: sympy.Expr) -> fx.Node:
+        if expr in self.sources:
+            node, dim = self.sources[expr]
+            return node if dim is None else self.emit(aten.sym_size.int, node, dim)
+        return self.combined(expr, self.size)

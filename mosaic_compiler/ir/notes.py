@@ -7,11 +7,12 @@ guess what it holds.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from torch import fx
 
 from mosaic_compiler.ir.graphs import Provenance
+from mosaic_compiler.ir.storage import Root, StorageMap
 
 T = TypeVar("T")
 
@@ -75,3 +76,15 @@ class StateNote:
 
 STATE: Note[StateNote] = Note("state", StateNote())
 """What lives longer than the step (``passes/state/``)."""
+
+
+def kept_roots(module: fx.GraphModule, storage: StorageMap) -> dict[Root, int]:
+    """Storages of results that are written where state is, each with the number of its place."""
+    results: Any = module.graph.output_node().args[0]
+    found: dict[Root, int] = {}
+    for number, place in enumerate(STATE.of(module).places):
+        if place.output is not None:
+            root = storage.root(results[place.output])
+            assert root is not None
+            found[root] = number
+    return found

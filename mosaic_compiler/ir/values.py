@@ -32,6 +32,11 @@ def tensors_of(node: fx.Node) -> tuple[torch.Tensor | None, ...]:
     return (value if isinstance(value, torch.Tensor) else None,)
 
 
+def has_tensors(node: fx.Node) -> bool:
+    """Some of what a node returns are tensors (of others, a size can be had without the value)."""
+    return any(tensor is not None for tensor in tensors_of(node))
+
+
 def tensor_of(node: fx.Node) -> torch.Tensor | None:
     """The node's single tensor output, or ``None``."""
     value = value_of(node)

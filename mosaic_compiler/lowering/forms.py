@@ -68,7 +68,7 @@ def form_of(node: fx.Node, main_device: torch.device) -> Form:
     if cluster_of(node) is not None:
         return Form(Kind.DESTINATION, "kernel")
     outputs = ir.tensors_of(node)
-    if not any(t is not None for t in outputs):
+    if not ir.has_tensors(node):
         effect = ir.has_effect(node)
         return Form(Kind.OPAQUE if effect or not _computable(node) else Kind.NUMBER)
     if not isinstance(node.target, OpOverload):

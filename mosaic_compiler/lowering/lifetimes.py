@@ -34,7 +34,7 @@ from torch._ops import OpOverload
 from mosaic_compiler import book, ir
 from mosaic_compiler.ir import prologue_nodes
 from mosaic_compiler.ir.loops import ChunkLoop, loop_of
-from mosaic_compiler.ir.notes import STATE, STATIC_INPUTS
+from mosaic_compiler.ir.notes import STATE, STATIC_INPUTS, kept_roots
 from mosaic_compiler.kernels.scatter_rows import shared_pages
 from mosaic_compiler.lowering.forms import Form, form_of
 from mosaic_compiler.lowering.scopes import Lives, LoopSpan, Scope
@@ -81,7 +81,7 @@ class _Finder:
         storage = ir.StorageMap(self.graph)
         escaping = ir.escaping_roots(self.graph, storage)
         state = _state(self.module, len(schedule))
-        kept = _kept_roots(self.module, storage, state)
+        kept = {root: state[number] for root, number in kept_roots(self.module, storage).items()}
         buffers, root_buffers = self._buffers(order, forms, storage, start, end, escaping, len(schedule), kept)
         nodes = tuple(node for node in order if node not in first)
         spans: dict[fx.Node, LoopSpan] = {}
@@ -302,20 +302,6 @@ def _state(module: fx.GraphModule, positions: int) -> tuple[SymbolicBuffer, ...]
         for node in nodes
         for tensor in (ir.only_tensor(node),)
     )
-
-
-def _kept_roots(
-    module: fx.GraphModule, storage: ir.StorageMap, state: Sequence[SymbolicBuffer]
-) -> dict[ir.Root, SymbolicBuffer]:
-    """Storages of results that are written where state is."""
-    found: dict[ir.Root, SymbolicBuffer] = {}
-    results = module.graph.output_node().args[0]
-    for place, buffer in zip(STATE.of(module).places, state, strict=False):
-        if place.output is not None:
-            root = storage.root(results[place.output])  # type: ignore[index, arg-type]
-            assert root is not None
-            found[root] = buffer
-    return found
 
 
 def _given(module: fx.GraphModule, positions: int) -> tuple[SymbolicBuffer, ...]:

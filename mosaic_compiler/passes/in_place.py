@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import sympy
 import torch
@@ -14,7 +14,7 @@ from mosaic_compiler import book, ir
 from mosaic_compiler.book import inplace_twin, native_out
 from mosaic_compiler.ir.clusters import cluster_of, set_cluster
 from mosaic_compiler.ir.loops import rewrite_bodies
-from mosaic_compiler.ir.notes import STATE
+from mosaic_compiler.ir.notes import kept_roots
 from mosaic_compiler.passes.base import Pass
 
 
@@ -77,7 +77,7 @@ class _Rewriter:
         self.order = {node: index for index, node in enumerate(graph.nodes)}
         self.storage = ir.StorageMap(graph)
         self.escaping = ir.escaping_roots(graph, self.storage)
-        self.kept = kept_roots(module, self.storage) if results_may_move else set()
+        self.kept = kept_roots(module, self.storage) if results_may_move else {}
         self.last_read: dict[ir.Root, int] = {}
         for node in graph.nodes:
             for operand in node.all_input_nodes:
@@ -158,13 +158,6 @@ class _Rewriter:
             twin = inplace_twin(node.target)
             assert twin is not None
             node.target = twin
-
-
-def kept_roots(module: fx.GraphModule, storage: ir.StorageMap) -> set[ir.Root | None]:
-    """Storages of results that are written where state is (see ``ir/notes.py``)."""
-    results: Any = module.graph.output_node().args[0]
-    outputs = [place.output for place in STATE.of(module).places if place.output is not None]
-    return {storage.root(results[output]) for output in outputs}
 
 
 def covers_root(tensor: torch.Tensor, root: ir.Root) -> bool:

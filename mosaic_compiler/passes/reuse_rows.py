@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -10,8 +11,9 @@ from torch import fx
 from mosaic_compiler import book, ir
 from mosaic_compiler.ir.clusters import cluster_of
 from mosaic_compiler.ir.loops import ChunkLoop, LoopOutput, loop_of, set_loop
+from mosaic_compiler.ir.notes import kept_roots
 from mosaic_compiler.passes.base import Pass
-from mosaic_compiler.passes.in_place import covers_root, kept_roots
+from mosaic_compiler.passes.in_place import covers_root
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class ReuseRowsPass(Pass):
 
 
 def _placed(
-    node: fx.Node, loop: ChunkLoop, storage: ir.StorageMap, kept: set[ir.Root | None]
+    node: fx.Node, loop: ChunkLoop, storage: ir.StorageMap, kept: Collection[ir.Root | None]
 ) -> tuple[LoopOutput, ...]:
     """The loop's outputs, each in the memory of an operand where that is legal; what is kept goes where state is."""
     outputs = list(loop.outputs)

@@ -64,7 +64,7 @@ class Labels:
         return self._edges[node]
 
     def _find_edges(self, node: fx.Node) -> list[tuple[fx.Node, Edge, Layout | None]]:
-        if not _has_tensors(node):  # a size can be had without the value
+        if not reads_values(node):
             return [(operand, Edge.OUTER, None) for operand in node.all_input_nodes]
         if node.target is operator.getitem and node in self.of:
             source = node.args[0]
@@ -91,8 +91,9 @@ class Labels:
         return layouts[0] if len(layouts) == 1 else None
 
 
-def _has_tensors(node: fx.Node) -> bool:
-    return node.op == "output" or any(tensor is not None for tensor in ir.tensors_of(node))
+def reads_values(node: fx.Node) -> bool:
+    """It needs the values of its operands: a size can be had without."""
+    return node.op == "output" or ir.has_tensors(node)
 
 
 def needs(labels: Labels, node: fx.Node) -> list[tuple[fx.Node, Layout | None]] | None:
@@ -121,7 +122,7 @@ def find_labels(graph: fx.Graph) -> Labels:
         if node.op == "call_function"
         and node not in labels.of
         and any(operand in labels.of for operand in node.all_input_nodes)
-        and any(tensor is not None for tensor in ir.tensors_of(node))
+        and ir.has_tensors(node)
     ]
     return labels
 
@@ -277,7 +278,7 @@ def _number_stages(graph: fx.Graph, labels: Labels) -> None:
     for node in reversed(list(graph.nodes)):
         bounds = []
         for user in node.users:
-            if user.op != "output" and _has_tensors(user):
+            if user.op != "output" and ir.has_tensors(user):
                 kinds = [kind for operand, kind, _ in edges[user] if operand is node]
                 bounds.append(late[user] - (Edge.FULL in kinds))
         late[node] = min(bounds, default=early[node])

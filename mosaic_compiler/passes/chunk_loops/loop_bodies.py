@@ -88,7 +88,7 @@ class BodyFactory:
             queue = iter(contents.sources[node])
 
             def named(operand: fx.Node) -> Any:
-                if not any(tensor is not None for tensor in ir.tensors_of(operand)):
+                if not ir.has_tensors(operand):
                     return "size", ir.expr_of(ir.value_of(operand))
                 source = next(queue)
                 return index[source] if isinstance(source, fx.Node) else ("operand", operands[source])

@@ -196,23 +196,16 @@ class Compactor(Emitter):
         column = self.emit(aten.remainder.Scalar, index, inner)
         order = [layout.index(0), layout.index(1)]
         order += [dim for dim in ir.memory_order(ir.only_tensor(source)) if dim not in order]
-        in_front = order == list(range(len(layout)))
-        front = source if in_front else self.emit(aten.permute.default, source, order)
-        picked = self.emit(aten.index.Tensor, front, [row, column])  # [M, features...]
+        picked = self.emit(aten.index.Tensor, self.permuted(source, order), [row, column])  # [M, features...]
         picked = self.emit(aten.unsqueeze.default, picked, 0)  # [1, M, features...]
-        if in_front:
-            return picked
-        return self.emit(aten.permute.default, picked, [order.index(dim) for dim in range(len(layout))])
+        return self.permuted(picked, [order.index(dim) for dim in range(len(layout))])
 
     def _select_rows(self, source: fx.Node, dim: int, index: fx.Node) -> fx.Node:
         """``index_select`` that keeps the order of dims in memory, so that whole rows are copied and the
         views behind it stay views."""
         order = ir.memory_order(ir.only_tensor(source))
-        if order == list(range(len(order))):
-            return self.emit(aten.index_select.default, source, dim, index)
-        front = self.emit(aten.permute.default, source, order)
-        picked = self.emit(aten.index_select.default, front, order.index(dim), index)
-        return self.emit(aten.permute.default, picked, [order.index(d) for d in range(len(order))])
+        picked = self.emit(aten.index_select.default, self.permuted(source, order), order.index(dim), index)
+        return self.permuted(picked, [order.index(d) for d in range(len(order))])
 
     # -------------------------------------------------------------------------------------- exits
     def _rewrite_exit(self, node: fx.Node) -> None:

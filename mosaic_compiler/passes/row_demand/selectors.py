@@ -17,36 +17,33 @@ from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.book import Space, rows
-from mosaic_compiler.ir.emitter import Emitter
-from mosaic_compiler.ir.sizes import size_sources
+from mosaic_compiler.ir.emitter import SizeEmitter
 from mosaic_compiler.passes.row_demand.demands import Condition, Demands, Segment
 from mosaic_compiler.passes.row_demand.moves import movement_base, movement_steps, row_index
 
 aten = torch.ops.aten
 
 
-class Selectors(Emitter):
+class Selectors(SizeEmitter):
     """Emits row numbers for the segments of a graph's demands, at its front."""
 
     def __init__(self, module: fx.GraphModule, demands: Demands) -> None:
         super().__init__(module)
         self.demands = demands
-        self._sources = size_sources(module.graph)
-        self._sizes: dict[sympy.Expr, Any] = {}
         self._indices: dict[tuple[Segment, ...], fx.Node] = {}
         self._counts: dict[tuple[Segment, ...], fx.Node] = {}
         self._masks: dict[Any, fx.Node] = {}
         self._grids: dict[Segment, fx.Node] = {}
         self._positions: dict[fx.Node, fx.Node | None] = {}
         self._found: list[fx.Node] = []
-        self._front = self._hoist()
+        self.front = self._hoist()
 
     # ---------------------------------------------------------------------------------- interface
     def index(self, segments: Sequence[Segment]) -> fx.Node:
         """int64 [M]: the flattened row numbers of the segments, one after the other."""
         key = tuple(segments)
         if key not in self._indices:
-            with self.graph.inserting_before(self._front):
+            with self.graph.inserting_before(self.front):
                 if len(key) > 1:
                     self._indices[key] = self.emit(aten.cat.default, [self.index([s]) for s in key])
                 elif key[0].move is None:
@@ -60,7 +57,7 @@ class Selectors(Emitter):
         key = tuple(segments)
         if key not in self._counts:
             index = self.index(key)
-            with self.graph.inserting_before(self._front):
+            with self.graph.inserting_before(self.front):
                 self._counts[key] = self.emit(aten.sym_size.int, index, 0)
         return self._counts[key]
 
@@ -84,27 +81,11 @@ class Selectors(Emitter):
             conditions = self.demands.conditions[space]
             own = next(c for c in conditions if len(c) == 1 and next(iter(c)).mask is mask and next(iter(c)).positive)
             index = self.index([Segment(space)])
-            with self.graph.inserting_before(self._front):
+            with self.graph.inserting_before(self.front):
                 chosen = self._conjunction(own, space)
                 inside = self.emit(aten.index_select.default, chosen, 0, index)
                 self._positions[mask] = None if conditions == {own} else self._nonzero(inside)
         return self._positions[mask]
-
-    def size(self, expr: sympy.Expr) -> Any:
-        """A size as an argument: an int, or a node that reads it off the inputs."""
-        expr = sympy.sympify(expr)
-        if expr.is_Integer:
-            return int(expr)
-        if expr not in self._sizes:
-            with self.graph.inserting_before(self._front):
-                self._sizes[expr] = self._emit_size(expr)
-        return self._sizes[expr]
-
-    def _emit_size(self, expr: sympy.Expr) -> fx.Node:
-        if expr in self._sources:
-            node, dim = self._sources[expr]
-            return node if dim is None else self.emit(aten.sym_size.int, node, dim)
-        return self.combined(expr, self.size)
 
     # ---------------------------------------------------------------------------------- hoisting
     def _hoist(self) -> fx.Node:

@@ -21,7 +21,7 @@ from torch import fx
 
 from mosaic_compiler import book, ir
 from mosaic_compiler.book import FLAT, Space, rows
-from mosaic_compiler.passes.chunk_loops.labels import Edge, Labels, find_labels
+from mosaic_compiler.passes.chunk_loops.labels import Edge, Labels, find_labels, reads_values
 from mosaic_compiler.passes.row_demand.demands import passes_rows_on
 from mosaic_compiler.passes.row_demand.moves import movement_base
 
@@ -115,8 +115,8 @@ def _split(graph: fx.Graph, labels: Labels, space: Space) -> tuple[set[fx.Node],
                 dear.add(node)
             continue
         reads = [o for o, kind, _ in labels.edges(node) if o in picked or (o in dear and kind is not Edge.OUTER)]
-        if (late is None and not reads) or not _has_tensors(node):
-            continue  # whoever only asks for a size needs no value
+        if (late is None and not reads) or not reads_values(node):
+            continue
         is_pick = movement_base(node) in dear | picked  # it takes whole rows of one of them
         if late is None and (is_pick or all(o in picked and _keeps_rows(node, o) for o in reads)):
             picked.add(node)
@@ -139,10 +139,6 @@ def _in_front_of_products(graph: fx.Graph) -> set[fx.Node]:
         if book.entry(node).is_heavy or node in found:
             found.update((node, *node.all_input_nodes))
     return found
-
-
-def _has_tensors(node: fx.Node) -> bool:
-    return node.op == "output" or any(tensor is not None for tensor in ir.tensors_of(node))
 
 
 def _has_rows(labels: Labels, value: fx.Node, space: Space) -> bool:

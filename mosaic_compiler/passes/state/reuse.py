@@ -14,12 +14,11 @@ from mosaic_compiler import book, ir
 from mosaic_compiler.book import FLAT, Layout, rows
 from mosaic_compiler.compat.symbols import new_number
 from mosaic_compiler.ir import ops
-from mosaic_compiler.ir.emitter import Emitter
+from mosaic_compiler.ir.emitter import SizeEmitter
 from mosaic_compiler.ir.notes import STATE, StatePlace
-from mosaic_compiler.ir.sizes import size_sources
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.base import Machine
-from mosaic_compiler.passes.chunk_loops.labels import Edge
+from mosaic_compiler.passes.chunk_loops.labels import Edge, reads_values
 from mosaic_compiler.passes.state.cut import Cut, find_cut
 from mosaic_compiler.passes.state.keep import add_state, note_state
 
@@ -75,17 +74,14 @@ class ReuseStatePass:
         return cls()
 
 
-class _Rewriter(Emitter):
+class _Rewriter(SizeEmitter):
     def __init__(self, module: fx.GraphModule, cut: Cut) -> None:
         super().__init__(module)
         self.module, self.cut, self.labels, self.space = module, cut, cut.labels, cut.space
         self.kept_as = dict(cut.kept_as)
         self.order = list(self.graph.nodes)
-        self._front = next(node for node in self.order if node.op != "placeholder")
-        self._sources = size_sources(self.graph)
-        self._sizes: dict[sympy.Expr, Any] = {}
         self._computed: dict[fx.Node, fx.Node] = {}
-        self._state: dict[fx.Node, fx.Node] = {}
+        self._kept: dict[fx.Node, fx.Node] = {}
         self._whole: dict[fx.Node, fx.Node] = {}
         self._gathered: dict[tuple[fx.Node, Layout, Layout], fx.Node] = {}
         self._all_rows: dict[fx.Node, fx.Node] = {}
@@ -99,7 +95,7 @@ class _Rewriter(Emitter):
                 with self.graph.inserting_before(node.next):
                     self._computed[node] = self._compute(node)
                     if node in self._states:
-                        self._state[node] = self._replace_rows(node)
+                        self._kept[node] = self._replace_rows(node)
             elif node.op == "call_function" or node.op == "output":
                 with self.graph.inserting_before(node):
                     self._read_all_rows(node)
@@ -111,7 +107,7 @@ class _Rewriter(Emitter):
         placeholders = self.graph.find_nodes(op="placeholder")
         entries = self.space[0] if len(self.space) > 1 else sympy.Integer(1)
         _, count = new_number(self.mode.shape_env, "computed_rows", _HINT)
-        number = ir.argument_value(self._size(entries))
+        number = ir.argument_value(self.size(entries))
         with self.mode, self.graph.inserting_after(placeholders[-1]):
             self._given = self.graph.placeholder("computed_rows")
             device = ir.main_device_of(self.module)
@@ -123,13 +119,13 @@ class _Rewriter(Emitter):
             index = add_state(self, value, len(self._places))
             self._states[value] = self.graph.find_nodes(op="placeholder")[index]
             self._places.append(StatePlace(index, None))
-        with self.graph.inserting_before(self._front):
+        with self.graph.inserting_before(self.front):
             self._count = self.emit(aten.sym_size.int, self._given, 1)
             if len(self.space) == 1:
                 self._flat = self._among_all = self.emit(aten.view.default, self._given, [self._count])
                 self._flat_count = self._count
                 return
-            length, many = self._size(self.space[1]), self._size(self.space[0])
+            length, many = self.size(self.space[1]), self.size(self.space[0])
             first = self.emit(aten.arange.default, many, device=device, pin_memory=False)
             self._entry_numbers = self.emit(aten.unsqueeze.default, first, 1)
             starts = self.emit(aten.mul.Tensor, self._entry_numbers, length)
@@ -137,22 +133,6 @@ class _Rewriter(Emitter):
             self._flat_count = self.arithmetic(operator.mul, many, self._count)
             self._flat = self.emit(aten.view.default, self._among_all, [self._flat_count])
             self._flat_positions = self.emit(aten.reshape.default, self._given, [self._flat_count])
-
-    def _size(self, expr: sympy.Expr) -> Any:
-        """A size as an argument: an int, or a node that reads it off the inputs."""
-        expr = sympy.sympify(expr)
-        if expr.is_Integer:
-            return int(expr)
-        if expr not in self._sizes:
-            self._sizes[expr] = self._emit_size(expr)
-        return self._sizes[expr]
-
-    def _emit_size(self, expr: sympy.Expr) -> fx.Node:
-        with self.graph.inserting_before(self._front):
-            if expr in self._sources:
-                node, dim = self._sources[expr]
-                return node if dim is None else self.emit(aten.sym_size.int, node, dim)
-            return self.combined(expr, self._size)
 
     # ------------------------------------------------------------------------------ computed rows
     def _compute(self, node: fx.Node) -> fx.Node:
@@ -163,7 +143,7 @@ class _Rewriter(Emitter):
         queue = iter(self.labels.edges(node))
 
         def replace_operand(operand: fx.Node) -> Any:
-            if not any(tensor is not None for tensor in ir.tensors_of(operand)):
+            if not ir.has_tensors(operand):
                 return operand
             found, kind, layout = next(queue)
             assert found is operand
@@ -198,7 +178,7 @@ class _Rewriter(Emitter):
         layout = self.labels.layout(node)
         count = self._flat_count if self._is_flat(layout) else self._count
         return [
-            count if label in (FLAT, len(self.space) - 1) else self._size(ir.expr_of(size))
+            count if label in (FLAT, len(self.space) - 1) else self.size(ir.expr_of(size))
             for label, size in zip(layout, rows.shape_of(node), strict=True)
         ]
 
@@ -206,26 +186,24 @@ class _Rewriter(Emitter):
         """Rows of a value that has positions only, as a reader with batch entries wants them: each entry has rows of
         its own, so the dim of the entries, where it had 1, has all of them."""
         theirs = self.labels.layout(reader)
-        if len(self.space) == 1 or not self._is_flat(layout) or FLAT in layout or 0 not in theirs:
-            return computed
-        if FLAT in theirs:
+        has_positions_only = len(self.space) > 1 and FLAT not in layout and 0 not in layout
+        if not has_positions_only or FLAT in theirs or 0 not in theirs:
             return computed
         return self._by_entry(computed, layout.index(1), theirs)
 
     def _by_entry(self, flat: fx.Node, dim: int, theirs: Layout) -> fx.Node:
         """[.., E * C, ..] -> [E, .., C, ..], as it is broadcast to a reader's layout (aligned at the last dim)."""
         sizes: list[Any] = [
-            self._size(ir.expr_of(size)) if d != dim else None for d, size in enumerate(rows.shape_of(flat))
+            self.size(ir.expr_of(size)) if d != dim else None for d, size in enumerate(rows.shape_of(flat))
         ]
-        entries, at, skip = self._size(self.space[0]), theirs.index(0), len(theirs) - len(sizes)
+        entries, at, skip = self.size(self.space[0]), theirs.index(0), len(theirs) - len(sizes)
         split = self.emit(aten.reshape.default, flat, [*sizes[:dim], entries, self._count, *sizes[dim + 1 :]])
-        front = self.emit(aten.permute.default, split, [dim, *(d for d in range(len(sizes) + 1) if d != dim)])
+        front = self.permuted(split, [dim, *(d for d in range(len(sizes) + 1) if d != dim)])
         sizes[dim] = self._count
         wide = [1] * skip + sizes
         del wide[at]  # it had 1 there
         moved = self.emit(aten.reshape.default, front, [entries, *wide])
-        order = [*range(1, at + 1), 0, *range(at + 1, len(theirs))]
-        return moved if not at else self.emit(aten.permute.default, moved, order)
+        return self.permuted(moved, [*range(1, at + 1), 0, *range(at + 1, len(theirs))])
 
     # -------------------------------------------------------------------------------- whole values
     def _in_full(self, operand: fx.Node) -> fx.Node:
@@ -234,7 +212,7 @@ class _Rewriter(Emitter):
             return operand
         value = self.kept_as[operand]
         if operand is value:
-            return self._state[value]
+            return self._kept[value]
         if operand not in self._whole:
             source = next(o for o, kind, _ in self.labels.edges(operand) if kind is Edge.ROW)
             self.kept_as.setdefault(source, value)
@@ -249,14 +227,16 @@ class _Rewriter(Emitter):
         if len(self.space) == 1 or FLAT in layout:
             dim = layout.index(FLAT if FLAT in layout else 0)
             return self.emit(aten.index_copy_.default, state, dim, self._flat, computed)
-        order = [layout.index(0), layout.index(1)]
-        order += [dim for dim in range(len(layout)) if dim not in order]
-        back = [order.index(dim) for dim in range(len(layout))]
-        in_front = order == back == list(range(len(order)))
-        target = state if in_front else self.emit(aten.permute.default, state, order)
-        new = computed if in_front else self.emit(aten.permute.default, computed, order)
+        order, back = self._rows_first(layout)
+        target, new = self.permuted(state, order), self.permuted(computed, order)
         written = self.emit(aten.index_put_.default, target, [self._entry_numbers, self._given], new)
-        return written if in_front else self.emit(aten.permute.default, written, back)
+        return self.permuted(written, back)
+
+    def _rows_first(self, layout: Layout) -> tuple[list[int], list[int]]:
+        """The order of dims with those of rows in front, and the one that leads back."""
+        order = [layout.index(label) for label in (FLAT, *range(len(self.space))) if label in layout]
+        order += [dim for dim in range(len(layout)) if dim not in order]
+        return order, [order.index(dim) for dim in range(len(layout))]
 
     # ------------------------------------------------------------------------------------- gathers
     def _gather(self, source: fx.Node, layout: Layout, reader: fx.Node) -> fx.Node:
@@ -276,25 +256,21 @@ class _Rewriter(Emitter):
             dim = layout.index(1)
             picked = self.emit(aten.index_select.default, source, dim, self._flat_positions)
             return self._by_entry(picked, dim, theirs) if 0 in theirs else picked
-        order = [layout.index(0), layout.index(1)]
-        order += [dim for dim in range(len(layout)) if dim not in order]
-        back = [order.index(dim) for dim in range(len(layout))]
-        in_front = order == list(range(len(order)))
-        front = source if in_front else self.emit(aten.permute.default, source, order)
-        picked = self.emit(aten.index.Tensor, front, [self._entry_numbers, self._given])  # [E, C, ...]
-        return picked if in_front else self.emit(aten.permute.default, picked, back)
+        order, back = self._rows_first(layout)
+        front = self.permuted(source, order)
+        return self.permuted(
+            self.emit(aten.index.Tensor, front, [self._entry_numbers, self._given]), back
+        )  # [E, C, ..]
 
     # --------------------------------------------------------------------------------- all rows
     def _read_all_rows(self, node: fx.Node) -> None:
         """A reader of all rows of a dear value reads the computed ones, put where they belong."""
 
         def replace_operand(operand: fx.Node) -> fx.Node:
-            if operand not in self.cut.dear or not any(t is not None for t in ir.tensors_of(operand)):
-                return operand
-            if not _has_tensors(node):
-                return operand
-            return self._put_back(operand)
+            return self._put_back(operand) if operand in self.cut.dear and ir.has_tensors(operand) else operand
 
+        if not reads_values(node):
+            return
         node.args = fx.node.map_arg(node.args, replace_operand)
         node.kwargs = fx.node.map_arg(node.kwargs, replace_operand)
 
@@ -302,21 +278,13 @@ class _Rewriter(Emitter):
         if operand not in self._all_rows:
             self.origin = operand
             layout, computed = self.labels.layout(operand), self._computed[operand]
-            order = [layout.index(label) for label in (FLAT, *range(len(self.space))) if label in layout]
-            order += [dim for dim in range(len(layout)) if dim not in order]
-            in_front = order == list(range(len(order)))
-            front = computed if in_front else self.emit(aten.permute.default, computed, order)
+            order, back = self._rows_first(layout)
             lead = 2 if len(self.space) > 1 and FLAT not in layout else 1
-            features = [self._size(ir.expr_of(rows.shape_of(operand)[dim])) for dim in order[lead:]]
-            entries = [self._size(size) for size in self.space[:-1]]
-            split = self.emit(aten.reshape.default, front, [*entries, self._count, *features])
-            put = self.emit(ops.put_rows, split, self._among_all, self._size(sympy.prod(self.space)))
-            sizes = [self._size(ir.expr_of(rows.shape_of(operand)[dim])) for dim in order]
+            features = [self.size(ir.expr_of(rows.shape_of(operand)[dim])) for dim in order[lead:]]
+            entries = [self.size(size) for size in self.space[:-1]]
+            split = self.emit(aten.reshape.default, self.permuted(computed, order), [*entries, self._count, *features])
+            put = self.emit(ops.put_rows, split, self._among_all, self.size(sympy.prod(self.space)))
+            sizes = [self.size(ir.expr_of(rows.shape_of(operand)[dim])) for dim in order]
             full = put if lead == 1 else self.emit(aten.view.default, put, sizes)
-            back = [order.index(dim) for dim in range(len(order))]
-            self._all_rows[operand] = full if in_front else self.emit(aten.permute.default, full, back)
+            self._all_rows[operand] = self.permuted(full, back)
         return self._all_rows[operand]
-
-
-def _has_tensors(node: fx.Node) -> bool:
-    return node.op == "output" or any(tensor is not None for tensor in ir.tensors_of(node))
