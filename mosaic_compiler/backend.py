@@ -33,9 +33,9 @@ from mosaic_compiler.passes.canonicalize import CanonicalizePass
 from mosaic_compiler.passes.needed_rows import NeededRowsPass, settle_sizes, token_ids_of
 from mosaic_compiler.passes.pipeline import make_family, run_passes
 from mosaic_compiler.passes.state import Cut, KeepStatePass, ReuseStatePass, find_cut, inputs_of
+from mosaic_compiler.runtime.kinds import Kinds
 from mosaic_compiler.runtime.observers import Observers
 from mosaic_compiler.runtime.sparse import page_bytes
-from mosaic_compiler.runtime.state import Kinds
 from mosaic_compiler.runtime.step import CompiledStep
 from mosaic_compiler.settings import read_settings
 from mosaic_compiler.true_masks import drop_true_masks

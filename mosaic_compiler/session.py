@@ -19,7 +19,7 @@ from mosaic_compiler.planning.budget import parse_budget
 from mosaic_compiler.planning.plan import MemoryPlan
 from mosaic_compiler.runtime.engine import Step, running, within_budget
 from mosaic_compiler.runtime.rows import rows_of
-from mosaic_compiler.runtime.state import Store, stepping
+from mosaic_compiler.runtime.store import Store, stepping
 
 lookup_backend("mosaic")
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from mosaic_compiler.planning.caches import Policy, Refresh
-from mosaic_compiler.runtime.engine import Step
-from mosaic_compiler.runtime.rows import numbers_in
-from mosaic_compiler.runtime.state import Block, Kinds
+from mosaic_compiler.runtime.kinds import Kinds
+from mosaic_compiler.runtime.rows import numbers_in, with_rows_before
+from mosaic_compiler.runtime.state import Block
 
 
 class Automatic:
@@ -27,9 +27,6 @@ class Automatic:
         policy, refresh: which rows are computed, and when all are.
         mask: id of the mask token.
         shifted: what is in a row is read from the one before.
-
-    Attributes:
-        counts: calls of each kind.
     """
 
     def __init__(self, policy: Policy, refresh: Refresh, mask: int, *, shifted: bool) -> None:
@@ -38,23 +35,20 @@ class Automatic:
         self._ids: Tensor | None = None
         self._since: int | None = None
         self._lock = threading.RLock()
-        self.counts = {"full": 0, "reuse": 0}
 
-    def run(self, step: Step, kinds: Kinds, inputs: Sequence[Any]) -> list[Any]:
+    def run(self, kinds: Kinds, inputs: Sequence[Any]) -> list[Any]:
         """Run the kind of step that is due."""
         assert kinds.ids is not None
         with self._lock:
             if self._block is None:
                 self._block = Block(kinds)
             ids = inputs[kinds.ids]
-            rows = self._rows(ids) if self._block.fits(inputs) else None
+            rows = None if self._block.problem(inputs) else self._rows(ids)
             self._ids, since, self._since = None, self._since, None  # should this step fail, the next one is a full one
             if rows is None or self._refresh.is_due(since, begins_block=False):
                 results, since = self._block.keep(inputs), 0
-                self.counts["full"] += 1
             else:
                 results, since = self._block.run_rows(inputs, rows), (since or 0) + 1
-                self.counts["reuse"] += 1
             self._ids, self._since = ids.clone(), since
             return results
 
@@ -66,16 +60,9 @@ class Automatic:
         changed, masked = ids != last, ids == self._mask
         wanted = masked | changed
         if self._shifted:
-            wanted[:, :-1] |= wanted[:, 1:].clone()
+            wanted = with_rows_before(wanted)
         is_other = (changed & ~masked & (last != self._mask)).any()
         most, other = torch.stack([wanted.sum(1).max(), is_other.to(torch.int64)]).tolist()
         if other:
             return None
         return numbers_in(wanted, most) if most else torch.zeros_like(ids[:, :1])
-
-    def release(self) -> None:
-        """Give the memory back; the next call is a full step."""
-        with self._lock:
-            if self._block is not None:
-                self._block.release()
-            self._block = self._ids = self._since = None

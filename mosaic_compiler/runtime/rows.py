@@ -56,3 +56,10 @@ def numbers_in(mask: Tensor, most: int) -> Tensor:
     last = mask.sum(1, keepdim=True).sub(1).clamp(min=0)
     places = torch.minimum(torch.arange(most, device=mask.device).expand_as(order), last)
     return order.gather(1, places)
+
+
+def with_rows_before(mask: Tensor) -> Tensor:
+    """Rows [B, N], and those right before them: where what is in a row is read from the one before."""
+    wider = mask.clone()
+    wider[:, :-1] |= mask[:, 1:]
+    return wider

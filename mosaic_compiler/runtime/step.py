@@ -33,10 +33,11 @@ from mosaic_compiler.runtime.devices import check_machine
 from mosaic_compiler.runtime.engine import running, within_budget
 from mosaic_compiler.runtime.fallbacks import find_fallbacks, uncomputed_rows, unmet_options
 from mosaic_compiler.runtime.instructions import GUARD
+from mosaic_compiler.runtime.kinds import Kinds
 from mosaic_compiler.runtime.link import LinkedStep
 from mosaic_compiler.runtime.program import Program
 from mosaic_compiler.runtime.programs import Variant
-from mosaic_compiler.runtime.state import Kinds, Stateful
+from mosaic_compiler.runtime.store import Stateful
 from mosaic_compiler.runtime.symbols import hints_of, meanings_of, selected_in, symbol_readings
 
 logger = logging.getLogger("mosaic_compiler")
@@ -135,7 +136,7 @@ class CompiledStep(Stateful):
                 self.options.cache,
                 self.options.cache_refresh,
             )
-        return self.automatic.run(self, kinds, inputs)
+        return self.automatic.run(kinds, inputs)
 
     @property
     def fallbacks(self) -> tuple[Fallback, ...]:

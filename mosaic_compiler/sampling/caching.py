@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mosaic_compiler.planning.caches import Policy, Refresh
-from mosaic_compiler.runtime.rows import numbers_in
+from mosaic_compiler.runtime.rows import numbers_in, with_rows_before
 from mosaic_compiler.sampling.samplers import Wanted
 
 
@@ -32,7 +32,7 @@ class Schedule:
 
         Args:
             ids: int64 [B, N].
-            needed: bool [B, N], rows that proposals are made of.
+            needed: int64 [M], rows that proposals are made of, numbered through all sequences.
 
         Returns:
             ``full`` and ``None``, or ``reuse`` and int64 [B, R].
@@ -40,8 +40,9 @@ class Schedule:
         if not self._policy.is_kept or self._refresh.is_due(self._since, wanted.block != self._block):
             kind, rows = "full", None
         else:
-            wanted_rows = self._rows(ids, wanted.block) | needed
-            kind, rows = "reuse", numbers_in(wanted_rows, max(int(wanted_rows.sum(1).max()), 1))
+            computed = self._rows(ids, wanted.block)
+            computed.view(-1)[needed] = True
+            kind, rows = "reuse", numbers_in(computed, max(int(computed.sum(1).max()), 1))
         self._since = 0 if kind == "full" else (self._since or 0) + 1
         self._block, self._last = wanted.block, ids
         self.counts[kind] += 1
@@ -65,6 +66,4 @@ class Schedule:
             rows |= ids == self._mask
         if policy.takes_changed and self._last is not None:
             rows |= ids != self._last
-        if self._shifted:  # what is in a row is read from the one before
-            rows[:, :-1] |= rows[:, 1:].clone()
-        return rows
+        return with_rows_before(rows) if self._shifted else rows

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mosaic_compiler.planning.caches import Policy, Refresh
 from mosaic_compiler.planning.plan import Fallback, MemoryPlan
 from mosaic_compiler.planning.room import capacity, serves
-from mosaic_compiler.runtime.state import MissingStateError, Store, stepping
+from mosaic_compiler.runtime.store import MissingStateError, Store, stepping
 from mosaic_compiler.sampling import noise
 from mosaic_compiler.sampling.caching import Schedule
 from mosaic_compiler.sampling.calls import call_for
@@ -119,9 +119,7 @@ class Run:
 
     def _propose(self, wanted: Wanted, rows: Tensor, arguments: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """A step of the kind that is due; ``rows`` (flat) are those that proposals are made of."""
-        needed = torch.zeros(self.ids.numel(), dtype=torch.bool, device=self.ids.device)
-        needed[rows] = True
-        kind, computed = self.schedule.next(self.ids, wanted, needed.view_as(self.ids))
+        kind, computed = self.schedule.next(self.ids, wanted, rows)
         if self._store is None:
             return self._proposer(*arguments)
         try:

@@ -1,0 +1,156 @@
+"""The state of a session: a block for each graph that it runs.
+
+Compiled steps are called as ever, by a model's own code.  While a session says so (:func:`stepping`), a call runs the
+kind of step that is asked for: for all rows, keeping state, or for some rows, with state.
+"""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from mosaic_compiler.errors import StateError
+from mosaic_compiler.runtime.engine import Step
+from mosaic_compiler.runtime.kinds import Kinds
+from mosaic_compiler.runtime.state import Block
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class MissingStateError(StateError):
+    """A graph is to use state, and has not run for all rows yet: it was compiled just now."""
+
+
+class Stateful(Step, ABC):
+    """A step that has kinds (see :class:`Kinds`)."""
+
+    @property
+    @abstractmethod
+    def kinds(self) -> Kinds:
+        """Made when they are first asked for."""
+
+    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
+        store = _store.get()
+        return self.run_alone(inputs) if store is None else store.run(self, inputs)
+
+    def run_alone(self, inputs: Sequence[Any]) -> list[Any]:
+        """A call outside of sessions."""
+        return Step.__call__(self, inputs)
+
+
+class Store:
+    """The state of one session: a block for each graph that it runs.
+
+    Attributes:
+        kind: what the next steps are: ``full`` or ``reuse``.
+        shape: of the token ids.
+        rows: int64 [B, R], which rows they compute.
+        ran: kinds of the graphs that ran in the last call.
+    """
+
+    def __init__(self) -> None:
+        self.kind = "full"
+        self.shape = (1, 1)
+        self.rows: Tensor | None = None
+        self.ran: list[Kinds] = []
+        self._blocks: weakref.WeakKeyDictionary[Step, Block] = weakref.WeakKeyDictionary()
+        self._used: set[Step] = set()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of state."""
+        return sum(block.nbytes for block in self._blocks.values())
+
+    def run(self, step: Stateful, inputs: Sequence[Any]) -> list[Any]:
+        """Run the kind of step that is asked for.
+
+        A graph that keeps nothing runs for some rows, where they are rows of its own, or as it is.
+        """
+        kinds = step.kinds
+        self.ran.append(kinds)
+        is_for_rows = kinds.has_rows_of(inputs, self.shape)
+        if not kinds.keeps:
+            if kinds.problem and kinds.is_heavy:
+                raise StateError(f"this step cannot keep state: {kinds.problem}")
+            if self.kind == "full" or not is_for_rows:
+                return Step.__call__(step, inputs)
+            assert self.rows is not None
+            assert kinds.reuse is not None
+            return Step.__call__(kinds.reuse, [*inputs, kinds.rows_for_entries(self.rows, inputs)])
+        if not is_for_rows:
+            raise StateError("rows of this step are not those of its token ids, so it cannot be told which to compute")
+        block = self._blocks.get(step)
+        if block is None and self.kind != "full":
+            block = self._adopted(step, kinds, inputs)
+        if block is None:
+            if self.kind != "full":
+                raise MissingStateError(
+                    "there is no state of this graph, which was compiled for these inputs just now: call full() first"
+                )
+            block = self._blocks[step] = Block(kinds)
+        self._used.add(step)
+        if self.kind == "full":
+            return block.keep(inputs)
+        assert self.rows is not None
+        return block.run_rows(inputs, self.rows)
+
+    def _adopted(self, step: Step, kinds: Kinds, inputs: Sequence[Any]) -> Block | None:
+        """State of another graph that is just what this one needs."""
+        made = Block(kinds)
+        for other, block in list(self._blocks.items()):
+            if made.adopt(block, inputs):
+                del self._blocks[other]
+                self._blocks[step] = made
+                return made
+        return None
+
+    def check_kept(self) -> None:
+        """Raise :class:`StateError` if nothing of what was called in this step could be kept."""
+        if not any(kinds.keeps for kinds in self.ran):
+            problems = [kinds.why for kinds in self.ran if kinds.is_heavy]
+            reason = problems[0] if problems else "nothing of it was compiled"
+            raise StateError(f"this function keeps no state: {reason}")
+
+    def begin(self, kind: str, shape: tuple[int, int], rows: Tensor | None) -> None:
+        """A step of this kind begins."""
+        self.kind, self.shape, self.rows, self.ran, self._used = kind, shape, rows, [], set()
+
+    def end(self) -> None:
+        """The step is done: state of graphs that had no part in a full one is of other ids."""
+        for step in [step for step in self._blocks if self.kind == "full" and step not in self._used]:
+            self._blocks.pop(step).release()
+        self._used = set()
+
+    def invalidate(self) -> None:
+        """Steps that use state are errors until it is kept again."""
+        for block in self._blocks.values():
+            block.is_valid = False
+
+    def release(self) -> None:
+        """Give all memory back."""
+        for block in self._blocks.values():
+            block.release()
+        self._blocks.clear()
+
+
+_store: ContextVar[Store | None] = ContextVar("state_store", default=None)
+
+
+@contextmanager
+def stepping(store: Store, kind: str, shape: tuple[int, int], rows: Tensor | None = None) -> Iterator[None]:
+    """Compiled steps that this thread calls inside of the ``with`` block are of this kind, with a session's state."""
+    store.begin(kind, shape, rows)
+    token = _store.set(store)
+    try:
+        yield
+        store.end()
+    except BaseException:
+        store.invalidate()  # some graphs may have run, and others not
+        raise
+    finally:
+        _store.reset(token)
