@@ -167,7 +167,16 @@ def _kinds_of(module: fx.GraphModule, options: MosaicOptions) -> Kinds:
     weights = tuple(i for i in inputs_of(cut.values) if i in STATIC_INPUTS.of(canonical))
     ids = token_ids_of(module)
     origins = tuple(f"{origin.module} {origin.source}" for origin in map(ir.provenance, cut.values))
-    return Kinds(full, reuse, (kept_at, replaced_at), cut.space, origins, "", kept.is_heavy, ids, weights)
+    return Kinds(
+        full,
+        reuse,
+        notes=(kept_at, replaced_at),
+        space=cut.space,
+        origins=origins,
+        is_heavy=kept.is_heavy,
+        ids=ids,
+        weights=weights,
+    )
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import mosaic_compiler
 from mosaic_compiler.settings import SWITCHES
 
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
@@ -27,6 +28,15 @@ def _fresh_dynamo(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv("MOSAIC_DISABLE", "fuse")
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def fresh_gpu() -> Iterator[None]:
+    """What a test leaves on the device is given back."""
+    yield
+    torch._dynamo.reset()
+    mosaic_compiler.release_memory()
+    torch.cuda.empty_cache()
 
 
 @pytest.fixture

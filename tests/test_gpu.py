@@ -24,6 +24,7 @@ from mosaic_compiler.sampling import DenoisingStep, block_window
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.fuse,
+    pytest.mark.usefixtures("fresh_gpu"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
@@ -33,14 +34,6 @@ ATTENTION = torch.ops.aten._scaled_dot_product_cudnn_attention.default
 
 def cuda():
     return torch.device("cuda", torch.cuda.current_device())
-
-
-@pytest.fixture(autouse=True)
-def _release():
-    yield
-    torch._dynamo.reset()
-    mosaic_compiler.release_memory()
-    torch.cuda.empty_cache()
 
 
 def model(dtype=torch.float32, kv_heads=4, seed=0):

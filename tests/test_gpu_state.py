@@ -19,18 +19,11 @@ from mosaic_compiler.runtime.pools import pool_for
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.fuse,
+    pytest.mark.usefixtures("fresh_gpu"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
 MiB = 1 << 20
-
-
-@pytest.fixture(autouse=True)
-def _release():
-    yield
-    torch._dynamo.reset()
-    mosaic_compiler.release_memory()
-    torch.cuda.empty_cache()
 
 
 def ids_of(tokens, seed=0):

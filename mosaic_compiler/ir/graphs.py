@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,16 +72,22 @@ def most_of(node: fx.Node) -> sympy.Expr:
     return sympy.prod([expr_of(size) for size in mask.shape], start=sympy.Integer(1))
 
 
-def prologue_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """What the nodes that bind a number of rows are computed from, and they themselves, in order."""
-    wanted: set[fx.Node] = set()
-    todo = [node for node in graph.nodes if BINDS in node.meta]
+def computed_from(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """What some nodes are computed from, inputs included, and they themselves."""
+    found: set[fx.Node] = set()
+    todo = list(nodes)
     while todo:
         node = todo.pop()
-        if node.op == "call_function" and node not in wanted:
-            wanted.add(node)
+        if node not in found:
+            found.add(node)
             todo += node.all_input_nodes
-    return [node for node in graph.nodes if node in wanted]
+    return found
+
+
+def prologue_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """What the nodes that bind a number of rows are computed from, and they themselves, in order."""
+    wanted = computed_from(node for node in graph.nodes if BINDS in node.meta)
+    return [node for node in graph.nodes if node in wanted and node.op == "call_function"]
 
 
 def has_unbacked(node: fx.Node) -> bool:

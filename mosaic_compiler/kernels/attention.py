@@ -25,7 +25,6 @@ from mosaic_compiler.planning.lowered import Attention
 
 aten = torch.ops.aten
 
-_FLASH = scratch.FLASH
 _WORTH_A_PLAN = 1 << 39  # floating-point operations
 
 
@@ -36,7 +35,7 @@ def facts_of(node: fx.Node, varying: Collection[sympy.Symbol]) -> Attention | No
         varying: symbols whose values only the data says.
     """
     others = (*node.args[3:], *node.kwargs.values())
-    if node.target not in (scratch.CUDNN, _FLASH) or any(isinstance(other, fx.Node) for other in others):
+    if node.target not in (scratch.CUDNN, scratch.FLASH) or any(isinstance(other, fx.Node) for other in others):
         return None
     tensors = scratch.attention_operands(node)
     shapes, strides = (tuple(tuple(map(ir.expr_of, part)) for part in parts) for parts in _layouts(tensors))
@@ -102,4 +101,4 @@ def _flash_like_cudnn(
     *,
     scale: float | None = None,
 ) -> Any:
-    return _FLASH(query, key, value, dropout_p, is_causal, False, scale=scale)
+    return scratch.FLASH(query, key, value, dropout_p, is_causal, False, scale=scale)

@@ -86,12 +86,7 @@ def meanings_of(module: fx.GraphModule) -> tuple[tuple[str, str], ...]:
 
 def _rows_of(node: fx.Node) -> str:
     """What a ``nonzero`` numbers: rows where ids equal a constant are masked ones, if nothing else may add to them."""
-    before, todo = set[fx.Node](), [node]
-    while todo:
-        found = todo.pop()
-        if found not in before and found.op == "call_function":
-            before.add(found)
-            todo += found.all_input_nodes
+    before = {found for found in ir.computed_from([node]) if found.op == "call_function"}
     if {aten.bitwise_not, aten.logical_not, aten.bitwise_or, aten.logical_or} & {_packet(n) for n in before}:
         return "needed rows"
     for equal in before:

@@ -90,21 +90,16 @@ class Selectors(SizeEmitter):
     # ---------------------------------------------------------------------------------- hoisting
     def _hoist(self) -> fx.Node:
         """Move what selects rows behind the placeholders; returns the node that row numbers go before."""
-        wanted: set[fx.Node] = set()
-        todo = [lit.mask for cs in self.demands.conditions.values() for c in cs for lit in c]
+        needed = [lit.mask for cs in self.demands.conditions.values() for c in cs for lit in c]
         for demand in self.demands.of.values():
             for segment in demand.moves if demand is not None else ():
-                todo += _inputs_of_moves(segment)
+                needed += _inputs_of_moves(segment)
         for move in self.demands.moved:  # also where its base is needed whole, and so has no demand
-            todo += _inputs_of_moves(Segment((), move))
-        while todo:
-            node = todo.pop()
-            if node not in wanted and node.op == "call_function":
-                wanted.add(node)
-                todo += node.all_input_nodes
+            needed += _inputs_of_moves(Segment((), move))
+        wanted = ir.computed_from(needed)
         anchor = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
         for node in list(self.graph.nodes):
-            if node in wanted or node.op == "get_attr":
+            if (node in wanted and node.op == "call_function") or node.op == "get_attr":
                 anchor.append(node)
                 anchor = node
         front: fx.Node = anchor.next

@@ -75,13 +75,7 @@ def find_cut(graph: fx.Graph) -> Cut:
 
 def inputs_of(values: Sequence[fx.Node]) -> list[int]:
     """Positions of the inputs that some values are computed from."""
-    found: set[fx.Node] = set()
-    todo = list(values)
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found.add(node)
-            todo += node.all_input_nodes
+    found = ir.computed_from(values)
     placeholders = values[0].graph.find_nodes(op="placeholder") if values else []
     return [position for position, node in enumerate(placeholders) if node in found]
 

@@ -12,8 +12,7 @@ from mosaic_compiler import ir
 from mosaic_compiler.ir.emitter import Emitter
 from mosaic_compiler.ir.notes import STATE, STATIC_INPUTS, StatePlace
 from mosaic_compiler.lowering.forms import form_of
-from mosaic_compiler.options import MosaicOptions
-from mosaic_compiler.passes.base import Machine
+from mosaic_compiler.passes.base import Pass
 from mosaic_compiler.passes.state.cut import Cut, find_cut
 from mosaic_compiler.planning.lowered import Kind
 
@@ -21,7 +20,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class KeepStatePass:
+class KeepStatePass(Pass):
     """Return the values of the cut (``cut.py``) behind the outputs, to be written where given memory says.
 
     The memory is an input for each of them that the graph itself does not touch: planning and binding put the result
@@ -50,10 +49,6 @@ class KeepStatePass:
         module.graph.lint()
         module.recompile()
         return module
-
-    @classmethod
-    def of(cls, options: MosaicOptions, machine: Machine) -> KeepStatePass:
-        return cls()
 
 
 class _Keeper(Emitter):

@@ -16,8 +16,7 @@ from mosaic_compiler.compat.symbols import new_number
 from mosaic_compiler.ir import ops
 from mosaic_compiler.ir.emitter import SizeEmitter
 from mosaic_compiler.ir.notes import STATE, StatePlace
-from mosaic_compiler.options import MosaicOptions
-from mosaic_compiler.passes.base import Machine
+from mosaic_compiler.passes.base import Pass
 from mosaic_compiler.passes.chunk_loops.labels import Edge, reads_values
 from mosaic_compiler.passes.state.cut import Cut, find_cut
 from mosaic_compiler.passes.state.keep import add_state, note_state
@@ -29,7 +28,7 @@ _HINT = 31
 
 
 @dataclass(frozen=True)
-class ReuseStatePass:
+class ReuseStatePass(Pass):
     """Compute given rows only; what is needed whole is state, in which those rows are replaced.
 
     There is one domain of computed rows per step, an input: row numbers [E, C], C in each of E batch entries.  A value
@@ -68,10 +67,6 @@ class ReuseStatePass:
         module.graph.lint()
         module.recompile()
         return module
-
-    @classmethod
-    def of(cls, options: MosaicOptions, machine: Machine) -> ReuseStatePass:
-        return cls()
 
 
 class _Rewriter(SizeEmitter):
