@@ -32,7 +32,7 @@ from mosaic_compiler.passes.base import Machine
 from mosaic_compiler.passes.canonicalize import CanonicalizePass
 from mosaic_compiler.passes.needed_rows import NeededRowsPass, settle_sizes, token_ids_of
 from mosaic_compiler.passes.pipeline import make_family, run_passes
-from mosaic_compiler.passes.state import Cut, KeepStatePass, ReuseStatePass, find_cut, inputs_of
+from mosaic_compiler.passes.state import Cut, KeepStatePass, ReuseStatePass, find_cut, inputs_of, leading_parts
 from mosaic_compiler.runtime.kinds import Kinds
 from mosaic_compiler.runtime.observers import Observers
 from mosaic_compiler.runtime.sparse import page_bytes
@@ -165,6 +165,7 @@ def _kinds_of(module: fx.GraphModule, options: MosaicOptions) -> Kinds:
     (full, kept_at), (reuse, replaced_at) = made
     reuse.replays = True
     weights = tuple(i for i in inputs_of(cut.values) if i in STATIC_INPUTS.of(canonical))
+    leading = leading_parts(canonical.graph)
     ids = token_ids_of(module)
     origins = tuple(f"{origin.module} {origin.source}" for origin in map(ir.provenance, cut.values))
     return Kinds(
@@ -176,6 +177,7 @@ def _kinds_of(module: fx.GraphModule, options: MosaicOptions) -> Kinds:
         is_heavy=kept.is_heavy,
         ids=ids,
         weights=weights,
+        parts=tuple(leading.get(weight) for weight in weights),
     )
 
 

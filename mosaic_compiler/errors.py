@@ -64,6 +64,10 @@ class StateError(MosaicError):
     """What lives from step to step cannot be had, or is not what is asked for: closed, stale, of another length."""
 
 
+class MissingStateError(StateError):
+    """State is not there, or not for these sizes and weights: a step for all rows makes it."""
+
+
 class CanaryError(MosaicError):
     """Poison mode found a write outside of a planned buffer."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from mosaic_compiler.compat.dynamo import lookup_backend
 from mosaic_compiler.compat.tracing import tree_flatten, tree_map_only
-from mosaic_compiler.errors import StateError
+from mosaic_compiler.errors import MissingStateError, StateError
 from mosaic_compiler.planning.budget import parse_budget
 from mosaic_compiler.planning.plan import MemoryPlan
 from mosaic_compiler.runtime.engine import Step, running, within_budget
@@ -22,6 +23,7 @@ from mosaic_compiler.runtime.rows import rows_of
 from mosaic_compiler.runtime.store import Store, stepping
 
 lookup_backend("mosaic")
+logger = logging.getLogger("mosaic_compiler")
 
 
 class Session:
@@ -112,7 +114,11 @@ class Session:
             known = self._written if shape == self._shape and not self._differs else None
             if known is None or bool(_differs(known, ((ids, *more), named))):
                 return self._full(store, (ids, *more), named)
-            return self._reuse(store, computed, (ids, *more), named)
+            try:
+                return self._reuse(store, computed, (ids, *more), named)
+            except MissingStateError as missing:
+                logger.info("a step computes all rows: %s", missing)
+                return self._full(store, (ids, *more), named)
 
     @property
     def is_approximate(self) -> bool:

@@ -84,6 +84,32 @@ def test_sessions_stand_side_by_side(events):
 MODEL = LLaDALike(3)
 
 
+def test_tables_that_grow_for_another_session_leave_state_valid():
+    """Tables of a model are made again, longer: what is read of them is the same.  If it is not, state is stale, and
+    what can is computed for all rows."""
+    model, short, long = LLaDALike(3), ids_of(24, 0), ids_of(40, 1)
+    with Session(model) as one, Session(model) as other:
+        one.full(short)
+        expected = one.full(short).logits  # in its second call the model has tables, as inputs
+        old = model.cache["sin"].data_ptr()
+        other.full(long)
+        other.full(long)
+        assert model.cache["sin"].data_ptr() != old
+        for _ in range(2):
+            got = one.reuse(short, [3, 20]).logits
+            torch.testing.assert_close(got[:, [3, 20]], expected[:, [3, 20]], atol=1e-4, rtol=1e-4)
+        assert not one.exact(short, [3]).logits[:, 20].any()
+        model.cache["sin"] = model.cache["sin"].clone()
+        model.cache["sin"][5] += 1
+        with pytest.raises(StateError, match="weights have changed"):
+            one.reuse(short, [3])
+        got = one.exact(short, [3]).logits  # all rows
+        torch.testing.assert_close(got, model(short).logits, atol=1e-4, rtol=1e-4)
+        model.cache["sin"][5] -= 1  # a table that was written is not compared: what it held is not known
+        with pytest.raises(StateError, match="weights have changed"):
+            one.reuse(short, [3])
+
+
 def test_rows_may_be_given_in_any_way():
     ids = ids_of(12, 0, batch=2)
     with Session(MODEL) as session:

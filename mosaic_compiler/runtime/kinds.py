@@ -28,6 +28,7 @@ class Kinds:
         is_heavy: there are products in it: what it computes is worth keeping.
         ids: which input holds token ids; ``None``: that cannot be told.
         weights: which inputs are weights that kept values are computed with.
+        parts: for each of them (dim, size), if it is only read up to that size; a table that may be made again longer.
     """
 
     full: Step | None = None
@@ -39,6 +40,7 @@ class Kinds:
     is_heavy: bool = False
     ids: int | None = None
     weights: tuple[int, ...] = ()
+    parts: tuple[tuple[int, Any] | None, ...] = ()
 
     @property
     def keeps(self) -> bool:

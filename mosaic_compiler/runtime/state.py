@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mosaic_compiler.errors import StateError
+from mosaic_compiler.errors import MissingStateError
 from mosaic_compiler.planning.buffers import stacked
 from mosaic_compiler.planning.room import most_for
 from mosaic_compiler.planning.words import in_words
@@ -52,8 +52,7 @@ class Block:
         self.nbytes, self.is_valid = 0, False
         self._sizes: tuple[tuple[str, int], ...] | None = None
         self._meanings = dict(kinds.full.outline.meanings)
-        self._weights: Any = None
-        self._counts_writes: bool | None = None
+        self._weights: _Weights | None = None
         self._served: set[int] = set()
 
     def _own(self, arena: Arena) -> None:
@@ -70,7 +69,8 @@ class Block:
         known = [(str(t.dtype), tuple(t.shape), t.stride()) for t in other.tensors]
         if not other.is_valid or self._kinds.origins != other._kinds.origins or values != known:
             return False
-        if not _same_weights(self._weights_in(inputs), other._weights):
+        weights = self._weights_in(inputs)
+        if other._weights is None or not weights.is_same_where_both_are(other._weights):
             return False
         self._finalizer.detach()
         other._finalizer.detach()
@@ -79,7 +79,7 @@ class Block:
         for step in (other.full, other.reuse):
             step.forget(other.tensors)
         other.tensors, other.is_valid = [], False
-        self._sizes, self._weights, self.is_valid = self._sizes_of(inputs), self._weights_in(inputs), True
+        self._sizes, self._weights, self.is_valid = self._sizes_of(inputs), weights, True
         return True
 
     def _shapes(self, inputs: Sequence[Any]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
@@ -95,13 +95,13 @@ class Block:
         if (sizes := self._sizes_of(inputs)) != self._sizes:
             known, now = (", ".join(in_words(given or (), self._meanings)) for given in (self._sizes, sizes))
             return f"state was kept for {known}, and this step has {now}: call full() with these ids first"
-        if self._weights_in(inputs) != self._weights:
+        if self._weights is None or not self._weights.are([inputs[i] for i in self._kinds.weights]):
             return "the model's weights have changed since state was kept: it is stale; call full() first"
         return ""
 
     def keep(self, inputs: Sequence[Any]) -> list[Any]:
         """A step for all rows."""
-        self.is_valid, self._counts_writes = False, None
+        self.is_valid = False
         if self._sizes_of(inputs) != self._sizes:
             self._map(inputs)
         if self.full.kept.outline.guard:
@@ -122,10 +122,10 @@ class Block:
             rows: int64 [B, R], of each sequence of the batch.
 
         Raises:
-            StateError: if state is not there, or not for this.
+            MissingStateError: if state is not there, or not for this.
         """
         if problem := self.problem(inputs):
-            raise StateError(problem)
+            raise MissingStateError(problem)
         entries = self._kinds.rows_for_entries(self._with_room(rows), inputs)
         self.is_valid = False
         with holding(self.nbytes):
@@ -163,14 +163,11 @@ class Block:
         ]
         self.nbytes, self._sizes = total, self._sizes_of(inputs)
 
-    def _weights_in(self, inputs: Sequence[Any]) -> Any:
-        """What tells whether weights that state was computed with have changed: where they are, and how often they were
-        written (inference tensors do not count that)."""
-        weights = [inputs[i] for i in self._kinds.weights]
-        if self._counts_writes is None:
-            self._counts_writes = not any(weight.is_inference() for weight in weights)
-        versions = [weight._version for weight in weights] if self._counts_writes else None
-        return [weight.data_ptr() for weight in weights], versions
+    def _weights_in(self, inputs: Sequence[Any]) -> _Weights:
+        """Those that state is computed with."""
+        sizes = self.full.numbers(inputs)
+        parts = [part and (part[0], sizes(part[1])) for part in self._kinds.parts]
+        return _Weights([inputs[i] for i in self._kinds.weights], parts)
 
     def _forget(self) -> None:
         """No program may be bound to memory that is given back."""
@@ -185,7 +182,52 @@ class Block:
         self.arena.release()
 
 
-def _same_weights(one: Any, other: Any) -> bool:
-    """The same memory, written as often, but for what only one of two graphs has (tables that the other one makes)."""
-    first, second = (set(zip(at, writes or at, strict=True)) for at, writes in (one, other))
-    return first <= second or second <= first
+class _Weights:
+    """Weights that state was computed with, told by where they are and how often they were written (which inference
+    tensors do not count).
+
+    Args:
+        parts: for each (dim, size), if it is only read up to there: a table, which the model may make again for longer
+            sequences.  Those are kept, to be compared with what comes in their place.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], parts: Sequence[tuple[int, int] | None]) -> None:
+        self._counts_writes = not any(weight.is_inference() for weight in weights)
+        self._parts = list(parts)
+        self._tables = {i: weight for i, weight in enumerate(weights) if parts[i] is not None}
+        self._marks = self._marks_of(weights)
+
+    def _marks_of(self, weights: Sequence[Tensor]) -> list[tuple[int, int]]:
+        if self._counts_writes:
+            return [(weight.data_ptr(), weight._version) for weight in weights]
+        return [(weight.data_ptr(), 0) for weight in weights]
+
+    def are(self, weights: Sequence[Tensor]) -> bool:
+        """They have not changed."""
+        marks = self._marks_of(weights)
+        if marks == self._marks:
+            return True
+        for i, (now, known) in enumerate(zip(marks, self._marks, strict=True)):
+            if now != known and not self._takes_over(i, weights[i]):
+                return False
+        self._marks = marks
+        return True
+
+    def _takes_over(self, index: int, table: Tensor) -> bool:
+        """What is read of a table is the same in another one."""
+        old, part = self._tables.get(index), self._parts[index]
+        if old is None or part is None or self._marks_of([old])[0] != self._marks[index]:
+            return False
+        if table.dtype != old.dtype or table.device != old.device or table.dim() != old.dim():
+            return False
+        if table.shape[part[0]] < part[1] or not torch.equal(
+            table.narrow(part[0], 0, part[1]), old.narrow(part[0], 0, part[1])
+        ):
+            return False
+        self._tables[index] = table
+        return True
+
+    def is_same_where_both_are(self, other: _Weights) -> bool:
+        """The same, but for what only one of two graphs has (tables that the other one makes)."""
+        first, second = set(self._marks), set(other._marks)
+        return first <= second or second <= first

@@ -13,17 +13,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from mosaic_compiler.errors import StateError
+from mosaic_compiler.errors import MissingStateError, StateError
 from mosaic_compiler.runtime.engine import Step
 from mosaic_compiler.runtime.kinds import Kinds
 from mosaic_compiler.runtime.state import Block
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-class MissingStateError(StateError):
-    """A graph is to use state, and has not run for all rows yet: it was compiled just now."""
 
 
 class Stateful(Step, ABC):

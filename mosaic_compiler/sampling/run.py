@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mosaic_compiler.errors import MissingStateError
 from mosaic_compiler.planning.caches import Policy, Refresh
 from mosaic_compiler.planning.plan import Fallback, MemoryPlan
 from mosaic_compiler.planning.room import capacity, serves
-from mosaic_compiler.runtime.store import MissingStateError, Store, stepping
+from mosaic_compiler.runtime.store import Store, stepping
 from mosaic_compiler.sampling import noise
 from mosaic_compiler.sampling.caching import Schedule
 from mosaic_compiler.sampling.calls import call_for
@@ -19,6 +21,8 @@ from mosaic_compiler.sampling.compiled import Proposer
 from mosaic_compiler.sampling.request import Sampling
 from mosaic_compiler.sampling.rules import numbers_of
 from mosaic_compiler.sampling.samplers import SAMPLERS, State, Wanted
+
+logger = logging.getLogger("mosaic_compiler")
 
 
 class Run:
@@ -124,7 +128,9 @@ class Run:
             return self._proposer(*arguments)
         try:
             result = self._with_state(self._store, kind, computed, arguments)
-        except MissingStateError:  # the model was compiled again: its graph is another one in its second call
+        except MissingStateError as missing:
+            # the model was compiled again (its graph is another one in its second call), or its weights have changed
+            logger.info("step %d computes all rows: %s", self.forwards + 1, missing)
             self._store.release()
             result = self._with_state(self._store, self.schedule.all_rows(), None, arguments)
         self.state_bytes = max(self.state_bytes, self._store.nbytes)

@@ -6,8 +6,8 @@ They change what a graph takes and returns, so they are no part of a pipeline: w
 
 from __future__ import annotations
 
-from mosaic_compiler.passes.state.cut import Cut, find_cut, inputs_of
+from mosaic_compiler.passes.state.cut import Cut, find_cut, inputs_of, leading_parts
 from mosaic_compiler.passes.state.keep import KeepStatePass
 from mosaic_compiler.passes.state.reuse import ReuseStatePass
 
-__all__ = ["Cut", "KeepStatePass", "ReuseStatePass", "find_cut", "inputs_of"]
+__all__ = ["Cut", "KeepStatePass", "ReuseStatePass", "find_cut", "inputs_of", "leading_parts"]

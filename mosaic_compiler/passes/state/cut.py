@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import sympy
 from torch import fx
 
 from mosaic_compiler import book, ir
@@ -78,6 +79,28 @@ def inputs_of(values: Sequence[fx.Node]) -> list[int]:
     found = ir.computed_from(values)
     placeholders = values[0].graph.find_nodes(op="placeholder") if values else []
     return [position for position, node in enumerate(placeholders) if node in found]
+
+
+def leading_parts(graph: fx.Graph) -> dict[int, tuple[int, sympy.Expr]]:
+    """Of inputs that are only read up to a size, along one dim: position, and (dim, size).
+
+    Tables that a model makes and makes again longer (cosines of positions) are such: what is read of them is the same.
+    """
+    found: dict[int, tuple[int, sympy.Expr]] = {}
+    for position, node in enumerate(graph.find_nodes(op="placeholder")):
+        parts = {_leading_part(user) for user in node.users}
+        if len(parts) == 1 and (part := parts.pop()) is not None:
+            found[position] = part
+    return found
+
+
+def _leading_part(node: fx.Node) -> tuple[int, sympy.Expr] | None:
+    """The dim and the end of a slice from 0 on."""
+    if node.target is not aten.slice.Tensor:
+        return None
+    dim, start, step = ((ir.argument(node, name) or 0) for name in ("dim", "start", "step"))
+    size = rows.shape_of(node)[dim]
+    return (rows.normal_dim(dim, len(rows.shape_of(node))), ir.expr_of(size)) if start == 0 and step in (0, 1) else None
 
 
 def _main_space(labels: Labels) -> Space | None:
