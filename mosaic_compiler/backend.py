@@ -29,10 +29,10 @@ from mosaic_compiler.kernels.fused import start_workers
 from mosaic_compiler.methods import watch_methods
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.base import Machine
-from mosaic_compiler.passes.canonicalize import CanonicalizePass
-from mosaic_compiler.passes.needed_rows import NeededRowsPass, settle_sizes, token_ids_of
-from mosaic_compiler.passes.pipeline import make_family, run_passes
+from mosaic_compiler.passes.needed_rows import settle_sizes, token_ids_of
+from mosaic_compiler.passes.pipeline import make_family, passes_until, run_passes
 from mosaic_compiler.passes.state import Cut, KeepStatePass, ReuseStatePass, find_cut, inputs_of, leading_parts
+from mosaic_compiler.passes.visible_keys import VisibleKeysPass
 from mosaic_compiler.runtime.kinds import Kinds
 from mosaic_compiler.runtime.observers import Observers
 from mosaic_compiler.runtime.sparse import page_bytes
@@ -143,8 +143,9 @@ class Kept:
 
 def kept_of(module: fx.GraphModule, options: MosaicOptions) -> Kept:
     """What a captured graph would keep."""
+    shown = [name for name in options.disable if name == VisibleKeysPass.name]
     with _no_guards(module):
-        canonical, _ = run_passes(module, passes=[NeededRowsPass.of(options, Machine()), CanonicalizePass()])
+        canonical, _ = run_passes(module, passes=passes_until("visible-keys", options), disable=shown)
         is_heavy = any(book.entry(node).is_heavy for node in canonical.graph.nodes)
         return Kept(canonical, find_cut(canonical.graph), is_heavy)
 

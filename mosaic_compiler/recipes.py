@@ -6,7 +6,8 @@ begin with.  A step runs the first graph whose plan fits its budget; the last re
 Order matters:
 
 1. ``needed-rows`` first: it says what the step has to compute; all others only say how.
-2. ``canonicalize`` before the rest: every later pass matches one spelling per operation.
+2. ``canonicalize`` before the rest: every later pass matches one spelling per operation.  ``visible-keys`` right behind
+   it: what is known of masks is read off whole graphs.
 3. ``row-demand`` before ``in-place``: it calls ops again on fewer rows, which only pure ops allow.
 4. ``gather-logits``, ``vocabulary-tiles`` and ``sparse-outputs`` behind ``row-demand``: they match the head, and what
    is done with its rows, as it left them.
@@ -45,6 +46,7 @@ LOOPS = Recipe(
     (
         "needed-rows",
         "canonicalize",
+        "visible-keys",
         "row-demand",
         "gather-logits",
         "vocabulary-tiles",

@@ -71,7 +71,8 @@ def matmul(rule: RowRule | None) -> Op:
 
 def attention(**more: Any) -> Op:
     """Scaled dot-product attention of [B, heads, rows, depth]; allocates its results."""
-    return Op("attention", rows=rows.attention_rows, is_accounted=True, is_heavy=True, is_dear=True, **more)
+    given = {"rows": rows.attention_rows, "is_accounted": True, "is_heavy": True, "is_dear": True, **more}
+    return Op("attention", **given)
 
 
 POINTWISE = pointwise()

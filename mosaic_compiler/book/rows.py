@@ -213,10 +213,21 @@ def attention_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> 
     """Query rows are independent; keys and values are needed whole.  Queries of different batch entries
     meet different keys, so rows must not span the batch (or heads); where batch entries are rows, keys and values have
     the same rows.  What a causal query sees depends on where it stands among all of them."""
-    query, key, value = node.args[:3]
     labels = (*layout, None) if output == 1 else layout
     if ir.argument(node, "is_causal") is not False:
         return None
+    masks = [ir.argument(node, "attn_mask") or ir.argument(node, "attn_bias")]
+    return _attended(node, output, labels, masks, space)
+
+
+def interval_attention_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+    """As of attention; the runs of keys that queries see are their own."""
+    return _attended(node, output, layout, node.args[3:6], space)
+
+
+def _attended(node: fx.Node, output: int, labels: Layout, masks: Sequence[Any], space: Space) -> Answer:
+    """``masks``: [entries, heads, queries, keys], each of which may be 1."""
+    query, key, value = node.args[:3]
     if output > 1 or len(labels) != 4 or labels[1] is not None or labels[3] is not None:
         return None
     if labels[0] is not None and not isinstance(space, ChunkSpace):
@@ -227,9 +238,9 @@ def attention_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> 
         if labels != theirs:
             return None
     operands = [Operand(query, labels), Operand(key, theirs), Operand(value, theirs)]  # type: ignore[arg-type]
-    mask = ir.argument(node, "attn_mask") or ir.argument(node, "attn_bias")
-    if isinstance(mask, fx.Node):
-        operands.append(Operand(mask, aligned(mask, (labels[0], None, labels[2], None))))
+    operands += [
+        Operand(mask, aligned(mask, (labels[0], None, labels[2], None))) for mask in masks if isinstance(mask, fx.Node)
+    ]
     return operands
 
 

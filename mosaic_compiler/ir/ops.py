@@ -5,13 +5,14 @@
 ``mosaic::scatter_rows``      zeros with some rows put in
 ``mosaic::touched_pages``     how many pages of memory these rows lie in
 ``mosaic::put_rows``          a value of which only some rows are computed: who reads others reads nothing in particular
+``mosaic::interval_attention``  attention whose queries each see a run of keys, instead of a mask
 
 Here are their schemas and what they return; ``kernels/ops.py`` has what runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -28,6 +29,8 @@ for _schema in (
     "scatter_rows(Tensor rows, Tensor index, SymInt total, SymInt pages, SymInt page) -> Tensor",
     "touched_pages(Tensor index, SymInt total, SymInt row_bytes, SymInt page) -> SymInt",
     "put_rows(Tensor rows, Tensor index, SymInt total) -> Tensor",
+    "interval_attention(Tensor query, Tensor key, Tensor value, Tensor? first, Tensor? last, Tensor? only,"
+    " float? scale, int[] order) -> Tensor",
 ):
     LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -69,12 +72,29 @@ def _empty_value(rows: Tensor, index: Tensor, total: int) -> Tensor:
     return rows.new_empty((total, *rows.shape[index.dim() :]))
 
 
+def empty_attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor | None,
+    last: Tensor | None,
+    only: Tensor | None,
+    scale: float | None,
+    order: Sequence[int],
+) -> Tensor:
+    """What ``interval_attention`` returns: [B, H, M, d], with its dims in memory in an order."""
+    sizes = (*query.shape[:3], value.shape[3])
+    back = [list(order).index(dim) for dim in range(4)]
+    return query.new_empty([sizes[dim] for dim in order]).permute(back)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "gather_logits": empty_logits,
     "head_statistics": empty_statistics,
     "scatter_rows": _empty_rows,
     "touched_pages": _unknown_pages,
     "put_rows": _empty_value,
+    "interval_attention": empty_attended,
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"mosaic::{_name}", _fake, lib=LIBRARY)
@@ -84,3 +104,4 @@ head_statistics = torch.ops.mosaic.head_statistics.default
 scatter_rows = torch.ops.mosaic.scatter_rows.default
 touched_pages = torch.ops.mosaic.touched_pages.default
 put_rows = torch.ops.mosaic.put_rows.default
+interval_attention = torch.ops.mosaic.interval_attention.default

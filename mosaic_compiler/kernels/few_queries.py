@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mosaic_compiler.planning.few import LEAST_KEYS, MOST_PIECES, MOST_ROWS, partial_bytes, pieces, tile_for
+from mosaic_compiler.planning.few import LEAST_KEYS, MANY, MOST_PIECES, MOST_ROWS, partial_bytes, pieces, tile_for
 
 DTYPES = (torch.bfloat16, torch.float16)
+DEPTHS = (16, 32, 64, 128)
 _LOG2E = 1.4426950408889634
 
 
@@ -37,13 +38,37 @@ def few_query_attention(query: Tensor, key: Tensor, value: Tensor, scale: float,
     Returns:
         [B, H, M, d], with the query's strides where that is dense.
     """
+    out = torch.empty_like(query)  # also in memory, as the kernels that this stands for do
+    return interval_attention_(out, query, key, value, None, None, None, scale, processors)
+
+
+def interval_attention_(
+    out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor | None,
+    last: Tensor | None,
+    only: Tensor | None,
+    scale: float,
+    processors: int,
+) -> Tensor:
+    """The same for queries, few or many, that each see a run of the keys.
+
+    Args:
+        out: as the query, with a dense last dim.
+        first, last: int64 [1 or B, 1, M, 1]: a query sees keys [first, last); ``None``: from the first on, to the last
+            one.
+        only: bool [1 or B, 1, 1, N], of those keys the ones that count.
+    """
     from mosaic_compiler.kernels import few_queries_kernels as kernels
 
     batch, heads, queries, depth = query.shape
     groups, keys = key.shape[1], key.shape[2]
-    rows, tile = heads // groups * queries, tile_for(keys)
-    count = pieces(batch * groups, rows, keys, processors)
-    out = torch.empty_like(query)  # also in memory, as the kernels that this stands for do
+    rows = heads // groups * queries
+    has_bounds = first is not None or last is not None or only is not None
+    tile = tile_for(keys) if rows <= MOST_ROWS else MANY
+    count = pieces(batch * groups, rows, keys, processors) if rows <= MOST_ROWS and keys >= LEAST_KEYS else 1
     target: Tensor = out
     sums: Tensor = out  # read by nobody where there is one piece
     if count > 1:
@@ -56,8 +81,9 @@ def few_query_attention(query: Tensor, key: Tensor, value: Tensor, scale: float,
         query, *(sources if has_descriptors else (key, value)), target, sums, scale * _LOG2E,
         *_steps(query), *_steps(key), *_steps(value), *_steps(out),
         groups, queries, keys, rows, blocks, batch * groups, count,
+        first, last, only, *_bound_steps(first, 2), *_bound_steps(last, 2), *_bound_steps(only, 3),
         DEPTH=depth, BLOCK_M=tile.rows, BLOCK_N=tile.keys, SPLIT=count > 1, DESCRIPTORS=has_descriptors,
-        UPCAST=_is_interpreted(), num_warps=tile.warps, num_stages=tile.stages,
+        BOUNDS=has_bounds, UPCAST=_is_interpreted(), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if count > 1:
         kernels.merge_kernel[(rows, batch * groups)](
@@ -80,10 +106,10 @@ def serves(query: list[int], key: list[int], dtype: str) -> bool:
     of heads, few rows, many keys."""
     heads, queries, depth = query[1:]
     groups, keys = key[1:3]
-    shape = depth in (16, 32, 64, 128) and groups and heads % groups == 0
+    shape = depth in DEPTHS and groups and heads % groups == 0
     rows = heads // groups * queries if shape else 0
     fits = bool(shape) and heads > groups and 0 < rows <= MOST_ROWS and keys >= LEAST_KEYS
-    return fits and dtype in map(str, DTYPES) and _has_triton()
+    return fits and dtype in map(str, DTYPES) and has_triton()
 
 
 def scratch_for(query: list[int], key: list[int], processors: int) -> int:
@@ -93,7 +119,7 @@ def scratch_for(query: list[int], key: list[int], processors: int) -> int:
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
@@ -111,6 +137,11 @@ def _has_descriptors(device: torch.device) -> bool:
 def _steps(tensor: Tensor) -> tuple[int, ...]:
     """The first three strides; one along a dim of size 1 means nothing."""
     return tuple(0 if size == 1 else step for size, step in zip(tensor.shape[:3], tensor.stride()[:3], strict=True))
+
+
+def _bound_steps(bound: Tensor | None, dim: int) -> tuple[int, int]:
+    """Strides along batch entries and along queries (or keys)."""
+    return (0, 0) if bound is None else tuple(0 if bound.shape[d] == 1 else bound.stride(d) for d in (0, dim))  # type: ignore[return-value]
 
 
 def _descriptor(tensor: Tensor, keys: int) -> Any:

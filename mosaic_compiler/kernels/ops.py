@@ -9,11 +9,14 @@ import sympy
 from torch import Tensor, fx
 
 from mosaic_compiler import ir
-from mosaic_compiler.book import STANDARD, Call, Op
+from mosaic_compiler.book import STANDARD, Call, Op, rows
+from mosaic_compiler.book.families import attention
 from mosaic_compiler.ir import ops
-from mosaic_compiler.ir.ops import LIBRARY, Statistics, empty_logits, empty_statistics
+from mosaic_compiler.ir.ops import LIBRARY, Statistics, empty_attended, empty_logits, empty_statistics
+from mosaic_compiler.kernels import interval_attention
 from mosaic_compiler.kernels.gather_logits import gather_logits_triton
 from mosaic_compiler.kernels.head_statistics import head_statistics_
+from mosaic_compiler.kernels.interval_attention import attend_intervals_
 from mosaic_compiler.kernels.scatter_rows import count_pages, scatter_rows_reference
 
 
@@ -47,12 +50,27 @@ def put_rows_(out: Tensor, rows: Tensor, index: Tensor) -> Tensor:
     return out.zero_().index_copy_(0, index.flatten(), flat)
 
 
+def _interval_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor | None,
+    last: Tensor | None,
+    only: Tensor | None,
+    scale: float | None,
+    order: Sequence[int],
+) -> Tensor:
+    out = empty_attended(query, key, value, first, last, only, scale, order)
+    return attend_intervals_(out, query, key, value, first, last, only, scale)
+
+
 for _name, _kernel in {
     "gather_logits": _gather_logits,
     "head_statistics": _head_statistics,
     "scatter_rows": _scatter_rows,
     "touched_pages": _touched_pages,
     "put_rows": _put_rows,
+    "interval_attention": _interval_attention,
 }.items():
     LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
 
@@ -71,6 +89,10 @@ def _write_scatter_rows(outs: Sequence[Any], args: Sequence[Any], kwargs: dict[s
 
 def _write_put_rows(outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
     return [Call(put_rows_, (outs[0], args[0], args[1]))]
+
+
+def _write_interval_attention(outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
+    return [Call(attend_intervals_, (outs[0], *args[:7]))]
 
 
 def _scratch_of_head_statistics(node: fx.Node) -> sympy.Expr:
@@ -98,5 +120,11 @@ STANDARD.teach(
         ),
         ops.scatter_rows: Op("write", write=_write_scatter_rows),
         ops.put_rows: Op("write", write=_write_put_rows, moves_rows=True),
+        ops.interval_attention: attention(
+            rows=rows.interval_attention_rows,
+            write=_write_interval_attention,
+            scratch=interval_attention.scratch_bytes,
+            groups_heads=True,
+        ),
     }
 )

@@ -26,12 +26,14 @@ from mosaic_compiler.passes.row_demand import RowDemandPass
 from mosaic_compiler.passes.scatter_results import ScatterResultsPass
 from mosaic_compiler.passes.sparse_outputs import SparseOutputsPass
 from mosaic_compiler.passes.verifier import Verifier
+from mosaic_compiler.passes.visible_keys import VisibleKeysPass
 from mosaic_compiler.passes.vocabulary_tiles import VocabularyTilesPass
 from mosaic_compiler.recipes import LOOPS, Recipe
 
 _KNOWN: tuple[type[Pass], ...] = (
     NeededRowsPass,
     CanonicalizePass,
+    VisibleKeysPass,
     RowDemandPass,
     GatherLogitsPass,
     VocabularyTilesPass,
@@ -50,6 +52,11 @@ def passes_of(recipe: Recipe, options: MosaicOptions | None = None, machine: Mac
     """The passes of a recipe, with the parameters that options and the machine set."""
     options, machine = options or MosaicOptions(), machine or Machine()
     return tuple(_BY_NAME[name].of(options, machine) for name in recipe.passes)
+
+
+def passes_until(name: str, options: MosaicOptions) -> tuple[Pass, ...]:
+    """The first passes of all graphs of a step, up to one."""
+    return tuple(_BY_NAME[each].of(options, Machine()) for each in LOOPS.passes[: LOOPS.passes.index(name) + 1])
 
 
 PASSES: tuple[Pass, ...] = passes_of(LOOPS)

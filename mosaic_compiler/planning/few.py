@@ -39,6 +39,9 @@ SMALL, LARGE = Tile(64, 64, 4, 3, 2), Tile(128, 128, 8, 3, 1)
 """Measured on an H100, bf16, 7 heads a group, 32 queries: ``SMALL`` is 4 % faster at 61,440 keys, ``LARGE`` 2 % at
 262,144 (what they take: ``benchmarks/results/few_queries.json``)."""
 
+MANY = Tile(128, 64, 8, 3, 1)
+"""For many queries, which each see some of the keys."""
+
 
 def tile_for(keys: int) -> Tile:
     """The faster tile for so many keys."""

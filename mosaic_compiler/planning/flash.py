@@ -59,8 +59,28 @@ class SplitBytes(sympy.Function):  # type: ignore[misc]
         ends = [min(last * _ROWS, rows) for last in range(-(-least // _ROWS), -(-rows // _ROWS) + 1)]
         busy = 2 * processors * _ROWS  # queries in all heads from which nothing is split
         sizes = [split_bytes(heads, end, keys, depth, processors) for end in ends if heads * (end - _ROWS) < busy]
-        share = heads // groups
-        if heads > groups and share * least <= MOST_ROWS and keys >= LEAST_KEYS:
-            few = range(least, min(rows, MOST_ROWS // share) + 1)
-            sizes += [partial_bytes(groups, share * count, keys, depth, processors) for count in few]
+        if heads > groups:
+            sizes.append(_few_bytes(groups, rows, keys, depth, processors, heads // groups))
         return sympy.Integer(max(sizes, default=0))
+
+
+class FewBytes(sympy.Function):  # type: ignore[misc]
+    """``FewBytes(groups, rows, keys, depth, processors, share)``: the most of
+    :func:`~mosaic_compiler.planning.few.partial_bytes` for ``rows`` queries (of each of ``share`` heads) or fewer, as
+    in :class:`SplitBytes`."""
+
+    is_integer = True
+    is_nonnegative = True
+
+    @classmethod
+    def eval(cls, *arguments: Any) -> sympy.Integer | None:
+        if not all(argument.is_Integer for argument in arguments):
+            return None
+        return sympy.Integer(_few_bytes(*map(int, arguments)))
+
+
+def _few_bytes(groups: int, rows: int, keys: int, depth: int, processors: int, share: int) -> int:
+    if rows <= 0 or keys < LEAST_KEYS:
+        return 0
+    few = range(least_served(rows), min(rows, MOST_ROWS // share) + 1)
+    return max((partial_bytes(groups, share * count, keys, depth, processors) for count in few), default=0)
