@@ -31,8 +31,17 @@ from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.base import Machine
 from mosaic_compiler.passes.needed_rows import settle_sizes, token_ids_of
 from mosaic_compiler.passes.pipeline import make_family, passes_until, run_passes
-from mosaic_compiler.passes.state import Cut, KeepStatePass, ReuseStatePass, find_cut, inputs_of, leading_parts
-from mosaic_compiler.passes.visible_keys import VisibleKeysPass
+from mosaic_compiler.passes.state import (
+    Cut,
+    KeepStatePass,
+    ReuseStatePass,
+    find_cut,
+    find_reach,
+    inputs_of,
+    leading_parts,
+)
+from mosaic_compiler.passes.visible_keys import VisibleKeysPass, hides_keys
+from mosaic_compiler.planning.reach import Reach
 from mosaic_compiler.runtime.kinds import Kinds
 from mosaic_compiler.runtime.observers import Observers
 from mosaic_compiler.runtime.sparse import page_bytes
@@ -108,6 +117,7 @@ def _made(module: fx.GraphModule, options: MosaicOptions, static_inputs: Sequenc
     machine = Machine(page_bytes(main_device_of(module)))
     with _no_guards(module):
         family = make_family(module, options, machine, observe=dump.after_pass)
+    known = functools.cache(lambda: kept_of(module, options))
     step = CompiledStep(
         family.graphs,
         options,
@@ -115,7 +125,8 @@ def _made(module: fx.GraphModule, options: MosaicOptions, static_inputs: Sequenc
         static_inputs,
         on_plan=dump.plan,
         captured=module,
-        derive=lambda: _kinds_of(module, options),
+        derive=lambda: _kinds_of(module, options, known()),
+        prove=lambda: known().reach if hides_keys(module.graph) else None,
     )
     dump.compiled(step)
     return step
@@ -129,11 +140,13 @@ class Kept:
         module: the graph, canonical.
         cut: see ``passes/state/cut.py``.
         is_heavy: there are products in it.
+        reach: which rows depend on which, where that is known.
     """
 
     module: fx.GraphModule
     cut: Cut
     is_heavy: bool
+    reach: Reach | None = None
 
     @property
     def nbytes(self) -> sympy.Expr:
@@ -147,13 +160,14 @@ def kept_of(module: fx.GraphModule, options: MosaicOptions) -> Kept:
     with _no_guards(module):
         canonical, _ = run_passes(module, passes=passes_until("visible-keys", options), disable=shown)
         is_heavy = any(book.entry(node).is_heavy for node in canonical.graph.nodes)
-        return Kept(canonical, find_cut(canonical.graph), is_heavy)
+        cut = find_cut(canonical.graph)
+        reach = None if cut.problem else find_reach(canonical.graph, cut, STATIC_INPUTS.of(canonical))
+        return Kept(canonical, cut, is_heavy, reach)
 
 
-def _kinds_of(module: fx.GraphModule, options: MosaicOptions) -> Kinds:
+def _kinds_of(module: fx.GraphModule, options: MosaicOptions, kept: Kept) -> Kinds:
     """Steps that keep state, and steps for some rows that use it, of one captured graph: nothing is captured again."""
     with _no_guards(module), _without_collections():
-        kept = kept_of(module, options)
         canonical, cut = kept.module, kept.cut
         if cut.problem:
             return Kinds(problem=cut.problem, is_heavy=kept.is_heavy)
@@ -178,6 +192,7 @@ def _kinds_of(module: fx.GraphModule, options: MosaicOptions) -> Kinds:
         is_heavy=kept.is_heavy,
         ids=ids,
         weights=weights,
+        reach=kept.reach,
         parts=tuple(leading.get(weight) for weight in weights),
     )
 

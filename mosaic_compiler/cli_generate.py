@@ -42,6 +42,10 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Dream: keep this many of the likeliest tokens")] = None,
     mask_id: Annotated[int | None, typer.Option(help="the mask token, where config and tokenizer name none")] = None,
     eos: Annotated[int | None, typer.Option(help="stop at this token; otherwise all new tokens are filled in")] = None,
+    block_causal: Annotated[
+        int | None,
+        typer.Option(help="tokens see their own block of so many, and all before it (LLaDA2.x, SDAR: 32)"),
+    ] = None,
     bidirectional: Annotated[
         bool, typer.Option("--bidirectional", help="every token attends to all others, although that is not proven")
     ] = False,
@@ -73,7 +77,8 @@ def generate(
     try:  # what can be known to be wrong without a model, before one is loaded
         Sampling(
             sampler="auto" if alg is None else "dream", length=length, steps=steps,
-            block_length=(length or 1) if block_length is None else block_length, temperature=temperature, guidance=cfg,
+            block_length=(block_causal or length or 1) if block_length is None else block_length,
+            temperature=temperature, guidance=cfg, block_causal=block_causal or 0,
             remasking=remasking, threshold=threshold, algorithm=alg or "origin", top_p=top_p, top_k=top_k,
         ).check()  # fmt: skip
         policy_of(cache)
@@ -102,7 +107,8 @@ def generate(
             result = run(
                 loaded, ids, gen_length=length, steps=steps, block_length=block_length, memory_budget=limit,
                 temperature=temperature, cfg_scale=cfg, remasking=remasking, threshold=threshold, alg=alg,
-                top_p=top_p, top_k=top_k, bidirectional=bidirectional, mask_token_id=mask, eos_token_id=eos,
+                top_p=top_p, top_k=top_k, bidirectional=bidirectional, block_causal=block_causal,
+                mask_token_id=mask, eos_token_id=eos,
                 stop_at_eos=eos is not None, cache=cache, cache_refresh=refresh,
                 streamer=LiveText(tokenizer, mask, shown, out) if live else None,
                 progress=sys.stderr.isatty() and not live and not as_json,

@@ -47,9 +47,9 @@ class MosaicOptions:
             ``before_masked`` (rows in front of such positions: Dream).  The other rows are zeros that take no memory.
         mask_token_id: the id that ``needed_rows`` looks for.
         cache: what a compiled model keeps from call to call, where the caller's own loop commits tokens: ``none``;
-            ``exact`` (what is proven to stay as it is: nothing, for models whose rows attend to all others);
-            ``delayed``: a call computes rows of masked tokens, and of those that have changed since the last call.  The
-            last one is an approximation, and needs ``needed_rows`` and ``mask_token_id``.
+            ``exact`` (with ``needed_rows``: what is proven to stay as it is; nothing, for models whose rows attend to
+            all others); ``delayed``: a call computes rows of masked tokens, and of those that have changed since the
+            last call.  The last one is an approximation, and needs ``needed_rows`` and ``mask_token_id``.
         cache_refresh: all rows are computed again every so many calls (or ``never``); also for another text.
         chunk_rows: force every loop to this many rows per chunk, whatever the budget (for experiments).
         program_cache: how many bound programs (one per length and set of weights) a graph keeps.

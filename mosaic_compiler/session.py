@@ -42,6 +42,7 @@ class Session:
 
     Attributes:
         plans: by kind of step, the plan of the last one with the highest peak.
+        computed_rows: how many rows of each sequence the last step computed.
 
     Example:
         >>> with mosaic_compiler.Session(model) as session:
@@ -68,6 +69,7 @@ class Session:
         self._written: tuple[Sequence[Any], Mapping[str, Any]] | None = None
         self._differs: Tensor | bool = False
         self.plans: dict[str, MemoryPlan] = {}
+        self.computed_rows = 0
 
     # ---------------------------------------------------------------------------------------- steps
     def full(self, ids: Tensor, *more: Any, **named: Any) -> Any:
@@ -103,19 +105,25 @@ class Session:
             return self._reuse(store, rows_of(rows, *shape, ids.device), (ids, *more), named)
 
     def exact(self, ids: Tensor, rows: Any, *more: Any, **named: Any) -> Any:
-        """Call the function for some rows, exactly: a ``reuse`` step if nothing has changed since state was kept, and
-        else (where rows see all others, whatever has changed makes all state invalid) a ``full`` one.
+        """Call the function for some rows, exactly: what is computed besides them are rows that they see whose state
+        is not valid any more, because something that those see has changed.  Where rows see all others, that is a
+        ``full`` step if anything has changed.
 
         Args, raises: as :meth:`reuse` and :meth:`full`.
         """
         with self._taken() as store:
             shape = _shape_of(ids)
-            computed = rows_of(rows, *shape, ids.device)
+            wanted = rows_of(rows, *shape, ids.device)
             known = self._written if shape == self._shape and not self._differs else None
+            if known is not None and store.is_proven:
+                self._written = None
+                result = self._run(store, "exact", wanted, (ids, *more), named)
+                self._written = _copied(((ids, *more), named))
+                return result
             if known is None or bool(_differs(known, ((ids, *more), named))):
                 return self._full(store, (ids, *more), named)
             try:
-                return self._reuse(store, computed, (ids, *more), named)
+                return self._reuse(store, wanted, (ids, *more), named)
             except MissingStateError as missing:
                 logger.info("a step computes all rows: %s", missing)
                 return self._full(store, (ids, *more), named)
@@ -133,7 +141,8 @@ class Session:
 
     def _reuse(self, store: Store, rows: Tensor, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
         if self._written is not None and self._differs is not True:
-            self._differs = self._differs | _differs(self._written, (args, named))  # on a GPU, nobody waits for it
+            differs = _differs(self._written, (args, named)) | store.has_invalid
+            self._differs = self._differs | differs  # on a GPU, nobody waits for it
         return self._run(store, "reuse", rows, args, named)
 
     def _run(self, store: Store, kind: str, rows: Tensor | None, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
@@ -147,6 +156,7 @@ class Session:
         ):
             result = self._function(*args, **named)
             store.check_kept()
+        self.computed_rows = store.computed
         plans = [step.plan for step in ran if step.plan is not None]
         if plans:
             self.plans[kind] = max(plans, key=lambda plan: plan.peak)

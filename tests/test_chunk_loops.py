@@ -239,7 +239,7 @@ def test_grouped_query_heads_are_stored_once():
 
 def test_a_window_mask_exists_for_one_chunk_only():
     module, weights = traced(Toy(window=3), 1)
-    step = compile_aten(module, MosaicOptions(chunk_rows=5, disable=("fuse",)))
+    step = compile_aten(module, MosaicOptions(chunk_rows=5, disable=("fuse", "visible-keys")))
     step([ids(1, 33, 0), *weights])
     assert not [b for b in step.plan.buffers if list(b.shape).count(33) > 1]
     assert [b for b in step.plan.buffers if 5 in b.shape and 33 in b.shape]
@@ -412,8 +412,10 @@ def test_candidate_chunks(count):
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 7, 100])
-def test_causal_attention_is_not_chunked(chunk):
-    """A causal query's keys depend on where it stands among all of them; what is around the attention is chunked."""
+@pytest.mark.parametrize("is_known", [True, False])
+def test_causal_attention_is_chunked_where_it_is_known_what_queries_see(chunk, is_known):
+    """A causal query's keys depend on where it stands among all of them: an op that is not told so is not chunked, but
+    what is around it."""
     from torch.nn.functional import scaled_dot_product_attention
 
     def f(x, w, out):
@@ -425,11 +427,12 @@ def test_causal_attention_is_not_chunked(chunk):
     x = torch.randn(23, 16, generator=generator, dtype=torch.float64)
     w = torch.randn(3, 16, 16, generator=generator, dtype=torch.float64)
     out = torch.randn(16, 48, generator=generator, dtype=torch.float64)
-    step = compile_aten(trace(f, x, w, out, dynamic=[(0,)]), MosaicOptions(chunk_rows=chunk, disable=("fuse",)))
+    disable = ("fuse",) if is_known else ("fuse", "visible-keys")
+    step = compile_aten(trace(f, x, w, out, dynamic=[(0,)]), MosaicOptions(chunk_rows=chunk, disable=disable))
     assert_equal(step([x, w, out]), (f(x, w, out),))
     ops = [op for loop in step.plan.loops for op in loop.ops]
     assert ops.count("mm") == 5, "the products run in loops"
-    assert "attention" not in ops
+    assert ("attention" in ops) == is_known
 
 
 def test_a_part_of_a_table_that_a_guard_makes_as_long_as_the_rows():

@@ -21,7 +21,8 @@ class Policy:
         ends: with the ``block``, or with the ``sequence``.
         takes_masked: rows of masked tokens.
         takes_changed: rows whose token is another one than in the step before.
-        is_kept: state is kept at all.
+        is_kept: state is kept, whatever is known of it.
+        is_exact: state is kept where it is proven which of it stays as it is, and only that is used.
         says: what it does, for people.
     """
 
@@ -30,13 +31,16 @@ class Policy:
     takes_masked: bool = False
     takes_changed: bool = False
     is_kept: bool = True
+    is_exact: bool = False
     says: str = ""
 
 
 POLICIES: Mapping[str, Policy] = MappingProxyType(
     {
         "none": Policy(is_kept=False, says="every step computes every row"),
-        "exact": Policy(is_kept=False, says="rows whose state is proven to be what it would be; else all of them"),
+        "exact": Policy(
+            is_kept=False, is_exact=True, says="rows whose state is proven to be what it would be; else all of them"
+        ),
         "prefix": Policy("block", "sequence", says="the block and what is behind it"),
         "dual": Policy("block", "block", says="the block"),
         "delayed": Policy(takes_masked=True, takes_changed=True, says="masked tokens, and those of the last step"),

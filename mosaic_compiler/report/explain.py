@@ -231,7 +231,10 @@ def _state_line(step: CompiledStep, plan: MemoryPlan | None) -> str:
     known = {symbol: numbers[str(symbol)] for symbol in kept.nbytes.free_symbols if str(symbol) in numbers}
     nbytes = kept.nbytes.xreplace(known)
     size = format_bytes(int(nbytes)) if nbytes.is_Integer else f"{nbytes} bytes"
+    proof = "only where no row that they see has changed since"
+    if kept.reach is not None:
+        proof += f", and rows do not see all others: {kept.reach.says}"
     return (
         f"state: {len(kept.cut.values)} values can be kept from step to step, {size}; steps for some rows are exact "
-        "only where no row that they see has changed since"
+        f"{proof}"
     )

@@ -36,6 +36,11 @@ class Automatic:
         self._since: int | None = None
         self._lock = threading.RLock()
 
+    @property
+    def is_exact(self) -> bool:
+        """Only state that is proven to be what it would be is used."""
+        return self._policy.is_exact
+
     def run(self, kinds: Kinds, inputs: Sequence[Any]) -> list[Any]:
         """Run the kind of step that is due."""
         assert kinds.ids is not None
@@ -43,6 +48,9 @@ class Automatic:
             if self._block is None:
                 self._block = Block(kinds)
             ids = inputs[kinds.ids]
+            if self.is_exact:
+                wanted = ids == self._mask
+                return self._block.exact(inputs, with_rows_before(wanted) if self._shifted else wanted)
             rows = None if self._block.problem(inputs) else self._rows(ids)
             self._ids, since, self._since = None, self._since, None  # should this step fail, the next one is a full one
             if rows is None or self._refresh.is_due(since, begins_block=False):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mosaic_compiler.ir.notes import StateNote
+from mosaic_compiler.planning.reach import Reach
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +29,7 @@ class Kinds:
         is_heavy: there are products in it: what it computes is worth keeping.
         ids: which input holds token ids; ``None``: that cannot be told.
         weights: which inputs are weights that kept values are computed with.
+        reach: which rows depend on which; ``None``: all on all, for all that is known.
         parts: for each of them (dim, size), if it is only read up to that size; a table that may be made again longer.
     """
 
@@ -40,6 +42,7 @@ class Kinds:
     is_heavy: bool = False
     ids: int | None = None
     weights: tuple[int, ...] = ()
+    reach: Reach | None = None
     parts: tuple[tuple[int, Any] | None, ...] = ()
 
     @property

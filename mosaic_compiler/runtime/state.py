@@ -18,6 +18,7 @@ from mosaic_compiler.runtime.instructions import DEAD
 from mosaic_compiler.runtime.kinds import Kinds
 from mosaic_compiler.runtime.link import object_of
 from mosaic_compiler.runtime.pools import new_arena
+from mosaic_compiler.runtime.validity import Validity
 
 if TYPE_CHECKING:
     from mosaic_compiler.planning.lowered import TensorFacts
@@ -31,6 +32,8 @@ class Block:
         tensors: one for each kept value, over memory that nobody else writes.
         nbytes: of all.
         is_valid: a full step has filled it, and no step has failed since.
+        validity: of its rows; ``None``: nobody asked, or rows depend on all others.
+        computed: rows that the last step computed in each sequence.
     """
 
     def __init__(self, kinds: Kinds) -> None:
@@ -49,7 +52,8 @@ class Block:
         self.device = kinds.full.device
         self._own(new_arena(self.device))
         self.tensors: list[Tensor] = []
-        self.nbytes, self.is_valid = 0, False
+        self.nbytes, self.is_valid, self.computed = 0, False, 0
+        self.validity: Validity | None = None
         self._sizes: tuple[tuple[str, int], ...] | None = None
         self._meanings = dict(kinds.full.outline.meanings)
         self._weights: _Weights | None = None
@@ -101,7 +105,7 @@ class Block:
 
     def keep(self, inputs: Sequence[Any]) -> list[Any]:
         """A step for all rows."""
-        self.is_valid = False
+        self.is_valid, self.validity = False, None
         if self._sizes_of(inputs) != self._sizes:
             self._map(inputs)
         if self.full.kept.outline.guard:
@@ -114,6 +118,34 @@ class Block:
             raise
         self._weights, self.is_valid = self._weights_in(inputs), True
         return results[: len(results) - len(self.tensors)]
+
+    def track(self, inputs: Sequence[Any], shape: tuple[int, int]) -> None:
+        """All rows were computed just now: from here on, know which of them are valid, where rows do not depend on all
+        others."""
+        if self._kinds.reach is not None:
+            self.validity = Validity(self._kinds.reach, self.full.numbers(inputs), inputs, shape)
+
+    def exact(self, inputs: Sequence[Any], wanted: Tensor) -> list[Any]:
+        """A step that computes what is invalid and needed, and nothing else; for all rows, if that is all.
+
+        Args:
+            wanted: bool [B, N], rows that somebody reads.
+        """
+        shape = (wanted.shape[0], wanted.shape[1])
+        rows = None
+        if self.validity is not None and not self.problem(inputs):
+            rows = self.validity.rows_to_compute(inputs, wanted)
+        if rows is None:
+            results = self.keep(inputs)
+            self.track(inputs, shape)
+            self.computed = shape[1]
+            return results
+        validity, self.validity = self.validity, None  # should this step fail, nothing is known
+        results = self.run_rows(inputs, rows)
+        assert validity is not None
+        validity.computed(inputs)
+        self.validity, self.computed = validity, rows.shape[1]
+        return results
 
     def run_rows(self, inputs: Sequence[Any], rows: Tensor) -> list[Any]:
         """A step for some rows.

@@ -28,6 +28,7 @@ from mosaic_compiler.planning.kept import KeptStep
 from mosaic_compiler.planning.lowered import LoweredOp, LoweredStep
 from mosaic_compiler.planning.outline import StepOutline
 from mosaic_compiler.planning.plan import Fallback, MemoryPlan
+from mosaic_compiler.planning.reach import Reach
 from mosaic_compiler.runtime.automatic import Automatic
 from mosaic_compiler.runtime.devices import check_machine
 from mosaic_compiler.runtime.engine import running, within_budget
@@ -64,16 +65,17 @@ class CompiledStep(Stateful):
         on_plan: Callable[[MemoryPlan, Sequence[Fallback]], None] = lambda plan, fallbacks: None,
         captured: fx.GraphModule | None = None,
         derive: Callable[[], Kinds] = Kinds,
+        prove: Callable[[], Reach | None] = lambda: None,
     ) -> None:
         *_, module = graphs.values()
         self.graphs, self.module, self.passes = graphs, module, tuple(passes)
         self.captured = captured if captured is not None else module
         lives = {name: find_lives(graph) for name, graph in graphs.items()}
         self.lives: Lives = [*lives.values()][-1]
-        self._on_plan, self._derive = on_plan, derive
+        self._on_plan, self._derive, self._prove = on_plan, derive, prove
         policy = POLICIES[options.cache]
         self.automatic: Automatic | None = None
-        if policy.is_kept:
+        if policy.is_kept or (policy.is_exact and options.needed_rows != "all"):
             assert options.mask_token_id is not None
             shifted = options.needed_rows == "before_masked"
             refresh = refresh_of(options.cache_refresh)
@@ -115,9 +117,14 @@ class CompiledStep(Stateful):
         first asked for."""
         return self._derive()
 
+    @functools.cached_property
+    def reach(self) -> Reach | None:
+        """Which rows depend on which, if not all on all."""
+        return self._prove()
+
     def run_alone(self, inputs: Sequence[Any]) -> list[Any]:
         """A call outside of sessions; with the option ``cache``, with state of its own."""
-        if self.automatic is None:
+        if self.automatic is None or (self.automatic.is_exact and self.reach is None):
             return super().run_alone(inputs)
         kinds = self.kinds
         if not kinds.keeps or kinds.ids is None:
@@ -128,7 +135,7 @@ class CompiledStep(Stateful):
                 logger.warning("mosaic: no-state: %s", reason)
                 self._be_strict()
             return super().run_alone(inputs)
-        if not self._has_said_approximate:
+        if not self._has_said_approximate and not self.automatic.is_exact:
             self._has_said_approximate = True
             logger.info(
                 "mosaic: cache=%r is an approximation: calls compute rows of masked and changed tokens (all rows: %s), "

@@ -13,7 +13,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mosaic_compiler.errors import MissingStateError, StateError
+from mosaic_compiler.planning.reach import Reach
 from mosaic_compiler.runtime.engine import Step
 from mosaic_compiler.runtime.kinds import Kinds
 from mosaic_compiler.runtime.state import Block
@@ -30,6 +33,11 @@ class Stateful(Step, ABC):
     def kinds(self) -> Kinds:
         """Made when they are first asked for."""
 
+    @property
+    @abstractmethod
+    def reach(self) -> Reach | None:
+        """Which rows depend on which; ``None``: all on all, for all that is known."""
+
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         store = _store.get()
         return self.run_alone(inputs) if store is None else store.run(self, inputs)
@@ -43,10 +51,12 @@ class Store:
     """The state of one session: a block for each graph that it runs.
 
     Attributes:
-        kind: what the next steps are: ``full`` or ``reuse``.
+        kind: what the next steps are: ``full``; ``reuse``; or ``exact``: for all rows or for some, whatever is right
+            (where rows depend on all others, nothing is kept for that).
         shape: of the token ids.
-        rows: int64 [B, R], which rows they compute.
+        rows: int64 [B, R], which rows they compute (of ``exact`` steps those that somebody reads).
         ran: kinds of the graphs that ran in the last call.
+        computed: the most rows that a graph with state computed in a sequence of it; 0: none has state.
     """
 
     def __init__(self) -> None:
@@ -54,6 +64,7 @@ class Store:
         self.shape = (1, 1)
         self.rows: Tensor | None = None
         self.ran: list[Kinds] = []
+        self.computed = 0
         self._blocks: weakref.WeakKeyDictionary[Step, Block] = weakref.WeakKeyDictionary()
         self._used: set[Step] = set()
 
@@ -62,11 +73,27 @@ class Store:
         """Bytes of state."""
         return sum(block.nbytes for block in self._blocks.values())
 
+    @property
+    def is_proven(self) -> bool:
+        """Of all state it is known which rows are valid."""
+        return bool(self._blocks) and all(block.validity is not None for block in self._blocks.values())
+
+    @property
+    def has_invalid(self) -> Tensor | bool:
+        """Some rows are known to be invalid (on a GPU as a tensor there)."""
+        known = [block.validity for block in self._blocks.values() if block.validity is not None]
+        found: Tensor | bool = False
+        for validity in known:
+            found = found | ~validity.all_valid
+        return found
+
     def run(self, step: Stateful, inputs: Sequence[Any]) -> list[Any]:
         """Run the kind of step that is asked for.
 
         A graph that keeps nothing runs for some rows, where they are rows of its own, or as it is.
         """
+        if self.kind == "exact" and step.reach is None:
+            return Step.__call__(step, inputs)
         kinds = step.kinds
         self.ran.append(kinds)
         is_for_rows = kinds.has_rows_of(inputs, self.shape)
@@ -81,18 +108,28 @@ class Store:
         if not is_for_rows:
             raise StateError("rows of this step are not those of its token ids, so it cannot be told which to compute")
         block = self._blocks.get(step)
-        if block is None and self.kind != "full":
+        if block is None and self.kind == "reuse":
             block = self._adopted(step, kinds, inputs)
         if block is None:
-            if self.kind != "full":
+            if self.kind == "reuse":
                 raise MissingStateError(
                     "there is no state of this graph, which was compiled for these inputs just now: call full() first"
                 )
             block = self._blocks[step] = Block(kinds)
         self._used.add(step)
         if self.kind == "full":
-            return block.keep(inputs)
+            self.computed = self.shape[1]
+            results = block.keep(inputs)
+            block.track(inputs, self.shape)
+            return results
         assert self.rows is not None
+        if self.kind == "exact":
+            wanted = torch.zeros(self.shape, dtype=torch.bool, device=self.rows.device).scatter_(1, self.rows, True)
+            results = block.exact(inputs, wanted)
+            self.computed = max(self.computed, block.computed)
+            return results
+        self.computed = max(self.computed, self.rows.shape[1])
+        block.validity = None  # what is used need not be valid
         return block.run_rows(inputs, self.rows)
 
     def _adopted(self, step: Step, kinds: Kinds, inputs: Sequence[Any]) -> Block | None:
@@ -114,11 +151,11 @@ class Store:
 
     def begin(self, kind: str, shape: tuple[int, int], rows: Tensor | None) -> None:
         """A step of this kind begins."""
-        self.kind, self.shape, self.rows, self.ran, self._used = kind, shape, rows, [], set()
+        self.kind, self.shape, self.rows, self.ran, self._used, self.computed = kind, shape, rows, [], set(), 0
 
     def end(self) -> None:
         """The step is done: state of graphs that had no part in a full one is of other ids."""
-        for step in [step for step in self._blocks if self.kind == "full" and step not in self._used]:
+        for step in [step for step in self._blocks if self.kind != "reuse" and step not in self._used]:
             self._blocks.pop(step).release()
         self._used = set()
 

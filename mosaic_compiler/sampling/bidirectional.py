@@ -56,9 +56,9 @@ def check_bidirectional(model: nn.Module, ids: Tensor, mask: int, total: int) ->
     if problem is not None:
         raise NotADiffusionModelError(
             f"{type(model).__name__} is not proven to be bidirectional: {problem}. Block-causal models (LLaDA2.x, "
-            "SDAR, Fast-dLLM v2) are called with masks that generate() does not make: their results would be wrong. If "
-            "each row of yours attends to all others when the model is called without a mask, pass bidirectional=True "
-            "(--bidirectional)"
+            "SDAR, Fast-dLLM v2) need the mask that they were trained with, or results are wrong: say block_causal=32 "
+            "(--block-causal 32), or how long their blocks are. If each row of yours attends to all others when the "
+            "model is called without a mask, pass bidirectional=True (--bidirectional)"
         )
     _tried[model] = tokens
 
@@ -74,6 +74,27 @@ def check_padding(model: nn.Module, mask: int, device: torch.device) -> None:
         raise ValueError(
             f"{type(model).__name__} does not look at the mask of padding that it is given: tokens that are marked as "
             "padding change the rows of others. Generate for prompts of one length at a time"
+        )
+
+
+def check_block_causal(model: nn.Module, ids: Tensor, mask: int, block: int) -> None:
+    """Raise :class:`NotADiffusionModelError` if rows of a model see more than a block-causal mask lets them see."""
+    length = 2 * block + 2
+    tokens = torch.full((1, length), mask, device=ids.device)
+    some = ids.flatten()[:length]
+    tokens[0, : len(some)] = some
+    try:
+        moved = _differ(model, call_for(model, padded=False, block=block), tokens, length - 1, block)
+    except Exception as error:  # whatever the model raises
+        text = str(error).strip().splitlines() or [""]
+        raise NotADiffusionModelError(
+            f"{type(model).__name__} takes no mask [1, 1, N, N] as attention_mask (or attention_bias), which "
+            f"block_causal={block} needs: it raises {type(error).__name__}: {text[0][:200]}"
+        ) from error
+    if moved > 1e-6:
+        raise NotADiffusionModelError(
+            f"{type(model).__name__} does not look at the block-causal mask that it is given: its rows see later "
+            "blocks. Leave block_causal out, if the model makes its masks itself, or is bidirectional"
         )
 
 

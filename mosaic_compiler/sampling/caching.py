@@ -35,8 +35,13 @@ class Schedule:
             needed: int64 [M], rows that proposals are made of, numbered through all sequences.
 
         Returns:
-            ``full`` and ``None``, or ``reuse`` and int64 [B, R].
+            ``full`` and ``None``, ``reuse`` and int64 [B, R]; or ``exact`` and those that are needed (what was computed
+            is to be told to :meth:`ran`).
         """
+        if self._policy.is_exact:
+            read = torch.zeros_like(ids, dtype=torch.bool)
+            read.view(-1)[needed] = True
+            return "exact", numbers_in(read, max(int(read.sum(1).max()), 1))
         if not self._policy.is_kept or self._refresh.is_due(self._since, wanted.block != self._block):
             kind, rows = "full", None
         else:
@@ -47,6 +52,10 @@ class Schedule:
         self._block, self._last = wanted.block, ids
         self.counts[kind] += 1
         return kind, rows
+
+    def ran(self, rows: int, length: int) -> None:
+        """An ``exact`` step has computed so many rows of each sequence; 0: all of them, keeping nothing."""
+        self.counts["full" if rows in (0, length) else "reuse"] += 1
 
     def all_rows(self) -> str:
         """The step that was said to be a ``reuse`` is a ``full`` one after all."""

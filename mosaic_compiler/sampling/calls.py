@@ -22,12 +22,14 @@ class ModelCall:
         convention: ``plain`` (``model(ids)``, masks as ``attention_mask``), ``bias`` (masks as ``attention_bias``, as
             in LLaDA's remote code) or ``dream`` (``model(ids, "full" | mask, positions)``).
         padded: the call has a mask of padding.
+        block: rows see their own block of so many tokens, and all before it; 0: all others.
         says: further keyword arguments, see :func:`said_to`.
     """
 
     convention: str
     padded: bool
     says: tuple[tuple[str, Any], ...] = ()
+    block: int = 0
 
     def __call__(self, model: nn.Module, ids: Tensor, real: Tensor | None) -> Tensor:
         """Logits [B, N, V].
@@ -37,12 +39,15 @@ class ModelCall:
             real: bool [B, N], False for padding; only read if ``padded``.
         """
         says = dict(self.says)
-        if not self.padded or real is None:
+        is_padded = self.padded and real is not None
+        if not is_padded and not self.block:
             output: Any = model(ids, "full", **says) if self.convention == "dream" else model(ids, **says)
         else:
-            seen = real[:, None, None, :]  # keys that may be seen, the same for all queries: no N x N mask
+            seen = self._seen(ids, real if is_padded else None)
             if self.convention == "dream":
-                positions = (real.cumsum(-1) - 1).masked_fill(~real, 1)
+                positions = None
+                if real is not None:
+                    positions = (real.cumsum(-1) - 1).masked_fill(~real, 1)
                 output = model(ids, seen, positions, **says)
             elif self.convention == "bias":
                 bias = torch.zeros(seen.shape, device=ids.device).masked_fill(~seen, torch.finfo(torch.float32).min)
@@ -50,6 +55,16 @@ class ModelCall:
             else:
                 output = model(ids, attention_mask=seen, **says)
         return logits_of(output)
+
+    def _seen(self, ids: Tensor, real: Tensor | None) -> Tensor:
+        """Keys that may be seen: bool [B or 1, 1, 1 or N, N]."""
+        padding = None if real is None else real[:, None, None, :]  # the same for all queries: no N x N mask
+        if not self.block:
+            assert padding is not None
+            return padding
+        block = torch.arange(ids.shape[1], device=ids.device) // self.block
+        seen = (block[:, None] >= block[None, :])[None, None]
+        return seen if padding is None else seen & padding
 
 
 def logits_of(output: Any) -> Tensor:
@@ -61,10 +76,10 @@ def logits_of(output: Any) -> Tensor:
     return found
 
 
-def call_for(model: nn.Module, padded: bool) -> ModelCall:
+def call_for(model: nn.Module, padded: bool, block: int = 0) -> ModelCall:
     """The convention of a model."""
     plain = "bias" if "attention_bias" in _parameters(model) else "plain"
-    return ModelCall("dream" if is_dream_like(model) else plain, padded, tuple(said_to(model).items()))
+    return ModelCall("dream" if is_dream_like(model) else plain, padded, tuple(said_to(model).items()), block)
 
 
 def said_to(model: nn.Module) -> dict[str, Any]:

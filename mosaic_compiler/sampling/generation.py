@@ -11,10 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mosaic_compiler.graph_log import logger
 from mosaic_compiler.planning.caches import policy_of, refresh_of
 from mosaic_compiler.planning.plan import Fallback, MemoryPlan
-from mosaic_compiler.sampling.bidirectional import check_bidirectional, check_padding
+from mosaic_compiler.sampling.bidirectional import check_bidirectional, check_block_causal, check_padding
 from mosaic_compiler.sampling.calls import is_dream_like
 from mosaic_compiler.sampling.compiled import dynamo_as_needed
 from mosaic_compiler.sampling.request import CHECKS, EOS_RULES, EndTokens, Sampling
@@ -81,6 +80,7 @@ def generate(
     eos_token_id: int | None = None,
     eot_token_id: int | None = None,
     bidirectional: bool = False,
+    block_causal: int | None = None,
     generator: torch.Generator | None = None,
     stop_at_eos: bool = False,
     cache: str = "exact",
@@ -120,6 +120,10 @@ def generate(
         mask_token_id, mask_id, eos_token_id, eot_token_id: ``None``: from the model's config.
         bidirectional: every row of the model attends to all others when it is called without a mask: what ``generate``
             checks, and refuses where it cannot prove it.
+        block_causal: each row sees its own block of so many tokens, and all before it: the mask of block-causal models
+            (LLaDA2.x, SDAR: 32), which ``generate`` makes.  Blocks end at multiples of ``block_length``, by default as
+            long.  ``cache="exact"`` then keeps what is proven: a step computes what is masked in its block, and rows
+            whose block has changed.
         generator: where noise comes from; ``None``: PyTorch's default generator.
         stop_at_eos: end when every sequence has an end token with nothing masked before it; what is behind is filled
             with it.
@@ -166,7 +170,9 @@ def generate(
         sampler=kind,
         length=length,
         steps=steps,
-        block_length=(length or max(input_ids.shape[-1], 1)) if block_length is None else block_length,
+        block_length=block_length
+        if block_length is not None
+        else block_causal or length or max(input_ids.shape[-1], 1),
         mask=mask_of(model, mask_token_id if mask_token_id is not None else mask_id),
         temperature=temperature,
         guidance=cfg_scale,
@@ -181,6 +187,7 @@ def generate(
         top_k=top_k,
         eps=eps,
         seed=0,
+        block_causal=_block_of(block_causal),
     )
     sampling.check()
     _check_inputs(input_ids, attention_mask, config, length)
@@ -189,14 +196,14 @@ def generate(
     _check_streamer(streamer)
     drawn = torch.randint(1 << 62, (), generator=generator, device=None if generator is None else generator.device)
     with _in_eval_mode(model):
-        if not bidirectional:
+        if sampling.block_causal:
+            check_block_causal(model, input_ids, sampling.mask, sampling.block_causal)
+        elif not bidirectional:
             check_bidirectional(model, input_ids, sampling.mask, input_ids.shape[1] + length)
         if attention_mask is not None and not bool(attention_mask.bool().all()):
             check_padding(model, sampling.mask, input_ids.device)
     given = {**({} if memory_budget is None else {"memory_budget": memory_budget}), **(options or {})}
     run = Run(model, input_ids, attention_mask, replace(sampling, seed=int(drawn)), given, compile, policy, refresh)
-    if cache == "exact":
-        _say_what_would_save(run)
     history: list[Tensor] = []
     try:
         with _in_eval_mode(model), torch.no_grad(), dynamo_as_needed(), _bar(progress, run) as advance:
@@ -214,20 +221,24 @@ def generate(
             streamer.end()
     counts = run.schedule.counts
     return Generation(
-        run.ids, run.forwards, run.plan, tuple(history), run.fallbacks, counts, run.state_bytes, counts["reuse"] > 0
+        run.ids,
+        run.forwards,
+        run.plan,
+        tuple(history),
+        run.fallbacks,
+        counts,
+        run.state_bytes,
+        counts["reuse"] > 0 and not policy.is_exact,
     )
 
 
-def _say_what_would_save(run: Run) -> None:
-    """What is exact computes every row in every step here; how much less an approximation would."""
-    given = run.sampling
-    block = given.block_length if given.sampler == "llada" else len(range(*run.state.to_fill.indices(run.ids.shape[1])))
-    logger.info(
-        "mosaic: cache='exact' computes all %d rows in every step, because each attends to all others; cache='dual', "
-        "an approximation, would compute %d in all but the first step of a block",
-        run.ids.shape[1],
-        min(block, run.ids.shape[1]),
-    )
+def _block_of(given: int | None) -> int:
+    """Tokens of a block; 0: there are none."""
+    if given is None:
+        return 0
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise ValueError(f"block_causal must be the tokens of a block, at least 1, got {given!r}")
+    return given
 
 
 @contextmanager

@@ -63,6 +63,7 @@ class Sampling:
     stop_at_eos: bool = False
     eps: float = 1e-3
     seed: int = 0
+    block_causal: int = 0
 
     def check(self) -> None:
         """Raise :class:`ValueError` for what makes no sense."""
@@ -80,6 +81,10 @@ class Sampling:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if self.block_causal < 0:
+            raise ValueError(f"block_causal must be the tokens of a block, at least 1, got {self.block_causal}")
+        if self.block_causal and self.guidance:
+            raise ValueError("cfg_scale masks the prompt, which block-causal models were not trained for: leave it out")
         if self.threshold is not None and not 0 < self.threshold <= 1:
             raise ValueError(f"threshold must be above 0 and at most 1, got {self.threshold}")
         CHECKS[self.sampler](self)
@@ -110,6 +115,8 @@ def _check_blocks(given: Sampling) -> None:
         raise ValueError(f"remasking must be low_confidence or random, got {given.remasking!r}")
     if given.block_length < 1:
         raise ValueError(f"block_length must be at least 1, got {given.block_length}")
+    if given.block_causal:
+        return  # blocks end at multiples of their length, wherever the prompt does
     if given.length % given.block_length:
         raise ValueError(
             f"gen_length {given.length} must be a multiple of block_length {given.block_length}: "

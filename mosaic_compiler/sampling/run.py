@@ -60,10 +60,15 @@ class Run:
         self.forwards = self._room = 0
         self._kind, self._numbers = SAMPLERS[sampling.sampler], numbers_of(sampling)
         self.schedule = Schedule(policy, refresh, sampling.mask, shifted=self._kind.is_shifted)
-        self._store = Store() if policy.is_kept else None
+        self._store = Store() if policy.is_kept or (policy.is_exact and is_compiled) else None
         self.state_bytes = 0
+        self._has_said = False
         self._proposer = Proposer(
-            model, call_for(model, self.real is not None), self._kind.rule(sampling), options, is_compiled
+            model,
+            call_for(model, self.real is not None, sampling.block_causal),
+            self._kind.rule(sampling),
+            options,
+            is_compiled,
         )
 
     @property
@@ -125,7 +130,16 @@ class Run:
         """A step of the kind that is due; ``rows`` (flat) are those that proposals are made of."""
         kind, computed = self.schedule.next(self.ids, wanted, rows)
         if self._store is None:
+            if kind == "exact":
+                self.schedule.ran(0, self.ids.shape[1])
             return self._proposer(*arguments)
+        if kind == "exact":
+            result = self._with_state(self._store, kind, computed, arguments)
+            self.schedule.ran(self._store.computed, self.ids.shape[1])
+            if not self._store.computed:
+                self._say_what_would_save()
+            self.state_bytes = max(self.state_bytes, self._store.nbytes)
+            return result
         try:
             result = self._with_state(self._store, kind, computed, arguments)
         except MissingStateError as missing:
@@ -141,8 +155,23 @@ class Run:
     ) -> tuple[Tensor, Tensor]:
         with stepping(store, kind, (self.ids.shape[0], self.ids.shape[1]), computed):
             result = self._proposer(*arguments)
-            store.check_kept()
+            if kind != "exact":
+                store.check_kept()
         return result
+
+    def _say_what_would_save(self) -> None:
+        """What is exact computes every row in every step here; how much less an approximation would."""
+        if self._has_said:
+            return
+        self._has_said = True
+        given, length = self.sampling, self.ids.shape[1]
+        block = given.block_length if given.sampler == "llada" else len(range(*self.state.to_fill.indices(length)))
+        logger.info(
+            "mosaic: cache='exact' computes all %d rows in every step, because each attends to all others; "
+            "cache='dual', an approximation, would compute %d in all but the first step of a block",
+            length,
+            min(block, length),
+        )
 
     def _room_for(self, count: int) -> int:
         """How many rows to compute where ``count`` are needed: as in the step before, down to half."""

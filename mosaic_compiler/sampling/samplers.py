@@ -73,14 +73,19 @@ Sampler: TypeAlias = "Generator[Wanted, Proposals, None]"
 def blocks_of(state: State) -> list[tuple[slice, int]]:
     """Positions of each block, from left to right, and how many steps it takes.
 
-    Where nothing is appended, blocks are runs of ``block_length`` positions, each from the first masked one that no
-    block before it has; they share the steps, the first ones get those that are left over.
+    For block-causal models, blocks end at multiples of ``block_length`` in the sequence (the first one may be shorter),
+    and each has steps in proportion.  Where nothing is appended, blocks are runs of ``block_length`` positions, each
+    from the first masked one that no block before it has; they share the steps, the first ones get those that are left
+    over.
 
     Raises:
         ValueError: for fewer steps than blocks, unless as many are taken as it takes (``threshold``).
     """
     given, length = state.sampling, state.ids.shape[1]
-    if given.length:
+    if given.length and given.block_causal:
+        step = given.block_length
+        begins = [state.start, *range((state.start // step + 1) * step, length, step)]
+    elif given.length:
         begins = list(range(state.start, length, given.block_length))
     else:
         begins = []
@@ -92,6 +97,11 @@ def blocks_of(state: State) -> list[tuple[slice, int]]:
             f"steps {given.steps} are fewer than the {len(begins)} blocks that hold masked tokens: take at least "
             f"{len(begins)}, or a block_length above {given.block_length}"
         )
+    if given.length and given.block_causal:
+        ends = [*begins[1:], length]
+        share = [round(given.steps * (end - state.start) / given.length) for end in ends]
+        counts = [max(last - first, 1) for first, last in zip([0, *share], share, strict=False)]
+        return [(slice(*ends), count) for *ends, count in zip(begins, ends, counts, strict=True)]
     each, more = divmod(given.steps, max(len(begins), 1))
     return [
         (slice(begin, min(begin + given.block_length, length)), each + (number < more))

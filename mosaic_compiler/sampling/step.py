@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mosaic_compiler.compat.dynamo import has_given_up
 from mosaic_compiler.errors import FallbackError
 from mosaic_compiler.graph_log import logger
-from mosaic_compiler.sampling.calls import logits_of, said_to
+from mosaic_compiler.sampling.calls import call_for, logits_of, said_to
 from mosaic_compiler.settings import read_settings
 
 
@@ -31,13 +31,17 @@ class DenoisingStep(nn.Module):
         model: anything with ``model(input_ids).logits`` of shape [B, N, vocabulary] (a transformers
             masked LM or a bidirectional causal LM), or that returns the logits themselves.
         mask_token_id: the id of the mask token.
+        block_causal: rows see their own block of so many tokens, and all before it: the mask of block-causal models.
     """
 
-    def __init__(self, model: nn.Module, mask_token_id: int) -> None:
+    def __init__(self, model: nn.Module, mask_token_id: int, *, block_causal: int | None = None) -> None:
         super().__init__()
+        if block_causal is not None and block_causal < 1:
+            raise ValueError(f"block_causal must be the tokens of a block, at least 1, got {block_causal}")
         self.model = model
         self.mask_token_id = mask_token_id
         self._says = said_to(model)
+        self._call = None if block_causal is None else call_for(model, padded=False, block=block_causal)
         self._has_said_eager = False
 
     def forward(self, input_ids: Tensor, window: Tensor, count: Tensor) -> Tensor:
@@ -54,7 +58,10 @@ class DenoisingStep(nn.Module):
         if not torch.compiler.is_compiling():
             self._say_if_given_up()
         masked = (input_ids == self.mask_token_id) & window  # [B, N]
-        logits = logits_of(self.model(input_ids, **self._says))  # [B, N, V]
+        if self._call is None:
+            logits = logits_of(self.model(input_ids, **self._says))  # [B, N, V]
+        else:
+            logits = self._call(self.model, input_ids, None)
         token = logits.argmax(dim=-1)  # [B, N]
         probability = torch.softmax(logits, dim=-1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
         confidence = torch.where(masked, probability, float("-inf"))

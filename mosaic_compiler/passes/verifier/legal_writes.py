@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 
+import torch
 from torch import fx
 from torch._ops import OpOverload
 
@@ -13,6 +14,11 @@ from mosaic_compiler.ir.clusters import Cluster, cluster_of
 from mosaic_compiler.ir.loops import loop_of
 from mosaic_compiler.passes.reuse_rows import late_readers
 
+aten = torch.ops.aten
+
+_SIZES = {aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int}
+"""What they say of a tensor stays the same, whatever is written into it."""
+
 
 def illegal_writes(graph: fx.Graph, storage: ir.StorageMap) -> Iterator[str]:
     """Writes into storage of the step, or into state, that somebody could notice.  Judged from the graph alone."""
@@ -20,7 +26,7 @@ def illegal_writes(graph: fx.Graph, storage: ir.StorageMap) -> Iterator[str]:
     order = {node: index for index, node in enumerate(graph.nodes)}
     readers: dict[ir.Root, list[fx.Node]] = {}
     for node in graph.nodes:
-        for operand in node.all_input_nodes:
+        for operand in node.all_input_nodes if node.target not in _SIZES else ():
             for root in storage.roots(operand):
                 if root is not None:
                     readers.setdefault(root, []).append(node)

@@ -17,13 +17,13 @@ from mosaic_compiler.ir import ops
 from mosaic_compiler.ir.emitter import SizeEmitter
 from mosaic_compiler.ir.sizes import UnreadableSizeError
 from mosaic_compiler.passes.base import Pass
-from mosaic_compiler.passes.visible_keys.formulas import Element
-from mosaic_compiler.passes.visible_keys.intervals import ENTRY, KEY, QUERY, Visibility, visibility_of
-from mosaic_compiler.passes.visible_keys.places import OpaqueError
+from mosaic_compiler.passes.visible_keys.formulas import Element, OpaqueError
+from mosaic_compiler.passes.visible_keys.intervals import ENTRY, KEY, Visibility, visibility_of
+from mosaic_compiler.planning.reach import QUERY
 
 aten = torch.ops.aten
 
-__all__ = ["VisibleKeysPass"]
+__all__ = ["VisibleKeysPass", "hides_keys", "visible"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,16 @@ class VisibleKeysPass(Pass):
         return module
 
 
+def hides_keys(graph: fx.Graph) -> bool:
+    """Some attention is causal, or has a mask: it might be that rows do not see all others."""
+    attentions = [node for node in graph.nodes if book.is_attention(node)]
+    return any(_mask_of(node) is not None or ir.argument(node, "is_causal") for node in attentions)
+
+
+def _mask_of(node: fx.Node) -> Any:
+    return ir.argument(node, "attn_mask") or ir.argument(node, "attn_bias") or ir.argument(node, "last")
+
+
 def visible(node: fx.Node) -> Visibility | None:
     """What the queries of a masked (or causal) attention see; ``None`` for other nodes, and where that is no run of
     keys, or a mask for all queries alike says it already."""
@@ -71,7 +81,7 @@ def visible(node: fx.Node) -> Visibility | None:
         return None
     if ir.argument(node, "dropout_p") or any(user.args[1] != 0 for user in node.users):
         return None
-    mask = ir.argument(node, "attn_mask") or ir.argument(node, "attn_bias")
+    mask = _mask_of(node)
     sizes = [[ir.expr_of(size) for size in ir.only_tensor(operand).shape] for operand in node.args[:3]]  # type: ignore[arg-type]
     (entries, _, queries, depth), (_, _, keys, _), (*_, value_depth) = sizes
     if depth != value_depth:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
 from typing import Any as Anything
 
 import sympy
@@ -13,27 +12,26 @@ from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.book.rows import normal_dim, shape_of
-from mosaic_compiler.compat.symbols import FloorDiv
+from mosaic_compiler.compat.symbols import FloorDiv, Max, Min
+from mosaic_compiler.passes.visible_keys.elements import Elements, Rules
 from mosaic_compiler.passes.visible_keys.formulas import (
     FALSE,
     TRUE,
     AtLeast,
+    Bounds,
+    Cases,
     Element,
     Formula,
+    Index,
+    OpaqueError,
     both,
     either,
     known,
     negated,
 )
-from mosaic_compiler.passes.visible_keys.places import Index, OpaqueError
-
-if TYPE_CHECKING:
-    from mosaic_compiler.passes.visible_keys.elements import Elements
+from mosaic_compiler.passes.visible_keys.places import PLACES
 
 aten = torch.ops.aten
-
-Cases: TypeAlias = "tuple[tuple[Formula, sympy.Expr], ...]"
-"""A number: of the conditions, exactly one holds."""
 
 
 def _both_of(elements: Elements, node: fx.Node, index: Index) -> Formula:
@@ -114,8 +112,6 @@ TRUTHS: dict[Anything, Callable[[Elements, fx.Node, Index], Formula]] = {
     aten.cat.default: _joined_truth,
     aten.slice_scatter.default: _replaced_truth,
 }
-OPERATORS = {name: getattr(operator, name) for name in ("ge", "gt", "le", "lt", "eq", "ne")}
-COMPARISONS = {getattr(aten, kind).Tensor for kind in OPERATORS}
 
 
 # -------------------------------------------------------------------------------------------- numbers
@@ -279,6 +275,10 @@ NUMBERS: dict[Anything, Callable[[Elements, fx.Node, Index], Cases]] = {
     aten.sub.Tensor: _of_numbers(operator.sub),
     aten.mul.Tensor: _of_numbers(operator.mul),
     aten.neg.default: _of_numbers(operator.neg),
+    aten.maximum.default: _of_numbers(Max),
+    aten.minimum.default: _of_numbers(Min),
+    aten.clamp_min.default: _of_numbers(Max),
+    aten.clamp_max.default: _of_numbers(Min),
     aten.floor_divide.default: _of_numbers(_divided),
     aten.remainder.Scalar: _of_numbers(_left_over),
     aten.div.Tensor_mode: _rounded_quotient,
@@ -294,3 +294,8 @@ NUMBERS: dict[Anything, Callable[[Elements, fx.Node, Index], Cases]] = {
     aten.cat.default: _joined_number,
     aten.slice_scatter.default: _replaced_number,
 }
+
+
+def elements_of(bounds: Bounds) -> Elements:
+    """Elements of a graph's tensors, at positions within bounds."""
+    return Elements(bounds, Rules(PLACES, TRUTHS, NUMBERS))

@@ -9,7 +9,9 @@ What is not arithmetic of positions is an element of a tensor that only the data
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any as Anything
 
 import sympy
@@ -17,24 +19,43 @@ import torch
 from torch import fx
 
 from mosaic_compiler import book, ir
-from mosaic_compiler.passes.visible_keys.arithmetic import COMPARISONS, NUMBERS, OPERATORS, TRUTHS, Cases
+from mosaic_compiler.book.rows import shape_of
 from mosaic_compiler.passes.visible_keys.formulas import (
     FALSE,
     TRUE,
     AtLeast,
     Bounds,
+    Cases,
     Element,
     Formula,
+    Index,
+    OpaqueError,
     both,
     either,
     known,
     negated,
 )
-from mosaic_compiler.passes.visible_keys.places import PLACES, Index, OpaqueError, broadcast
 
 aten = torch.ops.aten
 
 _MOST_CASES = 8
+_OPERATORS = {name: getattr(operator, name) for name in ("ge", "gt", "le", "lt", "eq", "ne")}
+_COMPARISONS = {getattr(aten, kind).Tensor for kind in _OPERATORS}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is known of operators, each a function of (elements, node, index).
+
+    Attributes:
+        places: of those that only move elements: the tensor and index that one comes from.
+        truths: of those that return booleans.
+        numbers: of the others.
+    """
+
+    places: Mapping[Anything, Callable[[Elements, fx.Node, Index], tuple[fx.Node, Index] | None]]
+    truths: Mapping[Anything, Callable[[Elements, fx.Node, Index], Formula]]
+    numbers: Mapping[Anything, Callable[[Elements, fx.Node, Index], Cases]]
 
 
 class Elements:
@@ -44,8 +65,10 @@ class Elements:
         bounds: what the positions can be.
     """
 
-    def __init__(self, bounds: Bounds) -> None:
-        self.bounds = bounds
+    def __init__(self, bounds: Bounds, rules: Rules) -> None:
+        self.bounds, self._rules = bounds, rules
+        self._truths: dict[tuple[fx.Node, Index], Formula] = {}
+        self._numbers: dict[tuple[fx.Node, Index], Cases] = {}
 
     # ------------------------------------------------------------------------------------ two kinds
     def truth(self, node: fx.Node, index: Index) -> Formula:
@@ -54,6 +77,11 @@ class Elements:
         Raises:
             OpaqueError: if it depends on numbers that only the data knows.
         """
+        if (node, index) not in self._truths:
+            self._truths[node, index] = self._truth(node, index)
+        return self._truths[node, index]
+
+    def _truth(self, node: fx.Node, index: Index) -> Formula:
         if node.op == "call_function":
             number = constant(node)
             if number is not None:
@@ -61,10 +89,10 @@ class Elements:
             source = self._source(node, index)
             if source is not None:
                 return self.truth(*source)
-            rule = TRUTHS.get(node.target)
+            rule = self._rules.truths.get(node.target)
             if rule is not None:
                 return rule(self, node, index)
-            if book.entry(node).compares is not None or node.target in COMPARISONS:
+            if book.entry(node).compares is not None or node.target in _COMPARISONS:
                 return self._compared(node, index)
         return Element(node, index)
 
@@ -80,6 +108,11 @@ class Elements:
             return ((TRUE, _exact(node)),)
         if ir.tensor_of(node) is None:
             return ((TRUE, ir.expr_of(ir.value_of(node))),)
+        if (node, index) not in self._numbers:
+            self._numbers[node, index] = self._number(node, index)
+        return self._numbers[node, index]
+
+    def _number(self, node: fx.Node, index: Index) -> Cases:
         if ir.only_tensor(node).dtype == torch.bool:
             holds = self.truth(node, index)
             return self.cases([(holds, sympy.Integer(1)), (negated(holds), sympy.Integer(0))])
@@ -90,7 +123,7 @@ class Elements:
             source = self._source(node, index)
             if source is not None:
                 return self.number(*source)
-            rule = NUMBERS.get(node.target)
+            rule = self._rules.numbers.get(node.target)
             if rule is not None:
                 return _held(node, rule(self, node, index))
         raise OpaqueError(node)
@@ -148,7 +181,7 @@ class Elements:
     def _holds(self, kind: str, a: sympy.Expr, b: sympy.Expr) -> Formula:
         difference = sympy.expand(a - b)
         if difference.is_number and difference.is_extended_real:
-            return TRUE if OPERATORS[kind](difference, 0) else FALSE
+            return TRUE if _OPERATORS[kind](difference, 0) else FALSE
         if not difference.is_integer:
             raise OpaqueError(difference)
         forms: dict[str, Callable[[], Formula]] = {
@@ -185,7 +218,7 @@ class Elements:
     # ------------------------------------------------------------------------------ where elements go
     def _source(self, node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
         """The tensor and index that an op without arithmetic has an element from."""
-        rule = PLACES.get(node.target)
+        rule = self._rules.places.get(node.target)
         return None if rule is None else rule(self, node, index)
 
 
@@ -219,3 +252,12 @@ def constant(node: fx.Node) -> bool | int | float | None:
     fill = book.entry(node).fill
     value = node.args[int(fill[3:])] if isinstance(fill, str) else fill
     return value if isinstance(value, (bool, int, float)) else None
+
+
+def broadcast(operand: Anything, index: Index) -> Index:
+    """The index into a broadcast operand: aligned at the last dim; 0 where it has one."""
+    if not isinstance(operand, fx.Node) or ir.tensor_of(operand) is None:
+        return ()
+    shape = shape_of(operand)
+    rest = index[len(index) - len(shape) :]
+    return tuple(sympy.Integer(0) if ir.expr_of(size) == 1 else at for size, at in zip(shape, rest, strict=True))

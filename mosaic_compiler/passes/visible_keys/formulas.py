@@ -49,6 +49,14 @@ class Any:
 Formula: TypeAlias = "AtLeast | Element | All | Any"
 TRUE, FALSE = All(), Any()
 
+Index: TypeAlias = "tuple[sympy.Expr, ...]"
+Cases: TypeAlias = "tuple[tuple[Formula, sympy.Expr], ...]"
+"""A number: of the conditions, exactly one holds."""
+
+
+class OpaqueError(Exception):
+    """Not arithmetic of positions."""
+
 
 class Bounds:
     """What positions can be: from 0 to below a size.

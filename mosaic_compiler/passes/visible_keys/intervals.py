@@ -16,7 +16,7 @@ from torch import fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.compat.symbols import FloorDiv, Max, Min
-from mosaic_compiler.passes.visible_keys.elements import Elements
+from mosaic_compiler.passes.visible_keys.arithmetic import elements_of
 from mosaic_compiler.passes.visible_keys.formulas import (
     All,
     Any,
@@ -24,12 +24,13 @@ from mosaic_compiler.passes.visible_keys.formulas import (
     Bounds,
     Element,
     Formula,
+    OpaqueError,
     both,
     negated,
 )
-from mosaic_compiler.passes.visible_keys.places import OpaqueError
+from mosaic_compiler.planning.reach import QUERY
 
-ENTRY, QUERY, KEY = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("entry", "query", "key"))
+ENTRY, KEY = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("entry", "key"))
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def visibility_of(mask: fx.Node, queries: sympy.Expr, keys: sympy.Expr, entries:
     """
     tensor = ir.only_tensor(mask)
     bounds = bounds_for(queries, keys, entries)
-    elements = Elements(bounds)
+    elements = elements_of(bounds)
     heads = sympy.Symbol("head", integer=True, nonnegative=True)
     index = tuple(
         sympy.Integer(0) if ir.expr_of(size) == 1 else at

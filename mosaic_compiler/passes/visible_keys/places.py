@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
 from typing import Any as Anything
 
 import sympy
@@ -13,26 +12,10 @@ from torch import fx
 from mosaic_compiler import ir
 from mosaic_compiler.book.rows import normal_dim, shape_of
 from mosaic_compiler.compat.symbols import FloorDiv, Mod
-
-if TYPE_CHECKING:
-    from mosaic_compiler.passes.visible_keys.elements import Elements
+from mosaic_compiler.passes.visible_keys.elements import Elements, broadcast
+from mosaic_compiler.passes.visible_keys.formulas import Index, OpaqueError
 
 aten = torch.ops.aten
-
-Index: TypeAlias = "tuple[sympy.Expr, ...]"
-
-
-class OpaqueError(Exception):
-    """Not arithmetic of positions."""
-
-
-def broadcast(operand: Anything, index: Index) -> Index:
-    """The index into a broadcast operand: aligned at the last dim; 0 where it has one."""
-    if not isinstance(operand, fx.Node) or ir.tensor_of(operand) is None:
-        return ()
-    shape = shape_of(operand)
-    rest = index[len(index) - len(shape) :]
-    return tuple(sympy.Integer(0) if ir.expr_of(size) == 1 else at for size, at in zip(shape, rest, strict=True))
 
 
 def _same(elements: Elements, node: fx.Node, index: Index) -> tuple[fx.Node, Index]:
