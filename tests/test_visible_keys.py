@@ -262,3 +262,21 @@ def test_no_mask_of_all_pairs_is_in_a_plan():
     with torch.no_grad():
         report = mosaic_compiler.explain(model, ids_of(64, 0, batch=1), tokens=16384)
     assert report.plan.peak < 16384 * 16384 / 4
+
+
+@pytest.mark.parametrize("lowest", [-65504.0, torch.finfo(torch.float32).min])
+def test_the_lowest_numbers_hide_where_queries_see_something(lowest):
+    def mask(n, pads):
+        at = torch.arange(n) // 4
+        return torch.where(at[:, None] >= at[None, :], 0.0, lowest)
+
+    def strictly_before(n, pads):  # the first query sees nothing: all scores are as low
+        at = torch.arange(n)
+        return torch.where(at[:, None] > at[None, :], 0.0, lowest)
+
+    for made, is_known in ((mask, True), (strictly_before, False)):
+        module = CanonicalizePass()(trace(attended(made, False), *operands(13, 0)))
+        result = VisibleKeysPass()(module)
+        assert any(node.target is ops.interval_attention for node in result.graph.nodes) == is_known
+        given = operands(21, 1)
+        torch.testing.assert_close(result(*given), attended(made, False)(*given))

@@ -38,6 +38,9 @@ from mosaic_compiler.passes.visible_keys.formulas import (
 
 aten = torch.ops.aten
 
+LOWEST_OF_HALF = -65504
+"""What PyTorch adds to hidden scores where it does not add -inf (cuDNN's attention): nothing is left of them either."""
+
 _MOST_CASES = 8
 _OPERATORS = {name: getattr(operator, name) for name in ("ge", "gt", "le", "lt", "eq", "ne")}
 _COMPARISONS = {getattr(aten, kind).Tensor for kind in _OPERATORS}
@@ -226,7 +229,7 @@ def _held(node: fx.Node, cases: Cases) -> Cases:
     """Numbers as their dtype holds them: positions need the 24 bits of float32, or whole numbers of 32."""
     dtype = ir.only_tensor(node).dtype
     holds_positions = dtype in (torch.int64, torch.int32, torch.float32, torch.float64)
-    if holds_positions or all(value in (0, 1, -1, sympy.oo, -sympy.oo) for _, value in cases):
+    if holds_positions or all(value in (0, 1, -1, sympy.oo) or value <= LOWEST_OF_HALF for _, value in cases):
         return cases
     raise OpaqueError(node)
 

@@ -70,7 +70,8 @@ class Bounds:
 
     def is_positive_or_zero(self, number: sympy.Expr) -> bool:
         """Proven for all positions and sizes."""
-        return self._least(sympy.expand(number), 4)
+        number = sympy.expand(number)
+        return self._least(number, 4) or self._least(_without_quotients(number), 4)
 
     def _least(self, number: sympy.Expr, depth: int) -> bool:
         """Replace each term by its least value, until a number is left."""
@@ -108,6 +109,19 @@ class Bounds:
                 term = sympy.Integer(0) if (factor > 0) == (which == 0) else self.sizes[term] - 1
             total += factor * term
         return total
+
+
+def _without_quotients(number: sympy.Expr) -> sympy.Expr:
+    """No more than a number: x - b + 1 <= b (x // b) <= x."""
+    total = sympy.Integer(0)
+    for factor, term in _terms(number):
+        if isinstance(term, FloorDiv) and term.args[1].is_Integer and term.args[1] > 0 and factor % term.args[1] == 0:
+            inner, divisor = term.args
+            share = factor / divisor
+            total += share * (inner if factor < 0 else inner - divisor + 1)
+        else:
+            total += factor * term
+    return sympy.expand(total)
 
 
 def _terms(number: sympy.Expr) -> list[tuple[sympy.Expr, sympy.Expr]]:

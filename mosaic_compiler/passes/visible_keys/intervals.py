@@ -17,6 +17,7 @@ from torch import fx
 from mosaic_compiler import ir
 from mosaic_compiler.compat.symbols import FloorDiv, Max, Min
 from mosaic_compiler.passes.visible_keys.arithmetic import elements_of
+from mosaic_compiler.passes.visible_keys.elements import LOWEST_OF_HALF
 from mosaic_compiler.passes.visible_keys.formulas import (
     All,
     Any,
@@ -67,9 +68,13 @@ def visibility_of(mask: fx.Node, queries: sympy.Expr, keys: sympy.Expr, entries:
     Args:
         mask: True, or as a number 0, where a query sees a key; False, or -inf, where it does not.
 
+    A mask that adds the lowest numbers instead of -inf hides as well, where each query sees something (if it does not,
+    for padding, nobody reads it).
+
     Raises:
         OpaqueError: if that is no run of keys.
     """
+    is_strict = True
     tensor = ir.only_tensor(mask)
     bounds = bounds_for(queries, keys, entries)
     elements = elements_of(bounds)
@@ -83,12 +88,22 @@ def visibility_of(mask: fx.Node, queries: sympy.Expr, keys: sympy.Expr, entries:
         for condition, value in elements.number(mask, index):
             if value == 0:
                 seen.append(condition)
-            elif value != -sympy.oo:
+            elif value.is_number and value <= LOWEST_OF_HALF:
+                is_strict &= bool(value == -sympy.oo)
+            else:
                 raise OpaqueError(mask)
         formula = negated(both(bounds, *(negated(condition) for condition in seen)))
     else:
         formula = elements.truth(mask, index)
-    return interval_of(formula, bounds, keys)
+    found = interval_of(formula, bounds, keys)
+    if not is_strict and not found.only and not _sees_itself(found, bounds, queries, keys):
+        raise OpaqueError(mask)
+    return found
+
+
+def _sees_itself(found: Visibility, bounds: Bounds, queries: sympy.Expr, keys: sympy.Expr) -> bool:
+    is_after = found.first is None or bounds.is_positive_or_zero(QUERY - found.first)
+    return is_after and (found.last is None or bounds.is_positive_or_zero(found.last - 1 - QUERY)) and queries == keys
 
 
 def interval_of(formula: Formula, bounds: Bounds, keys: sympy.Expr) -> Visibility:
