@@ -42,18 +42,46 @@ print("pieces", sorted(seen))
 """
 
 
+RUNS = """
+import itertools, torch
+from mosaic_compiler.kernels.few_queries import interval_attention_
+from mosaic_compiler.kernels.interval_attention import reference
+from mosaic_compiler.planning.few import pieces
+
+torch.manual_seed(0)
+seen = set()
+for which, (groups, share, queries, keys, entries) in zip(range(8), itertools.cycle([
+    (1, 2, 300, 300, 1), (2, 1, 5, 1100, 2), (2, 2, 90, 40, 1), (1, 4, 33, 1300, 1), (1, 1, 700, 130, 2),
+])):
+    query = torch.randn(entries, groups * share, queries, 16)
+    key, value = torch.randn(2, entries, groups, keys, 16)
+    first = torch.randint(-9, keys, (1, 1, queries, 1)) if which & 1 else None
+    last = torch.randint(0, keys + 9, (entries, 1, queries, 1)) if which & 2 else None
+    only = torch.rand(entries, 1, 1, keys) < 0.5 if which & 4 else None
+    got = interval_attention_(torch.empty_like(query), query, key, value, first, last, only, 0.4, 132)
+    torch.testing.assert_close(got, reference(query, key, value, first, last, only, 0.4), atol=3e-6, rtol=1e-5)
+    seen.add(pieces(entries * groups, share * queries, keys, 132) if share * queries <= 512 else 1)
+at = torch.arange(260).view(1, 1, -1, 1)  # windows: blocks of keys that all queries of a block see, and some
+query, key, value = torch.randn(3, 1, 1, 260, 16)
+got = interval_attention_(torch.empty_like(query), query, key, value, at - 150, at + 70, None, 0.4, 132)
+torch.testing.assert_close(got, reference(query, key, value, at - 150, at + 70, None, 0.4), atol=3e-6, rtol=1e-5)
+print("pieces", sorted(seen))
+"""
+
+
 @pytest.mark.slow
-def test_the_kernel_equals_its_reference():
-    """Strided keys and values, groups, several pieces, a ragged end, one key; in a process of its own, because Triton
-    reads TRITON_INTERPRET when it is imported."""
+@pytest.mark.parametrize("program", [PROGRAM, RUNS])
+def test_the_kernel_equals_its_reference(program):
+    """Strided keys and values, groups, several pieces, a ragged end, one key; runs of keys, some of them empty; in a
+    process of its own, because Triton reads TRITON_INTERPRET when it is imported."""
     pytest.importorskip("triton")
     root = Path(__file__).parent.parent
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=root, env={"TRITON_INTERPRET": "1", "PATH": "", "PYTHONPATH": str(root)},
+        [sys.executable, "-c", program], cwd=root, env={"TRITON_INTERPRET": "1", "PATH": "", "PYTHONPATH": str(root)},
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "pieces [1," in done.stdout
+    assert "pieces [1" in done.stdout
 
 
 @given(st.integers(1, 64), st.integers(1, 512), st.integers(1, 1 << 20), st.integers(1, 200))

@@ -13,6 +13,7 @@ from test_session import Delayed, loop
 import mosaic_compiler
 from mosaic_compiler import Session
 from mosaic_compiler.kernels.few_queries import few_query_attention, few_query_reference
+from mosaic_compiler.kernels.interval_attention import attend_intervals_, reference
 from mosaic_compiler.planning.few import pieces
 from mosaic_compiler.runtime.pools import pool_for
 
@@ -58,6 +59,44 @@ def test_steps_equal_an_independent_implementation(kv_heads):
         assert found
         assert not fallbacks
     session.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_block_causal_generation_is_exact(dtype):
+    """Where attention has a kernel of our own (bfloat16), and where it has not; ids may differ by rounding in bfloat16
+    only."""
+    model = step_of(kv_heads=1).model.to(dtype)
+    options = {"gen_length": 40, "steps": 40, "block_causal": 16, "mask_token_id": 3}
+    for tokens in (9, 300, 1500):
+        kept = mosaic_compiler.generate(model, ids_of(tokens, seed=tokens), **options)
+        plain = mosaic_compiler.generate(model, ids_of(tokens, seed=tokens), **options, cache="none")
+        assert kept.steps_by_kind == {"full": 1, "reuse": 39}
+        assert dtype == torch.bfloat16 or torch.equal(kept.sequences, plain.sequences)
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "queries", "keys", "depth"),
+    [(4, 2, 700, 700, 64), (8, 1, 33, 5000, 128), (2, 2, 1, 300, 16), (6, 3, 2500, 4000, 128), (4, 4, 129, 2049, 32)],
+)
+def test_runs_of_keys_on_the_device(heads, groups, queries, keys, depth):
+    """With empty runs, runs beyond the keys, and keys that do not count."""
+    generator = torch.Generator().manual_seed(queries)
+    q = torch.randn(2, heads, queries, depth, generator=generator).cuda().bfloat16()
+    k, v = torch.randn(2, 2, groups, keys, depth, generator=generator).cuda().bfloat16()
+    first = torch.randint(-9, keys, (1, 1, queries, 1), generator=generator).cuda()
+    last = torch.randint(0, keys + 9, (2, 1, queries, 1), generator=generator).cuda()
+    only = (torch.rand(2, 1, 1, keys, generator=generator) < 0.5).cuda()
+    for given in (
+        (first, last, None),
+        (first, last, only),
+        (None, last, None),
+        (first, None, only),
+        (None, None, only),
+    ):
+        out = torch.full_like(q, float("nan"))
+        got = attend_intervals_(out, q, k, v, *given, None).float()
+        expected = reference(q.float(), k.float(), v.float(), *given, None)
+        assert (got - expected).norm() <= 1e-2 * expected.norm()
 
 
 def test_a_generation_with_noise_is_replayed():

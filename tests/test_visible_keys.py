@@ -280,3 +280,20 @@ def test_the_lowest_numbers_hide_where_queries_see_something(lowest):
         assert any(node.target is ops.interval_attention for node in result.graph.nodes) == is_known
         given = operands(21, 1)
         torch.testing.assert_close(result(*given), attended(made, False)(*given))
+
+
+def test_masks_may_be_padded_and_cut_again():
+    """As PyTorch does it for kernels that want strides of a multiple of 8."""
+
+    def floats(n, pads):
+        return F.pad(causal_filled(n, pads), (0, 8 - n % 8))[:, :n]
+
+    def booleans(n, pads):
+        return F.pad(causal(n, pads), (3, 5), value=True)[:, 3 : n + 3]
+
+    for mask in (floats, booleans):
+        module = CanonicalizePass()(trace(attended(mask, False), *operands(13, 0)))
+        result = VisibleKeysPass()(module)
+        assert any(node.target is ops.interval_attention for node in result.graph.nodes), mask
+        given = operands(21, 1)
+        torch.testing.assert_close(result(*given), attended(mask, False)(*given))

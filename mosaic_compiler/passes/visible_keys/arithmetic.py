@@ -267,6 +267,30 @@ def _replaced_number(elements: Elements, node: fx.Node, index: Index) -> Cases:
     return elements.chosen(inside, elements.number(source, at), elements.number(node.args[0], index))
 
 
+def _padding(elements: Elements, node: fx.Node, index: Index) -> tuple[Formula, Index]:
+    """Whether an element is one of what was padded, and which."""
+    widths: Anything = node.args[1]
+    shape = [ir.expr_of(size) for size in shape_of(node.args[0])]
+    inside, at = [], list(index)
+    for number in range(len(widths) // 2):
+        dim = len(shape) - 1 - number
+        at[dim] = sympy.expand(index[dim] - ir.expr_of(ir.argument_value(widths[2 * number])))
+        inside += [AtLeast(at[dim]), AtLeast(sympy.expand(shape[dim] - 1 - at[dim]))]
+    return both(elements.bounds, *inside), tuple(at)
+
+
+def _padded_number(elements: Elements, node: fx.Node, index: Index) -> Cases:
+    inside, at = _padding(elements, node, index)
+    source = elements.number(node.args[0], at)
+    return elements.chosen(inside, source, elements.number(ir.argument(node, "value") or 0, ()))
+
+
+def _padded_truth(elements: Elements, node: fx.Node, index: Index) -> Formula:
+    inside, at = _padding(elements, node, index)
+    source = both(elements.bounds, inside, elements.truth(node.args[0], at))  # type: ignore[arg-type]
+    return either(elements.bounds, source, negated(inside)) if ir.argument(node, "value") else source
+
+
 NUMBERS: dict[Anything, Callable[[Elements, fx.Node, Index], Cases]] = {
     aten.arange.default: _numbered,
     aten.arange.start: _numbered,
@@ -292,8 +316,12 @@ NUMBERS: dict[Anything, Callable[[Elements, fx.Node, Index], Cases]] = {
     aten.log.default: _logarithm,
     aten.cumsum.default: _summed_up,
     aten.cat.default: _joined_number,
+    aten.constant_pad_nd.default: _padded_number,
     aten.slice_scatter.default: _replaced_number,
 }
+
+
+TRUTHS[aten.constant_pad_nd.default] = _padded_truth
 
 
 def elements_of(bounds: Bounds) -> Elements:

@@ -79,16 +79,17 @@ class Bounds:
             return bool(number >= 0)
         if not depth:
             return False
+        terms = _terms(number)
+        positions = {term for _, term in terms if term in self.sizes or isinstance(term, FloorDiv)}
         total = sympy.Integer(0)
-        changed = False
-        for factor, term in _terms(number):
-            least, most = self._range(term)
+        for factor, term in terms:
+            least, most = self._range(term) if term in positions or not positions else (term, term)
             bound = least if factor > 0 else most
             if bound is None:
                 return False
-            changed |= bound != term
             total += factor * bound
-        return changed and self._least(sympy.expand(total), depth - 1)
+        total = sympy.expand(total)
+        return total != number and self._least(total, depth - 1)
 
     def _range(self, term: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr | None]:
         """The least, and the largest that is known."""
