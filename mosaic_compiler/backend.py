@@ -29,6 +29,7 @@ from mosaic_compiler.kernels.fused import start_workers
 from mosaic_compiler.methods import watch_methods
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.base import Machine
+from mosaic_compiler.passes.mixtures import MixturesPass
 from mosaic_compiler.passes.needed_rows import settle_sizes, token_ids_of
 from mosaic_compiler.passes.pipeline import make_family, passes_until, run_passes
 from mosaic_compiler.passes.state import (
@@ -156,9 +157,9 @@ class Kept:
 
 def kept_of(module: fx.GraphModule, options: MosaicOptions) -> Kept:
     """What a captured graph would keep."""
-    shown = [name for name in options.disable if name == VisibleKeysPass.name]
+    shown = [name for name in options.disable if name in (VisibleKeysPass.name, MixturesPass.name)]
     with _no_guards(module):
-        canonical, _ = run_passes(module, passes=passes_until("visible-keys", options), disable=shown)
+        canonical, _ = run_passes(module, passes=passes_until("mixtures", options), disable=shown)
         is_heavy = any(book.entry(node).is_heavy for node in canonical.graph.nodes)
         cut = find_cut(canonical.graph)
         reach = None if cut.problem else find_reach(canonical.graph, cut, STATIC_INPUTS.of(canonical))

@@ -11,11 +11,13 @@ Order matters:
 3. ``row-demand`` before ``in-place``: it calls ops again on fewer rows, which only pure ops allow.
 4. ``gather-logits``, ``vocabulary-tiles`` and ``sparse-outputs`` behind ``row-demand``: they match the head, and what
    is done with its rows, as it left them.
-5. ``chunk-loops`` when all graph-wide rewrites are done: those match nodes, not loop bodies.
-6. ``scatter-results`` behind ``chunk-loops``: it matches a loop and the reader of its result.
-7. ``fuse`` behind both: what a loop computes is known by then, and clusters hide ops from it.
-8. ``reorder`` behind ``fuse``: it sees the ops that will run; and before anything is written.
-9. ``in-place`` and ``reuse-rows`` last: they introduce writes, and no other pass moves or merges nodes around a
+5. ``mixtures`` right behind them, because ``row-demand`` and ``chunk-loops`` want a mixture row by row;
+   ``expand-mixtures`` in front of ``fuse`` where there are no loops, so that its ops are planned and fused.
+6. ``chunk-loops`` when all graph-wide rewrites are done: those match nodes, not loop bodies.
+7. ``scatter-results`` behind ``chunk-loops``: it matches a loop and the reader of its result.
+8. ``fuse`` behind both: what a loop computes is known by then, and clusters hide ops from it.
+9. ``reorder`` behind ``fuse``: it sees the ops that will run; and before anything is written.
+10. ``in-place`` and ``reuse-rows`` last: they introduce writes, and no other pass moves or merges nodes around a
    write.  ``reuse-rows`` behind ``in-place``, because it must see when a body's results are written.
 """
 
@@ -40,6 +42,11 @@ class Recipe:
         """The same with some passes left out."""
         return Recipe(name, tuple(given for given in self.passes if given not in passes))
 
+    def with_pass(self, name: str, before: str) -> Recipe:
+        """The same with one pass more, in front of another one."""
+        at = self.passes.index(before)
+        return Recipe(self.name, (*self.passes[:at], name, *self.passes[at:]))
+
 
 LOOPS = Recipe(
     "loops",
@@ -47,6 +54,7 @@ LOOPS = Recipe(
         "needed-rows",
         "canonicalize",
         "visible-keys",
+        "mixtures",
         "row-demand",
         "gather-logits",
         "vocabulary-tiles",
@@ -61,7 +69,7 @@ LOOPS = Recipe(
 )
 """Runs in any budget: what is computed row by row runs in chunks of rows."""
 
-FLAT = LOOPS.without("chunk-loops", "scatter-results", "reuse-rows", name="flat")
+FLAT = LOOPS.without("chunk-loops", "scatter-results", "reuse-rows", name="flat").with_pass("expand-mixtures", "fuse")
 """Where nothing needs chunks, nothing is computed again in each loop."""
 
 RECIPES = (FLAT, LOOPS)

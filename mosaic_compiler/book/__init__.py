@@ -31,6 +31,7 @@ from mosaic_compiler.book.kinds import (
     is_elementwise,
     is_elementwise_cluster,
     is_matmul,
+    is_mixture,
     is_pointwise,
 )
 from mosaic_compiler.book.overloads import inplace_twin, native_out, trusted_ops, without_out
@@ -66,6 +67,7 @@ __all__ = [
     "is_elementwise",
     "is_elementwise_cluster",
     "is_matmul",
+    "is_mixture",
     "is_pointwise",
     "is_small_sum",
     "native_out",

@@ -92,6 +92,8 @@ ENTRIES: Mapping[OpOverload, Op] = {
     aten.expand.default: view(rows.expand_rows, shape_at=1),
     aten.slice.Tensor: view(rows.slice_rows, moves_rows=True),
     aten.select.int: view(rows.select_rows, moves_rows=True),
+    aten.view_as_complex.default: view(rows.complex_rows, is_looked_through=False),
+    aten.view_as_real.default: view(rows.complex_rows, is_looked_through=False),
     aten.alias.default: view(rows.same_rows, is_looked_through=False),
     aten.detach.default: view(rows.same_rows, is_looked_through=False),
     # ------------------------------------------------------------------------------- copies and parts

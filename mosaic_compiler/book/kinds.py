@@ -21,6 +21,11 @@ def is_attention(node: fx.Node) -> bool:
     return entry(node).family == "attention"
 
 
+def is_mixture(node: fx.Node) -> bool:
+    """A mixture of experts, as one op."""
+    return entry(node).family == "mixture"
+
+
 def is_copy(node: fx.Node) -> bool:
     """The operand's elements in memory of their own, perhaps in another dtype."""
     return entry(node).family == "copy"

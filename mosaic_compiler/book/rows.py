@@ -244,6 +244,15 @@ def _attended(node: fx.Node, output: int, labels: Layout, masks: Sequence[Any], 
     return operands
 
 
+def mixture_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+    """A mixture of experts: each row of the result needs the same rows of some operands, and others whole."""
+    parts, whole = node.args[:2]
+    if any(label is not None for label in layout[1:]):
+        return None
+    found = [Operand(part, (layout[0], *[None] * (len(shape_of(part)) - 1))) for part in parts]  # type: ignore[union-attr, arg-type]
+    return found + [Operand(part, None) for part in whole]  # type: ignore[union-attr, arg-type]
+
+
 def view_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     source = node.args[0]
     assert isinstance(source, fx.Node)
@@ -320,6 +329,13 @@ def squeeze_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> An
 
 def expand_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     return [Operand(node.args[0], aligned(node.args[0], layout))]  # type: ignore[arg-type]
+
+
+def complex_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+    """Pairs of numbers, as complex ones (one dim less) or the other way round."""
+    if node.target is aten.view_as_complex.default:
+        return [Operand(node.args[0], (*layout, None))]  # type: ignore[arg-type]
+    return None if layout[-1] is not None else [Operand(node.args[0], layout[:-1])]  # type: ignore[arg-type]
 
 
 def slice_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:

@@ -5,6 +5,7 @@
 ``mosaic::scatter_rows``      zeros with some rows put in
 ``mosaic::touched_pages``     how many pages of memory these rows lie in
 ``mosaic::put_rows``          a value of which only some rows are computed: who reads others reads nothing in particular
+``mosaic::mixture``           a mixture of experts: its ops, as data
 ``mosaic::interval_attention``  attention whose queries each see a run of keys, instead of a mask
 
 Here are their schemas and what they return; ``kernels/ops.py`` has what runs.
@@ -29,6 +30,7 @@ for _schema in (
     "scatter_rows(Tensor rows, Tensor index, SymInt total, SymInt pages, SymInt page) -> Tensor",
     "touched_pages(Tensor index, SymInt total, SymInt row_bytes, SymInt page) -> SymInt",
     "put_rows(Tensor rows, Tensor index, SymInt total) -> Tensor",
+    "mixture(Tensor[] rows, Tensor[] whole, str program) -> Tensor",
     "interval_attention(Tensor query, Tensor key, Tensor value, Tensor? first, Tensor? last, Tensor? only,"
     " float? scale, int[] order) -> Tensor",
 ):
@@ -104,4 +106,5 @@ head_statistics = torch.ops.mosaic.head_statistics.default
 scatter_rows = torch.ops.mosaic.scatter_rows.default
 touched_pages = torch.ops.mosaic.touched_pages.default
 put_rows = torch.ops.mosaic.put_rows.default
+mixture = torch.ops.mosaic.mixture.default
 interval_attention = torch.ops.mosaic.interval_attention.default

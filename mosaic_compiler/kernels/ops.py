@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import sympy
+import torch
 from torch import Tensor, fx
 
 from mosaic_compiler import ir
@@ -14,9 +15,11 @@ from mosaic_compiler.book.families import attention
 from mosaic_compiler.ir import ops
 from mosaic_compiler.ir.ops import LIBRARY, Statistics, empty_attended, empty_logits, empty_statistics
 from mosaic_compiler.kernels import interval_attention
+from mosaic_compiler.kernels import mixture as mixtures
 from mosaic_compiler.kernels.gather_logits import gather_logits_triton
 from mosaic_compiler.kernels.head_statistics import head_statistics_
 from mosaic_compiler.kernels.interval_attention import attend_intervals_
+from mosaic_compiler.kernels.mixture import mixture
 from mosaic_compiler.kernels.scatter_rows import count_pages, scatter_rows_reference
 
 
@@ -71,6 +74,7 @@ for _name, _kernel in {
     "touched_pages": _touched_pages,
     "put_rows": _put_rows,
     "interval_attention": _interval_attention,
+    "mixture": mixture,
 }.items():
     LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
 
@@ -93,6 +97,18 @@ def _write_put_rows(outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, 
 
 def _write_interval_attention(outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
     return [Call(attend_intervals_, (outs[0], *args[:7]))]
+
+
+torch.library.register_fake("mosaic::mixture", mixture, lib=LIBRARY)
+
+
+def _scratch_of_mixture(node: fx.Node) -> sympy.Expr:
+    """kernels/mixture.py: what is live at once inside, and what its ops take."""
+    operands, program = node.args[0], node.args[2]
+    assert isinstance(program, str)
+    count = ir.expr_of(ir.only_tensor(operands[0]).shape[0])  # type: ignore[index, arg-type]
+    found = [per_row * count + fixed for per_row, fixed in mixtures.parse(program).peak]
+    return sympy.Max(*found)
 
 
 def _scratch_of_head_statistics(node: fx.Node) -> sympy.Expr:
@@ -120,6 +136,14 @@ STANDARD.teach(
         ),
         ops.scatter_rows: Op("write", write=_write_scatter_rows),
         ops.put_rows: Op("write", write=_write_put_rows, moves_rows=True),
+        ops.mixture: Op(
+            "mixture",
+            rows=rows.mixture_rows,
+            is_accounted=True,
+            scratch=_scratch_of_mixture,
+            is_heavy=True,
+            is_dear=True,
+        ),
         ops.interval_attention: attention(
             rows=rows.interval_attention_rows,
             write=_write_interval_attention,

@@ -16,9 +16,11 @@ from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.base import Machine, Pass
 from mosaic_compiler.passes.canonicalize import CanonicalizePass
 from mosaic_compiler.passes.chunk_loops import ChunkLoopsPass
+from mosaic_compiler.passes.expand_mixtures import ExpandMixturesPass
 from mosaic_compiler.passes.fuse import FusePass
 from mosaic_compiler.passes.gather_logits import GatherLogitsPass
 from mosaic_compiler.passes.in_place import InPlacePass
+from mosaic_compiler.passes.mixtures import MixturesPass
 from mosaic_compiler.passes.needed_rows import NeededRowsPass
 from mosaic_compiler.passes.reorder import ReorderPass
 from mosaic_compiler.passes.reuse_rows import ReuseRowsPass
@@ -34,10 +36,12 @@ _KNOWN: tuple[type[Pass], ...] = (
     NeededRowsPass,
     CanonicalizePass,
     VisibleKeysPass,
+    MixturesPass,
     RowDemandPass,
     GatherLogitsPass,
     VocabularyTilesPass,
     SparseOutputsPass,
+    ExpandMixturesPass,
     ChunkLoopsPass,
     ScatterResultsPass,
     FusePass,
@@ -145,6 +149,8 @@ def make_family(
     for recipe in others:
         wanted = _enabled(passes_of(recipe, options, machine), options)
         shared = _shared(ordered, wanted)
+        here = stages[shared]
+        wanted = [given for given in wanted if given in ordered or given(here) is not here]
         if not _differs(ordered, wanted, stages):
             continue
         graph, _ = run_passes(stages[shared], passes=wanted[shared:])

@@ -252,6 +252,8 @@ def _split_into_slices(rewriter: Rewriter, node: fx.Node) -> bool:
             )
         rewriter.graph.erase_node(node)
         return True
+    if node.target in (aten.split_with_sizes.default, aten.unsafe_split_with_sizes.default):
+        return _parts_into_slices(rewriter, node)
     if node.target not in (aten.split.Tensor, aten.unsafe_split.Tensor):
         return False
     source, size = node.args[:2]
@@ -262,6 +264,24 @@ def _split_into_slices(rewriter: Rewriter, node: fx.Node) -> bool:
         start, end = rewriter.multiple(user, size, index), rewriter.multiple(user, size, index + 1)
         if index == len(ir.tensors_of(node)) - 1:
             end = sys.maxsize  # the last part is what is left
+        rewriter.replace(user, rewriter.put(user, aten.slice.Tensor, source, dim, start, end))
+    rewriter.graph.erase_node(node)
+    return True
+
+
+def _parts_into_slices(rewriter: Rewriter, node: fx.Node) -> bool:
+    """``split(x, [a, b])[1]`` -> ``x[a : a + b]``, where sizes are numbers."""
+    source, given = node.args[:2]
+    assert isinstance(given, (list, tuple))
+    sizes = [size for size in given if type(size) is int]
+    if len(sizes) != len(given):
+        return False
+    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    for user in list(node.users):
+        index = user.args[1]
+        assert isinstance(index, int)
+        start = sum(sizes[:index])
+        end = start + sizes[index]
         rewriter.replace(user, rewriter.put(user, aten.slice.Tensor, source, dim, start, end))
     rewriter.graph.erase_node(node)
     return True

@@ -97,8 +97,8 @@ class Demands:
 
     @property
     def heavy(self) -> list[fx.Node]:
-        """Matmuls and attentions that run on some rows only."""
-        return [node for node in self.compact if book.is_matmul(node) or book.is_attention(node)]
+        """Matmuls, attentions and mixtures that run on some rows only."""
+        return [n for n in self.compact if book.is_matmul(n) or book.is_attention(n) or book.is_mixture(n)]
 
     def cause(self, node: fx.Node) -> fx.Node:
         """Who is to blame for all rows of a value: the first reader behind it that could not do with fewer, whoever
