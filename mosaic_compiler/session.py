@@ -117,7 +117,11 @@ class Session:
             known = self._written if shape == self._shape and not self._differs else None
             if known is not None and store.is_proven:
                 self._written = None
-                result = self._run(store, "exact", wanted, (ids, *more), named)
+                try:
+                    result = self._run(store, "exact", wanted, (ids, *more), named)
+                except MissingStateError as missing:
+                    logger.info("mosaic: a step computes all rows: %s", missing)
+                    return self._full(store, (ids, *more), named)
                 self._written = _copied(((ids, *more), named))
                 return result
             if known is None or bool(_differs(known, ((ids, *more), named))):
@@ -125,7 +129,7 @@ class Session:
             try:
                 return self._reuse(store, wanted, (ids, *more), named)
             except MissingStateError as missing:
-                logger.info("a step computes all rows: %s", missing)
+                logger.info("mosaic: a step computes all rows: %s", missing)
                 return self._full(store, (ids, *more), named)
 
     @property

@@ -157,7 +157,7 @@ def model_of(kind, dtype=torch.float32):
     return made.eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("kind", ["olmoe", "qwen3"])
+@pytest.mark.parametrize("kind", [pytest.param("olmoe", marks=pytest.mark.slow), "qwen3"])
 def test_caches_hold_for_mixtures(kind):
     """Keys and values are cut, and nothing else; steps for some rows equal an independent implementation."""
     model, steps = model_of(kind), []

@@ -136,7 +136,7 @@ def operands(length, seed, batch=2, heads=3):
     return q, k, v, pads
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(SPELLINGS, st.booleans(), st.lists(st.integers(2, 50), min_size=1, max_size=3), st.integers(0, 99))
 def test_masks_that_say_runs_of_keys_are_gone(mask, padded, lengths, seed):
     """Whatever they are written as, the results are those of the mask; and nothing of [N, N] is left."""
@@ -237,7 +237,7 @@ def ids_of(length, seed, batch=2):
     return torch.randint(4, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(
     SPELLINGS,
     st.lists(st.integers(3, 120), min_size=1, max_size=3),

@@ -67,6 +67,8 @@ class Store:
         self.computed = 0
         self._blocks: weakref.WeakKeyDictionary[Step, Block] = weakref.WeakKeyDictionary()
         self._used: set[Step] = set()
+        self._before: list[Stateful] = []
+        self._now: list[Stateful] = []
 
     @property
     def nbytes(self) -> int:
@@ -92,7 +94,8 @@ class Store:
 
         A graph that keeps nothing runs for some rows, where they are rows of its own, or as it is.
         """
-        if self.kind == "exact" and step.reach is None:
+        self._now.append(step)
+        if self.kind == "exact" and not self._may_be_exact(step, inputs):
             return Step.__call__(step, inputs)
         kinds = step.kinds
         self.ran.append(kinds)
@@ -132,6 +135,22 @@ class Store:
         block.validity = None  # what is used need not be valid
         return block.run_rows(inputs, self.rows)
 
+    def _may_be_exact(self, step: Stateful, inputs: Sequence[Any]) -> bool:
+        """It is known which rows of it are valid, and the other graphs of the call can do with some rows as well.
+
+        Raises:
+            MissingStateError: if some rows were computed by a graph before, and this one needs all of them.
+        """
+        if 0 < self.computed < self.shape[1] and not _takes_some_rows(step, inputs, self.shape):
+            raise MissingStateError("a graph that needs all rows follows one that has computed some")
+        others = [other for other in self._before if other is not step]
+        is_proven = step.reach is not None and step.kinds.keeps and step.kinds.has_rows_of(inputs, self.shape)
+        if is_proven and all(other.reach is not None or _is_row_by_row(other) for other in others):
+            return True
+        if (block := self._blocks.pop(step, None)) is not None:
+            block.release()
+        return False
+
     def _adopted(self, step: Step, kinds: Kinds, inputs: Sequence[Any]) -> Block | None:
         """State of another graph that is just what this one needs."""
         made = Block(kinds)
@@ -152,12 +171,13 @@ class Store:
     def begin(self, kind: str, shape: tuple[int, int], rows: Tensor | None) -> None:
         """A step of this kind begins."""
         self.kind, self.shape, self.rows, self.ran, self._used, self.computed = kind, shape, rows, [], set(), 0
+        self._now = []
 
     def end(self) -> None:
         """The step is done: state of graphs that had no part in a full one is of other ids."""
         for step in [step for step in self._blocks if self.kind != "reuse" and step not in self._used]:
             self._blocks.pop(step).release()
-        self._used = set()
+        self._used, self._before = set(), self._now
 
     def invalidate(self) -> None:
         """Steps that use state are errors until it is kept again."""
@@ -169,6 +189,18 @@ class Store:
         for block in self._blocks.values():
             block.release()
         self._blocks.clear()
+
+
+def _is_row_by_row(step: Stateful) -> bool:
+    """Each row depends on itself only."""
+    kinds = step.kinds
+    return kinds.full is not None and not kinds.keeps
+
+
+def _takes_some_rows(step: Stateful, inputs: Sequence[Any], shape: tuple[int, int]) -> bool:
+    if step.reach is not None:
+        return step.kinds.keeps and step.kinds.has_rows_of(inputs, shape)
+    return _is_row_by_row(step)
 
 
 _store: ContextVar[Store | None] = ContextVar("state_store", default=None)

@@ -134,7 +134,12 @@ class Run:
                 self.schedule.ran(0, self.ids.shape[1])
             return self._proposer(*arguments)
         if kind == "exact":
-            result = self._with_state(self._store, kind, computed, arguments)
+            try:
+                result = self._with_state(self._store, kind, computed, arguments)
+            except MissingStateError as missing:  # the model turned out to be other graphs
+                logger.info("mosaic: step %d computes all rows: %s", self.forwards + 1, missing)
+                self._store.release()
+                result = self._with_state(self._store, kind, computed, arguments)
             self.schedule.ran(self._store.computed, self.ids.shape[1])
             if not self._store.computed:
                 self._say_what_would_save()
@@ -144,7 +149,7 @@ class Run:
             result = self._with_state(self._store, kind, computed, arguments)
         except MissingStateError as missing:
             # the model was compiled again (its graph is another one in its second call), or its weights have changed
-            logger.info("step %d computes all rows: %s", self.forwards + 1, missing)
+            logger.info("mosaic: step %d computes all rows: %s", self.forwards + 1, missing)
             self._store.release()
             result = self._with_state(self._store, self.schedule.all_rows(), None, arguments)
         self.state_bytes = max(self.state_bytes, self._store.nbytes)
@@ -167,7 +172,7 @@ class Run:
         given, length = self.sampling, self.ids.shape[1]
         block = given.block_length if given.sampler == "llada" else len(range(*self.state.to_fill.indices(length)))
         logger.info(
-            "mosaic: cache='exact' computes all %d rows in every step, because each attends to all others; "
+            "mosaic: cache='exact' computes all %d rows in every step, because each sees all others, for all that is known; "
             "cache='dual', an approximation, would compute %d in all but the first step of a block",
             length,
             min(block, length),
