@@ -54,7 +54,7 @@ class Store:
         kind: what the next steps are: ``full``; ``reuse``; or ``exact``: for all rows or for some, whatever is right
             (where rows depend on all others, nothing is kept for that).
         shape: of the token ids.
-        rows: int64 [B, R], which rows they compute (of ``exact`` steps those that somebody reads).
+        rows: int64 [B, R], which rows they compute; of ``exact`` steps those that somebody reads (or bool [B, N]).
         ran: kinds of the graphs that ran in the last call.
         computed: the most rows that a graph with state computed in a sequence of it; 0: none has state.
     """
@@ -127,7 +127,9 @@ class Store:
             return results
         assert self.rows is not None
         if self.kind == "exact":
-            wanted = torch.zeros(self.shape, dtype=torch.bool, device=self.rows.device).scatter_(1, self.rows, True)
+            wanted = self.rows
+            if wanted.dtype != torch.bool:
+                wanted = torch.zeros(self.shape, dtype=torch.bool, device=self.rows.device).scatter_(1, self.rows, True)
             results = block.exact(inputs, wanted)
             self.computed = max(self.computed, block.computed)
             return results

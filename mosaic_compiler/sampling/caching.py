@@ -35,13 +35,13 @@ class Schedule:
             needed: int64 [M], rows that proposals are made of, numbered through all sequences.
 
         Returns:
-            ``full`` and ``None``, ``reuse`` and int64 [B, R]; or ``exact`` and those that are needed (what was computed
-            is to be told to :meth:`ran`).
+            ``full`` and ``None``; ``reuse`` and int64 [B, R]; or ``exact`` and bool [B, N], those that are needed (what
+            was computed is to be told to :meth:`ran`).
         """
         if self._policy.is_exact:
             read = torch.zeros_like(ids, dtype=torch.bool)
             read.view(-1)[needed] = True
-            return "exact", numbers_in(read, max(int(read.sum(1).max()), 1))
+            return "exact", read
         if not self._policy.is_kept or self._refresh.is_due(self._since, wanted.block != self._block):
             kind, rows = "full", None
         else:

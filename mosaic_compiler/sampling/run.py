@@ -172,8 +172,8 @@ class Run:
         given, length = self.sampling, self.ids.shape[1]
         block = given.block_length if given.sampler == "llada" else len(range(*self.state.to_fill.indices(length)))
         logger.info(
-            "mosaic: cache='exact' computes all %d rows in every step, because each sees all others, for all that is known; "
-            "cache='dual', an approximation, would compute %d in all but the first step of a block",
+            "mosaic: cache='exact' computes all %d rows in every step, because each sees all others, for all that is "
+            "known; cache='dual', an approximation, would compute %d in all but the first step of a block",
             length,
             min(block, length),
         )
