@@ -277,3 +277,31 @@ def test_a_trained_block_causal_model_generates_the_same_ids():
         plain = mosaic_compiler.generate(model, ids, **given, cache="none")
         assert torch.equal(kept.sequences, plain.sequences)
         assert kept.steps_by_kind["full"] == 1 or prompt + length <= 64
+
+
+def test_low_confidence_dynamic_is_what_sdar_publishes():
+    """Its rule, position by position (greedy tokens), with the whole sequence in every step."""
+    block, length, prompt, steps, threshold = 4, 12, 8, 2, 0.03
+    ids = torch.cat([ids_of(prompt, 7, 1), torch.full((1, length), MASK)], 1)
+    at = torch.arange(prompt + length) // block
+    seen = (at[:, None] >= at[None, :])[None, None]
+    for begin in range(prompt, prompt + length, block):
+        within = slice(begin, begin + block)
+        for _ in range(steps):
+            masked = ids[0, within] == MASK
+            if not masked.any():
+                break
+            confidence, tokens = torch.softmax(BLOCK_CAUSAL(ids, attention_mask=seen)[0, within], -1).max(-1)
+            confidence = torch.where(masked, confidence, -torch.inf)
+            sure = confidence > threshold
+            count = block // steps
+            chosen = sure if sure.sum() >= count else torch.zeros(block, dtype=torch.bool)
+            if sure.sum() < count:
+                chosen[confidence.topk(min(count, int(masked.sum()))).indices] = True
+            ids[0, within] = torch.where(chosen, tokens, ids[0, within])
+    got = mosaic_compiler.generate(
+        BLOCK_CAUSAL, ids[:, :prompt], gen_length=length, steps=steps * length // block, block_causal=block,
+        remasking="low_confidence_dynamic", threshold=threshold, mask_token_id=MASK,
+    )  # fmt: skip
+    assert torch.equal(got.sequences, ids)
+    assert not got.is_approximate

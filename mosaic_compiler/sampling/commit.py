@@ -27,6 +27,15 @@ def commit_confident(ids: Tensor, proposed: Tensor, confidence: Tensor, threshol
     return torch.where(best | (confidence >= threshold), proposed, ids)
 
 
+def commit_dynamic(ids: Tensor, proposed: Tensor, confidence: Tensor, counts: Tensor, threshold: float) -> Tensor:
+    """All proposals whose confidence is above ``threshold``, if they are at least ``counts``; else the best ``counts``
+    (SDAR's ``low_confidence_dynamic``)."""
+    sure = confidence > threshold
+    best = (rank_of(confidence) < counts.unsqueeze(-1)) & (confidence > float("-inf"))
+    chosen = torch.where((sure.sum(1) >= counts).unsqueeze(-1), sure, best)
+    return torch.where(chosen, proposed, ids)
+
+
 def dream_count(masked: int, batch: int, step: int, steps: int, eps: float) -> int:
     """How many tokens Dream commits per row: the mean number of masked ones times the share of the time that passes.
 

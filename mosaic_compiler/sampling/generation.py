@@ -109,7 +109,8 @@ def generate(
             begins at the first masked token that is in none yet.
         temperature: 0: the most likely tokens.  LLaDA: of the Gumbel noise; Dream: of the softmax.
         cfg_scale: LLaDA: classifier-free guidance; doubles the batch.
-        remasking: LLaDA: ``low_confidence``, or ``random``.
+        remasking: LLaDA: ``low_confidence``, or ``random``; SDAR: ``low_confidence_dynamic``: every token above
+            ``threshold`` (0.85), if those are at least as many as the step would commit, else the best ones.
         threshold: Fast-dLLM: commit every token of at least this confidence, at least one; as many steps as it takes.
         logits_eos_inf, confidence_eos_eot_inf, eos_rule: LLaDA's options for the tokens that end a text; ``eos_rule``
             is ``code`` (as published code does it; the default), ``logits`` or ``confidence`` (as documented); see

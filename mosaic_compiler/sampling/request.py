@@ -110,9 +110,12 @@ def _check_llada(given: Sampling) -> None:
     _check_blocks(given)
 
 
+REMASKING = ("low_confidence", "random", "low_confidence_dynamic")
+
+
 def _check_blocks(given: Sampling) -> None:
-    if given.remasking not in ("low_confidence", "random"):
-        raise ValueError(f"remasking must be low_confidence or random, got {given.remasking!r}")
+    if given.remasking not in REMASKING:
+        raise ValueError(f"remasking must be one of {', '.join(REMASKING)}, got {given.remasking!r}")
     if given.block_length < 1:
         raise ValueError(f"block_length must be at least 1, got {given.block_length}")
     if given.block_causal:

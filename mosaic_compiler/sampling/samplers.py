@@ -67,6 +67,9 @@ class Wanted:
 Proposals: TypeAlias = "tuple[Tensor, Tensor]"
 """Ids int64 [B, N] and their confidence [B, N]; -inf where nothing was wanted."""
 
+SURE = 0.85
+"""SDAR's threshold, where none is given."""
+
 Sampler: TypeAlias = "Generator[Wanted, Proposals, None]"
 
 
@@ -110,11 +113,14 @@ def blocks_of(state: State) -> list[tuple[slice, int]]:
 
 
 def llada(state: State) -> Sampler:
-    """Block by block, the most confident proposals first (https://github.com/ML-GSAI/LLaDA, ``generate.py``)."""
+    """Block by block, the most confident proposals first (https://github.com/ML-GSAI/LLaDA, ``generate.py``); with
+    ``low_confidence_dynamic`` more of them where the model is sure (https://github.com/JetAstra/SDAR, ``generate.py``).
+    """
     given, forwards, begun = state.sampling, 0, 0
+    is_dynamic = given.remasking == "low_confidence_dynamic"
     for within, steps in blocks_of(state):
         end = within.stop
-        if given.threshold is not None:
+        if given.threshold is not None and not is_dynamic:
             while bool(state.masked[:, within].any()):
                 before = state.ids
                 proposed, confidence = yield Wanted(state.masked_before(end), forwards, within)
@@ -128,7 +134,12 @@ def llada(state: State) -> Sampler:
             masked = state.masked_before(end)
             if bool(counts[:, number].any()) and bool(masked.any()):
                 proposed, confidence = yield Wanted(masked, begun + number, within)
-                state.ids = commit.commit_best(state.ids, proposed, confidence, counts[:, number])
+                count = counts[:, number]
+                if is_dynamic:
+                    threshold = SURE if given.threshold is None else given.threshold
+                    state.ids = commit.commit_dynamic(state.ids, proposed, confidence, count, threshold)
+                else:
+                    state.ids = commit.commit_best(state.ids, proposed, confidence, count)
                 forwards += 1
         begun += steps
 
