@@ -297,3 +297,22 @@ def test_masks_may_be_padded_and_cut_again():
         assert any(node.target is ops.interval_attention for node in result.graph.nodes), mask
         given = operands(21, 1)
         torch.testing.assert_close(result(*given), attended(mask, False)(*given))
+
+
+def test_masks_that_hide_all_or_nothing():
+    def everything(n, pads):
+        at = torch.arange(n)
+        return at[:, None] + at[None, :] >= 0
+
+    def nothing(n, pads):
+        at = torch.arange(n)
+        return at[:, None] + at[None, :] < 0
+
+    for mask, kept in ((everything, False), (nothing, True)):
+        module = CanonicalizePass()(trace(attended(mask, False), *operands(13, 0)))
+        result = VisibleKeysPass()(module)
+        (node,) = [node for node in result.graph.nodes if book.is_attention(node)]
+        assert node.target is not ops.interval_attention
+        assert (ir.argument(node, "attn_mask") is not None) == kept
+        given = operands(21, 1)
+        torch.testing.assert_close(result(*given), attended(mask, False)(*given))

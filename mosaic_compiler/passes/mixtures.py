@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import operator
 from collections.abc import Iterator
@@ -244,7 +245,7 @@ class _Region:
         self.result = result
         return self._take_operands()
 
-    @property
+    @functools.cached_property
     def _alive(self) -> set[fx.Node]:
         return ir.computed_from([self.sort.graph.output_node()])
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import sympy
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from mosaic_compiler import book, ir
 from mosaic_compiler.compat.symbols import FloorDiv, Max, Min
@@ -117,6 +118,9 @@ class _Rewriter(SizeEmitter):
 
     def rewrite(self, node: fx.Node, seen: Visibility) -> None:
         """Another attention in place of a node, whose result nobody reads then."""
+        if seen.sees_all:
+            _drop_mask(node)
+            return
         query, key, value = node.args[:3]
         assert isinstance(query, fx.Node)
         queries = ir.expr_of(ir.only_tensor(query).shape[2])
@@ -226,6 +230,17 @@ class _Rewriter(SizeEmitter):
         for _ in range(4 - len(index)):
             node = self.emit(aten.unsqueeze.default, node, len(index) - 1 if ENTRY in index else 0)
         return self.emit(aten.bitwise_not.default, node) if element.is_negated else node
+
+
+def _drop_mask(node: fx.Node) -> None:
+    """A mask that hides nothing, whatever the sizes are."""
+    assert isinstance(node.target, OpOverload)
+    for position, argument in enumerate(node.target._schema.arguments):
+        if argument.name in ("attn_mask", "attn_bias"):
+            if position < len(node.args):
+                node.update_arg(position, None)
+            else:
+                node.update_kwarg(argument.name, None)
 
 
 def _is_tensor(given: Any) -> bool:

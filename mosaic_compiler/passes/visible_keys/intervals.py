@@ -180,7 +180,7 @@ def _floored(number: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr:
 
 def _union(parts: Sequence[Visibility], bounds: Bounds) -> Visibility:
     """Runs that begin, or end, together."""
-    if any(part.only for part in parts):
+    if not parts or any(part.only for part in parts):  # nothing is seen at all, or what only the data knows
         raise OpaqueError(parts)
     if all(part.first is None for part in parts):
         ends = [part.last for part in parts]
