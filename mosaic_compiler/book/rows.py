@@ -297,8 +297,8 @@ def view_layout(shape: Sequence[Any], layout: Layout, other: Sequence[Any], spac
     return tuple(result)
 
 
-def permute_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
-    rank = len(layout)
+def order_of(node: fx.Node, rank: int) -> list[int]:
+    """Which dim of its operand each dim of a ``permute``, ``transpose`` or ``t`` is."""
     order = list(range(rank))
     arguments: Any = node.args
     if node.target is aten.permute.default:
@@ -307,10 +307,14 @@ def permute_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> An
         first, second = arguments[1:3] if node.target is aten.transpose.int else (0, 1)
         a, b = normal_dim(first, rank), normal_dim(second, rank)
         order[a], order[b] = order[b], order[a]
-    labels: list[Label] = [None] * rank
-    for position, dim in enumerate(order):
+    return order
+
+
+def permute_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+    labels: list[Label] = [None] * len(layout)
+    for position, dim in enumerate(order_of(node, len(layout))):
         labels[dim] = layout[position]
-    return [Operand(arguments[0], tuple(labels))]
+    return [Operand(node.args[0], tuple(labels))]  # type: ignore[arg-type]
 
 
 def unsqueeze_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
@@ -318,13 +322,18 @@ def unsqueeze_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> 
     return [Operand(node.args[0], layout[:dim] + layout[dim + 1 :])]  # type: ignore[arg-type]
 
 
-def squeeze_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+def squeezed_dims(node: fx.Node) -> set[int]:
+    """The dims of its operand that a ``squeeze`` takes away."""
     shape = shape_of(node.args[0])
     dims = ir.argument(node, "dim")
     dims = range(len(shape)) if dims is None else dims if isinstance(dims, (list, tuple)) else [dims]
-    gone = {normal_dim(dim, len(shape)) for dim in dims if ir.expr_of(shape[dim]) == 1}
-    rest = iter(layout)
-    return [Operand(node.args[0], tuple(None if dim in gone else next(rest) for dim in range(len(shape))))]  # type: ignore[arg-type]
+    return {normal_dim(dim, len(shape)) for dim in dims if ir.expr_of(shape[dim]) == 1}
+
+
+def squeeze_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+    gone, rest = squeezed_dims(node), iter(layout)
+    dims = range(len(shape_of(node.args[0])))
+    return [Operand(node.args[0], tuple(None if dim in gone else next(rest) for dim in dims))]  # type: ignore[arg-type]
 
 
 def expand_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import functools
 import json
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mosaic_compiler.planning.mixture import Program
+from mosaic_compiler.planning.mixture import MixtureStep, Program
 
 
 def mixture(rows: Sequence[Tensor], whole: Sequence[Tensor], program: str) -> Tensor:
@@ -35,8 +35,7 @@ def mixture(rows: Sequence[Tensor], whole: Sequence[Tensor], program: str) -> Te
     parsed = parse(program)
     values: list[Any] = [*rows, *whole]
     for number, step in enumerate(parsed.steps):
-        args = [_argument(given, values, count, rows[0].device) for given in step.args]
-        named = {name: _argument(given, values, count, rows[0].device) for name, given in step.kwargs.items()}
+        args, named = arguments(step, values, lambda times: times * count, rows[0].device)
         values.append(function_of(step.target)(*args, **named))
         for dead in parsed.dead[number]:
             values[dead] = None
@@ -61,14 +60,26 @@ def function_of(target: str) -> Any:
     return found
 
 
-def _argument(given: Any, values: Sequence[Any], count: Any, device: torch.device) -> Any:
-    if isinstance(given, list):
-        return [_argument(part, values, count, device) for part in given]
-    if not isinstance(given, dict):
-        return given
-    ((kind, what),) = given.items()
-    if kind == "v":
-        return values[what]
-    if kind == "n":
-        return what * count
-    return device if kind == "device" else getattr(torch, what)
+def arguments(
+    step: MixtureStep, values: Sequence[Any], multiple: Callable[[int], Any], device: torch.device
+) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of a step.
+
+    Args:
+        values: of the steps before, behind the operands.
+        multiple: what so many times the number of rows is.
+    """
+
+    def decoded(given: Any) -> Any:
+        if isinstance(given, list):
+            return [decoded(part) for part in given]
+        if not isinstance(given, dict):
+            return given
+        ((kind, what),) = given.items()
+        if kind == "v":
+            return values[what]
+        if kind == "n":
+            return multiple(what)
+        return device if kind == "device" else getattr(torch, what)
+
+    return decoded(step.args), {name: decoded(given) for name, given in step.kwargs.items()}

@@ -12,7 +12,7 @@ from torch import fx
 from mosaic_compiler import ir
 from mosaic_compiler.ir import ops
 from mosaic_compiler.ir.emitter import Emitter
-from mosaic_compiler.kernels.mixture import function_of, parse
+from mosaic_compiler.kernels.mixture import arguments, function_of, parse
 from mosaic_compiler.passes.base import Pass
 
 aten = torch.ops.aten
@@ -64,21 +64,11 @@ def _expanded(emitter: Emitter, node: fx.Node) -> fx.Node:
     count = emitter.emit(aten.sym_size.int, values[0], 0)
     device = ir.only_tensor(values[0]).device
 
-    def argument(given: Any) -> Any:
-        if isinstance(given, list):
-            return [argument(part) for part in given]
-        if not isinstance(given, dict):
-            return given
-        ((kind, what),) = given.items()
-        if kind == "v":
-            return values[what]
-        if kind == "n":
-            return count if what == 1 else emitter.arithmetic(operator.mul, count, what)
-        return device if kind == "device" else getattr(torch, what)
+    def multiple(times: int) -> Any:
+        return count if times == 1 else emitter.arithmetic(operator.mul, count, times)
 
     for step in parse(str(program)).steps:
-        args = [argument(given) for given in step.args]
-        named = {name: argument(given) for name, given in step.kwargs.items()}
+        args, named = arguments(step, values, multiple, device)
         if step.target == "getitem":
             values.append(emitter.emit_getitem(*args))
         else:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from mosaic_compiler import ir
-from mosaic_compiler.book.rows import normal_dim, shape_of
+from mosaic_compiler.book.rows import normal_dim, order_of, shape_of, squeezed_dims
 from mosaic_compiler.compat.symbols import FloorDiv, Mod
 from mosaic_compiler.passes.visible_keys.elements import Elements, broadcast
 from mosaic_compiler.passes.visible_keys.formulas import Index, OpaqueError
@@ -27,14 +27,10 @@ def _unsqueezed(elements: Elements, node: fx.Node, index: Index) -> tuple[fx.Nod
     return node.args[0], index[:dim] + index[dim + 1 :]  # type: ignore[return-value]
 
 
-def _squeezed(elements: Elements, node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
-    source = node.args[0]
-    shape = shape_of(source)
-    dims = ir.argument(node, "dim")
-    dims = range(len(shape)) if dims is None else dims if isinstance(dims, (list, tuple)) else [dims]
-    gone = {normal_dim(dim, len(shape)) for dim in dims if ir.expr_of(shape[dim]) == 1}
-    rest = iter(index)
-    return source, tuple(sympy.Integer(0) if dim in gone else next(rest) for dim in range(len(shape)))  # type: ignore[return-value]
+def _squeezed(elements: Elements, node: fx.Node, index: Index) -> tuple[fx.Node, Index]:
+    gone, rest = squeezed_dims(node), iter(index)
+    dims = range(len(shape_of(node.args[0])))
+    return node.args[0], tuple(sympy.Integer(0) if dim in gone else next(rest) for dim in dims)  # type: ignore[return-value]
 
 
 def _expanded(elements: Elements, node: fx.Node, index: Index) -> tuple[fx.Node, Index]:
@@ -42,19 +38,10 @@ def _expanded(elements: Elements, node: fx.Node, index: Index) -> tuple[fx.Node,
 
 
 def _permuted(elements: Elements, node: fx.Node, index: Index) -> tuple[fx.Node, Index]:
-    rank = len(index)
-    order = list(range(rank))
-    arguments: Anything = node.args
-    if node.target is aten.permute.default:
-        order = [normal_dim(dim, rank) for dim in arguments[1]]
-    elif rank > 1:
-        first, second = arguments[1:3] if node.target is aten.transpose.int else (0, 1)
-        a, b = normal_dim(first, rank), normal_dim(second, rank)
-        order[a], order[b] = order[b], order[a]
-    found = [sympy.Integer(0)] * rank
-    for position, dim in enumerate(order):
+    found = [sympy.Integer(0)] * len(index)
+    for position, dim in enumerate(order_of(node, len(index))):
         found[dim] = index[position]
-    return arguments[0], tuple(found)
+    return node.args[0], tuple(found)  # type: ignore[return-value]
 
 
 def _sliced(elements: Elements, node: fx.Node, index: Index) -> tuple[fx.Node, Index]:
