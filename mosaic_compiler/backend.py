@@ -166,9 +166,10 @@ def kept_of(module: fx.GraphModule, options: MosaicOptions) -> Kept:
         return Kept(canonical, cut, is_heavy, reach)
 
 
-def _kinds_of(module: fx.GraphModule, options: MosaicOptions, kept: Kept) -> Kinds:
+def _kinds_of(module: fx.GraphModule, options: MosaicOptions, kept: Kept | None = None) -> Kinds:
     """Steps that keep state, and steps for some rows that use it, of one captured graph: nothing is captured again."""
     with _no_guards(module), _without_collections():
+        kept = kept or kept_of(module, options)
         canonical, cut = kept.module, kept.cut
         if cut.problem:
             return Kinds(problem=cut.problem, is_heavy=kept.is_heavy)

@@ -58,12 +58,13 @@ class Validity:
         most, other = torch.stack([needed.sum(1).max(), is_other.to(torch.int64)]).tolist()
         if other or len(others) < len(self._whole) or most == self._shape[1]:
             return None
-        self._needed = needed
+        # what was computed is not valid where it sees, through more layers than were needed of it, what was left out
+        self._computed = needed & ~self._seeing(~self._valid & ~needed)
         return numbers_in(needed, max(most, 1))
 
     def computed(self, inputs: Sequence[Any]) -> None:
         """Those rows have been computed."""
-        self._valid |= self._needed
+        self._valid |= self._computed
         self._known = self._copied(inputs)
 
     @property
