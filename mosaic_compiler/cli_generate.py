@@ -35,7 +35,9 @@ def generate(
     ] = "block",
     temperature: Annotated[float, typer.Option(help="0: the most likely tokens")] = 0.0,
     cfg: Annotated[float, typer.Option(help="LLaDA: scale of the guidance")] = 0.0,
-    remasking: Annotated[str, typer.Option(help="LLaDA: low_confidence or random")] = "low_confidence",
+    remasking: Annotated[
+        str, typer.Option(help="low_confidence or random (LLaDA), low_confidence_dynamic (SDAR)")
+    ] = "low_confidence",
     threshold: Annotated[float | None, typer.Option(help="Fast-dLLM: commit what is at least this confident")] = None,
     alg: Annotated[str | None, typer.Option(help="Dream: origin, maskgit_plus, topk_margin or entropy")] = None,
     top_p: Annotated[float | None, typer.Option(help="Dream: keep the likeliest tokens of this probability")] = None,
