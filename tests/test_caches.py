@@ -112,7 +112,7 @@ def _of_the_first_half(rows):
     return chosen
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(policies, refreshes, st.integers(1, 2), st.integers(1, 9), st.sampled_from(["maskgit_plus", "entropy"]),
        st.integers(0, 999))  # fmt: skip
 def test_dream_with_caches(policy, refresh, batch, length, algorithm, seed):

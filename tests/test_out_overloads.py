@@ -117,11 +117,13 @@ def swept(infos, dtypes, samples):
     return found
 
 
-def test_the_first_samples_of_every_operator():
-    found = swept(op_db, (torch.float32,), 1)
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_the_first_samples_of_every_operator(every):
+    """Of all of them, or of every third."""
+    found = swept(op_db[::every], (torch.float32,), 1)
     assert not found.wrong, "\n".join(found.wrong[:20])
-    assert len(found.seen) > 200
-    assert len(set(listed()) & found.seen) > 70
+    assert len(found.seen) > 200 // every
+    assert len(set(listed()) & found.seen) > 60 // every
 
 
 @pytest.mark.slow
