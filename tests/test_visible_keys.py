@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -10,12 +11,15 @@ from hypothesis import strategies as st
 
 import mosaic_compiler
 from mosaic_compiler import book, ir
+from mosaic_compiler.compat.symbols import Min, Mod
 from mosaic_compiler.ir import ops
 from mosaic_compiler.kernels.interval_attention import TILE, attend_in_tiles_, reference
 from mosaic_compiler.passes.base import trace
 from mosaic_compiler.passes.canonicalize import CanonicalizePass
 from mosaic_compiler.passes.verifier import Verifier
 from mosaic_compiler.passes.visible_keys import VisibleKeysPass
+from mosaic_compiler.passes.visible_keys.formulas import Bounds
+from mosaic_compiler.planning.reach import QUERY
 
 INF = float("inf")
 
@@ -316,3 +320,39 @@ def test_masks_that_hide_all_or_nothing():
         assert (ir.argument(node, "attn_mask") is not None) == kept
         given = operands(21, 1)
         torch.testing.assert_close(result(*given), attended(mask, False)(*given))
+
+
+def test_attentions_of_other_lengths_have_bounds_of_their_own():
+    def function(q, k, v, pads, more, n):
+        short = F.scaled_dot_product_attention(q, k, v, attn_mask=blocks(4)(q.shape[2], pads))
+        return short, F.scaled_dot_product_attention(more, more, more, attn_mask=blocks(4)(more.shape[2], pads))
+
+    given = (*operands(9, 0), operands(13, 1)[0], torch.zeros(1))
+    result = VisibleKeysPass()(CanonicalizePass()(trace(function, *given)))
+    assert [node.target for node in result.graph.nodes].count(ops.interval_attention) == 2
+    given = (*operands(6, 2), operands(21, 3)[0], torch.zeros(1))
+    torch.testing.assert_close(result(*given), function(*given))
+
+
+@pytest.mark.parametrize("bound", [5, 40])
+def test_nothing_is_claimed_of_limited_positions(bound):
+    """A smaller of two numbers may be negative."""
+
+    def mask(n, pads):
+        at = torch.arange(n)
+        return (torch.clamp(at - 5, max=bound)[:, None] >= 0) | (at[None, :] == 0)
+
+    module = CanonicalizePass()(trace(attended(mask, False), *operands(13, 0)))
+    result = VisibleKeysPass()(module)
+    given = operands(21, 1)
+    torch.testing.assert_close(result(*given), attended(mask, False)(*given))
+
+
+def test_what_bounds_know():
+    size = sympy.Symbol("s", integer=True, positive=True)
+    bounds = Bounds({QUERY: size})
+    for number, known in (
+        (QUERY, True), (size - 1 - QUERY, True), (size - 1, True), (QUERY * size, True), (QUERY * size - 1, False),
+        (Min(QUERY - 5, 10), False), (sympy.Abs(QUERY - 3) - 1, False), (Mod(size, 8) - 1, False), (QUERY - 1, False),
+    ):  # fmt: skip
+        assert bounds.is_positive_or_zero(number) == known, number

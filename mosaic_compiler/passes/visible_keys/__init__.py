@@ -115,6 +115,7 @@ class _Rewriter(SizeEmitter):
         super().__init__(module)
         self._device = ir.main_device_of(module)
         self._bounds: dict[Any, fx.Node] = {}
+        self._values: dict[tuple[sympy.Expr, sympy.Expr], Any] = {}
 
     def rewrite(self, node: fx.Node, seen: Visibility) -> None:
         """Another attention in place of a node, whose result nobody reads then."""
@@ -159,19 +160,19 @@ class _Rewriter(SizeEmitter):
         if QUERY not in number.free_symbols:
             return self.size(number)
         if number == QUERY:
-            if QUERY not in self._bounds:
+            if (QUERY, queries) not in self._values:
                 at = self.emit(aten.arange.default, self.size(queries), device=self._device, pin_memory=False)
                 for dim in (0, 0, 3):
                     at = self.emit(aten.unsqueeze.default, at, dim)
-                self._bounds[QUERY] = at
-            return self._bounds[QUERY]
-        if number in self._bounds:
-            return self._bounds[number]
+                self._values[QUERY, queries] = at
+            return self._values[QUERY, queries]
+        if (number, queries) in self._values:
+            return self._values[number, queries]
         combine, parts = self._parts(number)
         result, *rest = (self._value(part, queries) for part in parts)
         for part in rest:
             result = combine(result, part)
-        self._bounds[number] = result
+        self._values[number, queries] = result
         return result
 
     def _parts(self, number: sympy.Expr) -> tuple[Callable[[Any, Any], Any], tuple[sympy.Expr, ...]]:

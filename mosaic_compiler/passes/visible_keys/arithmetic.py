@@ -96,6 +96,24 @@ def _replaced_truth(elements: Elements, node: fx.Node, index: Index) -> Formula:
     return either(elements.bounds, both(elements.bounds, inside, new), both(elements.bounds, negated(inside), base))
 
 
+def _padding(elements: Elements, node: fx.Node, index: Index) -> tuple[Formula, Index]:
+    """Whether an element is one of what was padded, and which."""
+    widths: Anything = node.args[1]
+    shape = [ir.expr_of(size) for size in shape_of(node.args[0])]
+    inside, at = [], list(index)
+    for number in range(len(widths) // 2):
+        dim = len(shape) - 1 - number
+        at[dim] = sympy.expand(index[dim] - ir.expr_of(ir.argument_value(widths[2 * number])))
+        inside += [AtLeast(at[dim]), AtLeast(sympy.expand(shape[dim] - 1 - at[dim]))]
+    return both(elements.bounds, *inside), tuple(at)
+
+
+def _padded_truth(elements: Elements, node: fx.Node, index: Index) -> Formula:
+    inside, at = _padding(elements, node, index)
+    source = both(elements.bounds, inside, elements.truth(node.args[0], at))  # type: ignore[arg-type]
+    return either(elements.bounds, source, negated(inside)) if ir.argument(node, "value") else source
+
+
 TRUTHS: dict[Anything, Callable[[Elements, fx.Node, Index], Formula]] = {
     aten.bitwise_and.Tensor: _both_of,
     aten.logical_and.default: _both_of,
@@ -110,6 +128,7 @@ TRUTHS: dict[Anything, Callable[[Elements, fx.Node, Index], Formula]] = {
     aten.tril.default: _triangle_truth,
     aten.triu.default: _triangle_truth,
     aten.cat.default: _joined_truth,
+    aten.constant_pad_nd.default: _padded_truth,
     aten.slice_scatter.default: _replaced_truth,
 }
 
@@ -267,28 +286,10 @@ def _replaced_number(elements: Elements, node: fx.Node, index: Index) -> Cases:
     return elements.chosen(inside, elements.number(source, at), elements.number(node.args[0], index))
 
 
-def _padding(elements: Elements, node: fx.Node, index: Index) -> tuple[Formula, Index]:
-    """Whether an element is one of what was padded, and which."""
-    widths: Anything = node.args[1]
-    shape = [ir.expr_of(size) for size in shape_of(node.args[0])]
-    inside, at = [], list(index)
-    for number in range(len(widths) // 2):
-        dim = len(shape) - 1 - number
-        at[dim] = sympy.expand(index[dim] - ir.expr_of(ir.argument_value(widths[2 * number])))
-        inside += [AtLeast(at[dim]), AtLeast(sympy.expand(shape[dim] - 1 - at[dim]))]
-    return both(elements.bounds, *inside), tuple(at)
-
-
 def _padded_number(elements: Elements, node: fx.Node, index: Index) -> Cases:
     inside, at = _padding(elements, node, index)
     source = elements.number(node.args[0], at)
     return elements.chosen(inside, source, elements.number(ir.argument(node, "value") or 0, ()))
-
-
-def _padded_truth(elements: Elements, node: fx.Node, index: Index) -> Formula:
-    inside, at = _padding(elements, node, index)
-    source = both(elements.bounds, inside, elements.truth(node.args[0], at))  # type: ignore[arg-type]
-    return either(elements.bounds, source, negated(inside)) if ir.argument(node, "value") else source
 
 
 NUMBERS: dict[Anything, Callable[[Elements, fx.Node, Index], Cases]] = {
@@ -319,9 +320,6 @@ NUMBERS: dict[Anything, Callable[[Elements, fx.Node, Index], Cases]] = {
     aten.constant_pad_nd.default: _padded_number,
     aten.slice_scatter.default: _replaced_number,
 }
-
-
-TRUTHS[aten.constant_pad_nd.default] = _padded_truth
 
 
 def elements_of(bounds: Bounds) -> Elements:

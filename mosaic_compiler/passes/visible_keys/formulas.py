@@ -85,14 +85,14 @@ class Bounds:
         for factor, term in terms:
             least, most = self._range(term) if term in positions or not positions else (term, term)
             bound = least if factor > 0 else most
-            if bound is None:
+            if bound is None:  # nothing is known
                 return False
             total += factor * bound
         total = sympy.expand(total)
         return total != number and self._least(total, depth - 1)
 
-    def _range(self, term: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr | None]:
-        """The least, and the largest that is known."""
+    def _range(self, term: sympy.Expr) -> tuple[sympy.Expr | None, sympy.Expr | None]:
+        """The least and the largest that are known."""
         if term == 1:
             return term, term
         if term in self.sizes:
@@ -100,7 +100,10 @@ class Bounds:
         if isinstance(term, FloorDiv) and term.args[1].is_Integer and term.args[1] > 0:
             inner, divisor = term.args
             return FloorDiv(self._end(inner, 0), divisor), FloorDiv(self._end(inner, 1), divisor)
-        return sympy.Integer(1), None  # a size
+        factors = sympy.Mul.make_args(term)
+        if not all(factor.is_Symbol and factor.is_nonnegative for factor in factors):
+            return None, None
+        return sympy.Integer(all(factor.is_positive for factor in factors)), None  # sizes, perhaps times positions
 
     def _end(self, number: sympy.Expr, which: int) -> sympy.Expr:
         """The least (0) or largest (1) value of a sum, in sizes; itself where that is not known."""
