@@ -133,25 +133,19 @@ class Run:
             if kind == "exact":
                 self.schedule.ran(0, self.ids.shape[1])
             return self._proposer(*arguments)
-        if kind == "exact":
-            try:
-                result = self._with_state(self._store, kind, computed, arguments)
-            except MissingStateError as missing:  # the model turned out to be other graphs
-                logger.info("mosaic: step %d computes all rows: %s", self.forwards + 1, missing)
-                self._store.release()
-                result = self._with_state(self._store, kind, computed, arguments)
-            self.schedule.ran(self._store.computed, self.ids.shape[1])
-            if not self._store.computed:
-                self._say_what_would_save()
-            self.state_bytes = max(self.state_bytes, self._store.nbytes)
-            return result
         try:
             result = self._with_state(self._store, kind, computed, arguments)
         except MissingStateError as missing:
             # the model was compiled again (its graph is another one in its second call), or its weights have changed
             logger.info("mosaic: step %d computes all rows: %s", self.forwards + 1, missing)
             self._store.release()
-            result = self._with_state(self._store, self.schedule.all_rows(), None, arguments)
+            if kind != "exact":  # which does so by itself where there is no state
+                kind, computed = self.schedule.all_rows(), None
+            result = self._with_state(self._store, kind, computed, arguments)
+        if kind == "exact":
+            self.schedule.ran(self._store.computed, self.ids.shape[1])
+            if not self._store.computed:
+                self._say_what_would_save()
         self.state_bytes = max(self.state_bytes, self._store.nbytes)
         return result
 
