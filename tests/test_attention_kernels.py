@@ -19,11 +19,14 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from mosaic_compiler import ir
 from mosaic_compiler.book.scratch import flash_scratch, multiprocessors
+from mosaic_compiler.ir import ops
 from mosaic_compiler.kernels import attention
+from mosaic_compiler.lowering.lifetimes import find_lives
 from mosaic_compiler.planning.few import partial_bytes
 from mosaic_compiler.planning.flash import split_bytes
 from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.planning.room import capacity
+from mosaic_compiler.runtime.fallbacks import find_fallbacks
 
 aten = torch.ops.aten
 CUDNN = aten._scaled_dot_product_cudnn_attention.default
@@ -155,3 +158,19 @@ def test_scratch_of_split_keys(batch, heads, rows, keys, depth):
         assert parts == 0
     if groups <= processors // 20 and keys >= 128 * block * 20:
         assert parts * groups >= 0.8 * processors or parts >= 64  # few queries keep the device busy
+
+
+@pytest.mark.parametrize(("dtype", "depth"), [(torch.bfloat16, 128), (torch.float32, 128), (torch.bfloat16, 80)])
+def test_runs_of_keys_that_our_kernel_does_not_take_have_a_name(dtype, depth):
+    graph = fx.Graph()
+    with FakeTensorMode():
+        nodes = [graph.placeholder(name) for name in ("query", "key", "value", "last")]
+        for node in nodes[:3]:
+            node.meta["val"] = torch.empty((1, 4, 512, depth), device="cuda", dtype=dtype)
+        nodes[3].meta["val"] = torch.empty((1, 1, 512, 1), device="cuda", dtype=torch.int64)
+        attended = graph.call_function(ops.interval_attention, (*nodes[:3], None, nodes[3], None, None, [0, 1, 2, 3]))
+        attended.meta["val"] = torch.empty((1, 4, 512, depth), device="cuda", dtype=dtype)
+    graph.output((attended,))
+    found = find_fallbacks(find_lives(fx.GraphModule({}, graph)))
+    expected = [] if depth == 128 and dtype.itemsize == 2 else ["tiled-attention"]
+    assert [fallback.name for fallback in found if fallback.node] == expected

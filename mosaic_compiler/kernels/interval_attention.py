@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from mosaic_compiler import ir
 from mosaic_compiler.book import scratch
+from mosaic_compiler.ir import ops
 from mosaic_compiler.kernels import few_queries
 from mosaic_compiler.planning.flash import FewBytes
 
@@ -58,6 +59,20 @@ def attend_intervals_(
 def has_kernel(dtype: torch.dtype, depth: Any) -> bool:
     """The kernel of our own takes such queries."""
     return dtype in few_queries.DTYPES and depth in few_queries.DEPTHS and few_queries.has_triton()
+
+
+def why_tiled(node: fx.Node) -> str | None:
+    """What keeps the attention ``node`` from the kernel of our own on a GPU."""
+    if node.target is not ops.interval_attention:
+        return None
+    out = ir.only_tensor(node)
+    if out.device.type != "cuda" or has_kernel(out.dtype, out.shape[3]):
+        return None
+    name = str(out.dtype).removeprefix("torch.")
+    return (
+        f"the kernel takes bfloat16 and float16 and heads of {', '.join(map(str, few_queries.DEPTHS))}, not {name} and "
+        f"{out.shape[3]}: {TILE} queries at a time, each with a mask over all keys"
+    )
 
 
 def attend_in_tiles_(
@@ -150,7 +165,7 @@ def scratch_bytes(node: fx.Node) -> sympy.Expr:
     out = ir.only_tensor(node)
     batch, heads, rows, depth = (ir.expr_of(size) for size in out.shape)
     groups, keys = (ir.expr_of(size) for size in ir.only_tensor(key).shape[1:3])  # type: ignore[arg-type]
-    if out.device.type == "cuda" and has_kernel(out.dtype, int(depth) if depth.is_Integer else 0):
+    if out.device.type == "cuda" and has_kernel(out.dtype, out.shape[3]):
         return FewBytes(batch * groups, rows, keys, depth, sympy.Integer(scratch.multiprocessors()), heads / groups)
     tile = sympy.Min(rows, TILE) if not rows.is_Integer else min(rows, sympy.Integer(TILE))
     size = out.dtype.itemsize
