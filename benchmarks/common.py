@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +28,17 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def recall_at(folder: Path) -> Any:
+    """The module ``recall.py`` of a folder with models that recall facts."""
+    spec = importlib.util.spec_from_file_location("recall", folder / "recall.py")
+    if spec is None or spec.loader is None or not (folder / "recall.py").exists():
+        raise SystemExit(f"{folder} has no recall.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["recall"] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def _cpu_name() -> str:

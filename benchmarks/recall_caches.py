@@ -9,16 +9,13 @@ every word is right.
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import mosaic_compiler
-from benchmarks.common import show, write
+from benchmarks.common import recall_at, show, write
 
 CACHES = ("none", "prefix", "dual", "delayed")
 
@@ -30,12 +27,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=16, help="sequences of each length")
     parser.add_argument("--out", type=Path, default=None)
     given = parser.parse_args()
-    spec = importlib.util.spec_from_file_location("recall", given.path / "recall.py")
-    assert spec is not None
-    assert spec.loader is not None
-    recall: Any = importlib.util.module_from_spec(spec)
-    sys.modules["recall"] = recall
-    spec.loader.exec_module(recall)
+    recall = recall_at(given.path)
     torch.set_num_threads(2)
     model = recall.load("full")
     rows = []

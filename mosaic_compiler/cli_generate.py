@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mosaic_compiler.cli_values import parse_bytes, parse_dtype
+from mosaic_compiler.cli_values import parse_bytes, parse_dtype, parse_factor
 from mosaic_compiler.errors import ConfigError, MosaicError
 from mosaic_compiler.planning.budget import format_bytes
 
@@ -48,6 +48,10 @@ def generate(
         int | None,
         typer.Option(help="tokens see their own block of so many, and all before it (LLaDA2.x, SDAR: 32)"),
     ] = None,
+    rope_factor: Annotated[
+        str | None,
+        typer.Option(help="longer texts than in training: rotary base times this; auto: as the length asks for"),
+    ] = None,
     bidirectional: Annotated[
         bool, typer.Option("--bidirectional", help="every token attends to all others, although that is not proven")
     ] = False,
@@ -63,7 +67,7 @@ def generate(
     import time
 
     from mosaic_compiler.planning.caches import policy_of, refresh_of
-    from mosaic_compiler.sampling.request import Sampling
+    from mosaic_compiler.sampling.request import Sampling, check_factor
 
     if (prompt is not None) + (file is not None) + (infill is not None) != 1:
         raise ConfigError("give the text to begin with: --prompt TEXT, or --file FILE; or --infill FILE")
@@ -76,6 +80,7 @@ def generate(
     length = _length(infill, prompt, gen_length, eos)
     refresh = int(cache_refresh) if cache_refresh.isdecimal() else cache_refresh
     limit = None if budget is None else parse_bytes("--budget", budget)
+    factor = None if rope_factor is None else parse_factor(rope_factor)
     try:  # what can be known to be wrong without a model, before one is loaded
         Sampling(
             sampler="auto" if alg is None else "dream", length=length, steps=steps,
@@ -85,6 +90,7 @@ def generate(
         ).check()  # fmt: skip
         policy_of(cache)
         refresh_of(refresh)
+        check_factor(factor)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
@@ -109,7 +115,7 @@ def generate(
             result = run(
                 loaded, ids, gen_length=length, steps=steps, block_length=block_length, memory_budget=limit,
                 temperature=temperature, cfg_scale=cfg, remasking=remasking, threshold=threshold, alg=alg,
-                top_p=top_p, top_k=top_k, bidirectional=bidirectional, block_causal=block_causal,
+                top_p=top_p, top_k=top_k, bidirectional=bidirectional, block_causal=block_causal, rope_factor=factor,
                 mask_token_id=mask, eos_token_id=eos,
                 stop_at_eos=eos is not None, cache=cache, cache_refresh=refresh,
                 streamer=LiveText(tokenizer, mask, shown, out) if live else None,

@@ -37,6 +37,14 @@ def parse_bytes(option: str, given: str) -> int:
     return found
 
 
+def parse_factor(given: str) -> float | str:
+    """``4`` -> 4.0; a name stays."""
+    try:
+        return float(given)
+    except ValueError:
+        return given
+
+
 def parse_card(given: str) -> tuple[str, int]:
     """``24GiB``, ``A100`` -> what to call it, and its bytes."""
     known = card(given)

@@ -18,17 +18,19 @@ log = logging.getLogger(__name__)
 WIDTH, HEADS, VOCABULARY = 32, 4, 61
 
 
-class Rotary:
+class Rotary(nn.Module):
     """Tables in a dict that all layers share; they grow when a sequence is longer than all before."""
 
-    def __init__(self, cache: dict, length: int) -> None:
-        self.cache = cache
+    def __init__(self, cache: dict, length: int, rope_theta: float = 10000.0) -> None:
+        super().__init__()
+        self.cache, self.rope_theta = cache, rope_theta
         self.tables(length, torch.device("cpu"))
 
     def tables(self, length, device):
         if "sin" not in self.cache or self.cache["sin"].shape[0] < length:
             steps = torch.arange(length, dtype=torch.float32, device=device)
-            angles = steps[:, None] * (10000.0 ** -torch.linspace(0, 1, WIDTH // HEADS // 2, device=device))
+            width = WIDTH // HEADS
+            angles = steps[:, None] * (1.0 / self.rope_theta ** (torch.arange(0, width, 2, device=device) / width))
             angles = torch.cat([angles, angles], -1)
             self.cache["sin"], self.cache["cos"] = angles.sin(), angles.cos()
         if self.cache["sin"].device != device:
@@ -78,11 +80,11 @@ class Output:
 class LLaDALike(_Model):
     """``model(ids).logits``; masks as ``attention_bias``; no positions."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, rope_theta: float = 10000.0) -> None:
         super().__init__(seed)
         self.config = types.SimpleNamespace(mask_token_id=5, eos_token_id=7, max_sequence_length=64)
         self.cache: dict = {}
-        self.rotary = Rotary(self.cache, 16)
+        self.rotary = Rotary(self.cache, 16, rope_theta)
 
     def forward(self, input_ids, inputs_embeds=None, attention_mask=None, attention_bias=None, use_cache=None):
         log.info("forward of %d tokens", input_ids.shape[1])

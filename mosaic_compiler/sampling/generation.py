@@ -16,7 +16,8 @@ from mosaic_compiler.planning.plan import Fallback, MemoryPlan
 from mosaic_compiler.sampling.bidirectional import check_bidirectional, check_block_causal, check_padding
 from mosaic_compiler.sampling.calls import is_dream_like
 from mosaic_compiler.sampling.compiled import dynamo_as_needed
-from mosaic_compiler.sampling.request import CHECKS, EOS_RULES, EndTokens, Sampling
+from mosaic_compiler.sampling.request import CHECKS, EOS_RULES, EndTokens, Sampling, check_factor
+from mosaic_compiler.sampling.rotary import scaled_rotary
 from mosaic_compiler.sampling.run import Run
 
 
@@ -81,6 +82,7 @@ def generate(
     eot_token_id: int | None = None,
     bidirectional: bool = False,
     block_causal: int | None = None,
+    rope_factor: float | str | None = None,
     generator: torch.Generator | None = None,
     stop_at_eos: bool = False,
     cache: str = "exact",
@@ -125,6 +127,9 @@ def generate(
             (LLaDA2.x, SDAR: 32), which ``generate`` makes.  Blocks end at multiples of ``block_length``, by default as
             long.  ``cache="exact"`` then keeps what is proven: a step computes what is masked in its block, and rows
             whose block has changed.
+        rope_factor: for texts longer than those that the model was trained on: the base of its rotary positions times
+            this, while it runs; ``auto`` (or ``longllada``) and ``ultrallada`` say how much, from the length, and from
+            what its config says that it was trained on (see ``sampling/rotary.py``).
         generator: where noise comes from; ``None``: PyTorch's default generator.
         stop_at_eos: end when every sequence has an end token with nothing masked before it; what is behind is filled
             with it.
@@ -191,35 +196,37 @@ def generate(
         block_causal=_block_of(block_causal),
     )
     sampling.check()
-    _check_inputs(input_ids, attention_mask, config, length)
+    check_factor(rope_factor)
+    _check_inputs(input_ids, attention_mask, config, length, is_scaled=rope_factor is not None)
     if not length and not bool((input_ids == sampling.mask).any()):
         raise ValueError(f"gen_length must be at least 1: the prompt has no masked tokens ({sampling.mask}) to fill in")
     _check_streamer(streamer)
     drawn = torch.randint(1 << 62, (), generator=generator, device=None if generator is None else generator.device)
-    with _in_eval_mode(model):
+    given = {**({} if memory_budget is None else {"memory_budget": memory_budget}), **(options or {})}
+    history: list[Tensor] = []
+    total = input_ids.shape[1] + length
+    with _in_eval_mode(model), scaled_rotary(model, rope_factor, total):
         if sampling.block_causal:
             check_block_causal(model, input_ids, sampling.mask, sampling.block_causal)
         elif not bidirectional:
-            check_bidirectional(model, input_ids, sampling.mask, input_ids.shape[1] + length)
+            check_bidirectional(model, input_ids, sampling.mask, total)
         if attention_mask is not None and not bool(attention_mask.bool().all()):
             check_padding(model, sampling.mask, input_ids.device)
-    given = {**({} if memory_budget is None else {"memory_budget": memory_budget}), **(options or {})}
-    run = Run(model, input_ids, attention_mask, replace(sampling, seed=int(drawn)), given, compile, policy, refresh)
-    history: list[Tensor] = []
-    try:
-        with _in_eval_mode(model), torch.no_grad(), dynamo_as_needed(), _bar(progress, run) as advance:
-            for ids in run.ids_by_step():
-                if output_history:
-                    history.append(ids.clone())
-                if on_step is not None:
-                    on_step(run.forwards, ids)
-                if streamer is not None:
-                    streamer.put(ids.cpu())
-                advance(ids)
-    finally:
-        run.close()
-        if streamer is not None:
-            streamer.end()
+        run = Run(model, input_ids, attention_mask, replace(sampling, seed=int(drawn)), given, compile, policy, refresh)
+        try:
+            with torch.no_grad(), dynamo_as_needed(), _bar(progress, run) as advance:
+                for ids in run.ids_by_step():
+                    if output_history:
+                        history.append(ids.clone())
+                    if on_step is not None:
+                        on_step(run.forwards, ids)
+                    if streamer is not None:
+                        streamer.put(ids.cpu())
+                    advance(ids)
+        finally:
+            run.close()
+            if streamer is not None:
+                streamer.end()
     counts = run.schedule.counts
     return Generation(
         run.ids,
@@ -308,7 +315,9 @@ def _check_streamer(streamer: Any) -> None:
         )
 
 
-def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None, config: Any, length: int) -> None:
+def _check_inputs(
+    input_ids: Tensor, attention_mask: Tensor | None, config: Any, length: int, *, is_scaled: bool
+) -> None:
     if input_ids.dim() != 2 or input_ids.dtype != torch.int64 or not input_ids.shape[0]:
         raise ValueError(f"input_ids must be int64 [B, P], got {input_ids.dtype} {list(input_ids.shape)}")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
@@ -322,8 +331,9 @@ def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None, config: Any,
             stacklevel=3,
         )
     most = getattr(config, "max_position_embeddings", None)
-    if isinstance(most, int) and input_ids.shape[1] + length > most:
+    if isinstance(most, int) and input_ids.shape[1] + length > most and not is_scaled:
         warnings.warn(
-            f"{input_ids.shape[1]} + {length} tokens are more than the {most} positions that the model was trained for",
+            f"{input_ids.shape[1]} + {length} tokens are more than the {most} positions that the model was trained "
+            "for: rope_factor='auto' lets it tell them apart",
             stacklevel=3,
         )

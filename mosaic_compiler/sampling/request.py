@@ -15,6 +15,7 @@ MASKS = re.compile(" ?(?:<mask>|___)")
 """What people write where a token is missing.  The space in front of a word is part of its token."""
 
 EOS_RULES = ("code", "logits", "confidence")
+ROPE_FACTORS = ("auto", "longllada", "ultrallada")
 DREAM_ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
 
 
@@ -93,6 +94,14 @@ class Sampling:
     def has_top_p(self) -> bool:
         """It leaves tokens out."""
         return self.top_p is not None and self.top_p < 1
+
+
+def check_factor(factor: float | str | None) -> None:
+    """Raise :class:`ValueError` for what is no ``rope_factor``."""
+    if factor is None or factor in ROPE_FACTORS:
+        return
+    if isinstance(factor, bool | str) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        raise ValueError(f"rope_factor must be a number above 0 or one of {', '.join(ROPE_FACTORS)}, got {factor!r}")
 
 
 def _check_dream(given: Sampling) -> None:
