@@ -3,8 +3,7 @@
     python -m benchmarks.recall_rope PATH    # a folder with ``recall.py`` and the model ``full``
 
 The model was trained on 4,096 tokens.  Four facts of two words each are masked at the end of a text and filled in at
-once; the share of facts of which both words
-are right.
+once; the share of facts of which both words are right.
 """
 
 from __future__ import annotations
