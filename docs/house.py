@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("kernels", "options"),
     ("lowering",),
     ("passes", "runtime"),
-    ("dump", "graph_log", "capture", "true_masks"),
+    ("dump", "graph_log", "capture", "true_masks", "one_depth"),
     ("methods",),
     ("backend",),
     ("session",),

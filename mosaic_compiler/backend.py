@@ -27,6 +27,7 @@ from mosaic_compiler.ir import fake_mode_of, main_device_of
 from mosaic_compiler.ir.notes import STATE, STATIC_INPUTS
 from mosaic_compiler.kernels.fused import start_workers
 from mosaic_compiler.methods import watch_methods
+from mosaic_compiler.one_depth import give_one_depth
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.base import Machine
 from mosaic_compiler.passes.mixtures import MixturesPass
@@ -90,7 +91,7 @@ def mosaic(
         keep_inference_input_mutations=True,
     )
     with _without_collections():
-        compiled: Callable[..., Any] = backend(drop_true_masks(module), inputs)
+        compiled: Callable[..., Any] = backend(give_one_depth(drop_true_masks(module)), inputs)
     forget_floats()
     return compiled
 

@@ -16,8 +16,8 @@ def targets(module):
     return [node.target for node in module.graph.nodes if node.op == "call_function"]
 
 
-def rewritten(f, *args):
-    module = CanonicalizePass()(trace(f, *args))
+def rewritten(f, *args, **options):
+    module = CanonicalizePass()(trace(f, *args, **options))
     for got, expected in zip(_flat(module(*args)), _flat(f(*args)), strict=True):
         assert torch.equal(got, expected)
     return targets(module)
@@ -57,6 +57,38 @@ def test_cat_with_nothing_goes():
     assert rewritten(lambda x: torch.cat([x[:0], x.t().contiguous().t(), x[:0]]) * 2, X).count(aten.cat.default) == 0
     assert aten.cat.default in rewritten(lambda x: torch.cat([x, x]) * 2, X)
     assert rewritten(lambda x: torch.cat([torch.empty(0), x]), X) == [aten.clone.default]  # the caller's own copy
+
+
+def test_memory_that_is_written_slice_by_slice_is_a_cat():
+    def turned(memory, dim, first):
+        def f(x):
+            made, rest = memory(x), x.shape[dim] - first
+            made.narrow(dim, first, rest).copy_(x.narrow(dim, 0, rest))
+            made.narrow(dim, 0, first).copy_(x.narrow(dim, rest, first))
+            return made * 2
+
+        return f
+
+    for dim, first in ((-1, 4), (0, 1)):
+        for memory in (torch.empty_like, torch.zeros_like):
+            got = rewritten(torch.func.functionalize(turned(memory, dim, first)), X, dynamic=[()])
+            assert aten.cat.default in got
+            assert aten.slice_scatter.default not in got
+
+    def overlap(x):
+        made = torch.zeros_like(x)
+        made[:, :5] = x[:, :5]
+        made[:, 4:] = x[:, 4:] + 1
+        return made
+
+    def hole(x):
+        made = torch.zeros_like(x)
+        made[:, :3] = x[:, :3]
+        made[:, 4:] = x[:, 4:] + 1
+        return made
+
+    for function in (overlap, hole):
+        assert aten.cat.default not in rewritten(torch.func.functionalize(function), X, dynamic=[()])
 
 
 def test_keys_and_values_are_not_copied_for_their_layout():

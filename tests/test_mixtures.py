@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 
+import published_samplers as published
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kept import Kept
+from test_caches import Cached
+from test_long_models import model_of as long_model
 
+import mosaic_compiler
 from mosaic_compiler import MosaicOptions, Session, explain, ir
 from mosaic_compiler.backend import compile_aten, kept_of, observing
 from mosaic_compiler.ir import ops
@@ -94,13 +98,16 @@ def test_a_mixture_is_one_op_and_its_ops_again(how, lengths, seed):
 
 
 @settings(max_examples=6)
-@given(VARIANTS, st.sampled_from([1, 3, 8]), st.integers(2, 40), st.booleans())
-def test_in_chunks(how, chunk, length, poison):
+@given(VARIANTS, st.sampled_from([1, 3, 8]), st.integers(2, 40), st.booleans(), st.booleans())
+def test_in_chunks(how, chunk, length, is_fixed, poison):
+    """Of any length, and of one that is fixed."""
+
     def function(x, router, up, down, w):
         return mixture((x @ w).relu(), router, up, down, **how) @ w
 
     w = torch.eye(WIDTH, dtype=DTYPE)
-    module = trace(function, *operands(9), w, dynamic=[(0,)])
+    traced, dynamic = (length, ()) if is_fixed else (9, (0,))
+    module = trace(function, *operands(traced), w, dynamic=[dynamic, *[()] * 4])
     step = compile_aten(module, MosaicOptions(chunk_rows=chunk, poison=poison, disable=("fuse",)))
     given = [*operands(length, chunk), w]
     torch.testing.assert_close(step(given)[0], function(*given), atol=3e-2, rtol=3e-2)
@@ -189,3 +196,22 @@ def test_the_last_layers_experts_are_computed_for_rows_that_are_read():
         assert torch.equal(compiled(ids, window, count), step(ids, window, count))
         said = str(explain(step, ids, window, count))
     assert "mixture_default_1" in said.partition("rows computed")[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["olmoe", "qwen3", "deepseek"])
+@pytest.mark.parametrize(
+    ("policy", "refresh"), [("prefix", "block"), ("dual", "block"), ("dual", 3), ("delayed", "never")]
+)
+def test_policies_on_mixtures_equal_their_reference(kind, policy, refresh):
+    """As those of other models do (see ``test_caches.py``), id for id."""
+    model = long_model("deepseek_v2", is_causal=False) if kind == "deepseek" else model_of(kind)
+    prompt = torch.randint(6, 64, (2, 13), generator=torch.Generator().manual_seed(3))
+    options = {"gen_length": 12, "block_length": 6, "steps": 8, "mask_token_id": 5, "bidirectional": True}
+    got = mosaic_compiler.generate(model, prompt, **options, cache=policy, cache_refresh=refresh)
+    blocks = [slice(13, 19), slice(19, 25)]
+    cached = Cached(lambda ids: model(ids, use_cache=False).logits, policy, refresh, blocks, 4)
+    expected = published.llada(cached, prompt, steps=8, gen_length=12, block_length=6, mask_id=5)
+    assert torch.equal(got.sequences, expected)
+    assert got.steps_by_kind == cached.kinds
+    assert cached.kinds["reuse"] > 0

@@ -57,6 +57,8 @@ RULED = {
     "stack": (lambda a, b, c, d, e: tensors_of((a, b), (a, b)), lambda x, y: torch.stack((x, y), 1)),
     "cat in front": (lambda a, b, c, d, e: tensors_of((a, b, c), (d, b, c)), lambda x, y: torch.cat((x, y))),
     "slice": (lambda a, b, c, d, e: tensors_of((a, b, c)), lambda x: x[:, :1]),
+    "pad": (lambda a, b, c, d, e: tensors_of((a, b, c)), lambda x: F.pad(x, (1, 2), value=0.5)),
+    "pad in the middle": (lambda a, b, c, d, e: tensors_of((a, b, c)), lambda x: F.pad(x, (0, 0, 1, 0))),
     "where": (lambda a, b, c, d, e: tensors_of((a, 1, c), (b, c), (a, b, 1)), lambda m, x, y: torch.where(m > 0, x, y)),
 }
 

@@ -104,6 +104,7 @@ ENTRIES: Mapping[OpOverload, Op] = {
     aten.flip.default: Op("rearrangement", takes_elements=True),
     aten.cat.default: Op("join", rows=rows.cat_rows, trusted=True, fused=fusing.joined),
     aten.stack.default: Op("join", rows=rows.stack_rows, trusted=True),
+    aten.constant_pad_nd.default: Op("join", rows=rows.pad_rows, write=writes.padded, can_write=writes.adds_only),
     aten.slice_scatter.default: Op("write", write=writes.slice_replaced),
     aten.select_scatter.default: Op("write", write=writes.part_replaced),
     # ------------------------------------------------------------------------------------------ lookups

@@ -348,9 +348,16 @@ def complex_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> An
 
 
 def slice_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
-    """A slice (or pad) of feature dims."""
+    """A slice of feature dims."""
     dim = normal_dim(ir.argument(node, "dim") or 0, len(layout))
     return None if layout[dim] is not None else [Operand(node.args[0], layout)]  # type: ignore[arg-type]
+
+
+def pad_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+    """A pad of feature dims; the amounts are given from the last dim on, two for each."""
+    pads: Any = node.args[1]
+    padded = [len(layout) - 1 - place // 2 for place, pad in enumerate(pads) if not isinstance(pad, int) or pad != 0]
+    return None if any(layout[dim] is not None for dim in padded) else [Operand(node.args[0], layout)]  # type: ignore[arg-type]
 
 
 def select_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:

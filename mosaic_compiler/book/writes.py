@@ -58,3 +58,22 @@ def _write_select(out: torch.Tensor, source: torch.Tensor, dim: int, index: int)
 
 def part_replaced(outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
     return [Call(torch.Tensor.copy_, (outs[0], args[0])), Call(_write_select, (outs[0], *args[1:4]))]
+
+
+def adds_only(node: fx.Node) -> bool:
+    """A pad that cuts nothing off."""
+    pads: Any = node.args[1]
+    return all(isinstance(pad, int) and pad >= 0 for pad in pads)
+
+
+def _write_inside(out: torch.Tensor, source: torch.Tensor, pads: Sequence[int]) -> None:
+    for place in range(len(pads) // 2):
+        dim = out.dim() - 1 - place
+        out = out.narrow(dim, pads[2 * place], source.shape[dim])
+    out.copy_(source)
+
+
+def padded(outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
+    source, pads = args[:2]
+    value = args[2] if len(args) > 2 else kwargs.get("value", 0)
+    return [Call(torch.Tensor.fill_, (outs[0], value)), Call(_write_inside, (outs[0], source, pads))]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
+import torch._refs
 from torch._ops import OpOverload
 
 scaled_dot_product_attention = torch._C._nn.scaled_dot_product_attention
@@ -29,3 +33,14 @@ def has_tiles() -> bool:
 def is_composite(op: OpOverload) -> bool:
     """An op that is a composition of others; whether its result is a view is decided at run time."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op._name, "CompositeImplicitAutograd"))
+
+
+def symbolic_kernel(op: Any) -> Callable[..., Any]:
+    """What says the sizes of an op's results: the op itself, or, where that makes a number of every symbol that it sees
+    (and so of that symbol everywhere), its reference."""
+    return _REFERENCES.get(op, op)
+
+
+_REFERENCES: Mapping[OpOverload, Callable[..., Any]] = {
+    torch.ops.aten.constant_pad_nd.default: torch._refs.constant_pad_nd,
+}

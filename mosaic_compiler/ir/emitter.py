@@ -12,6 +12,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from mosaic_compiler.compat.symbols import new_number
+from mosaic_compiler.compat.tensors import symbolic_kernel
 from mosaic_compiler.ir.graphs import BINDS, fake_mode_of
 from mosaic_compiler.ir.sizes import UnreadableSizeError, parts_of, size_sources
 from mosaic_compiler.ir.values import argument_value, is_contiguous, layout_of, tensor_of, value_of
@@ -42,7 +43,7 @@ class Emitter:
         assert isinstance(target, OpOverload)
         fake_args, fake_kwargs = fx.node.map_arg((args, kwargs), value_of)
         with self.mode:
-            node.meta["val"] = target(*fake_args, **fake_kwargs)
+            node.meta["val"] = symbolic_kernel(target)(*fake_args, **fake_kwargs)
         return node
 
     def emit_getitem(self, source: fx.Node, index: Any) -> fx.Node:
@@ -60,7 +61,7 @@ class Emitter:
             before = layout_of(value_of(node))
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), value_of)
             with self.mode:
-                node.meta["val"] = node.target(*args, **kwargs)
+                node.meta["val"] = symbolic_kernel(node.target)(*args, **kwargs)
             if layout_of(value_of(node)) != before:
                 changed.add(node)
 

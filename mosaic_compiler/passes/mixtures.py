@@ -89,6 +89,13 @@ def _kinds_of(index: Any, kinds: dict[fx.Node, str]) -> list[str | None]:
     return [kinds.get(each) if isinstance(each, fx.Node) else None for each in index]
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """A size: so many times the number of rows."""
+
+    times: int | None
+
+
 @dataclass
 class _Region:
     """The ops of one mixture.
@@ -98,6 +105,7 @@ class _Region:
         each: how many experts a row has.
         rows, whole: operands of which some rows are needed for some rows, and others.
         inside: the ops, in graph order.
+        counts: those of them whose values have an entry per expert; all others have rows in front.
         result: the last of them: [N, ...].
     """
 
@@ -107,6 +115,7 @@ class _Region:
     rows: list[fx.Node] = field(default_factory=list)
     whole: list[fx.Node] = field(default_factory=list)
     inside: list[fx.Node] = field(default_factory=list)
+    counts: set[fx.Node] = field(default_factory=set)
     result: fx.Node = None  # type: ignore[assignment]
 
     @classmethod
@@ -242,6 +251,7 @@ class _Region:
             if outside and node not in extra:
                 return False
         self.inside = [node for node in self.sort.graph.nodes if node in needed]
+        self.counts = {node for node, kind in kinds.items() if kind == "counts"}
         self.result = result
         return self._take_operands()
 
@@ -295,9 +305,9 @@ class _Region:
                     self.whole.append(operand)
         return bool(self.rows) and not any(ir.free_symbols(node) for node in self.whole)
 
-    def _multiple(self, size: fx.Node) -> int | None:
+    def _multiple(self, size: fx.Node | int) -> int | None:
         """How many times the number of rows a size is."""
-        factor = ir.expr_of(ir.value_of(size)) / self.count
+        factor = ir.expr_of(ir.value_of(size) if isinstance(size, fx.Node) else size) / self.count
         return int(factor) if factor.is_Integer else None
 
     # ------------------------------------------------------------------------------------- as data
@@ -318,7 +328,7 @@ class _Region:
                 last[roots.get(operand, operand)] = at
             last.setdefault(node, at)
             last[root] = max(last.get(root, at), at)
-            args, kwargs = self._encoded(list(node.args), number), self._encoded(dict(node.kwargs), number)
+            args, kwargs = self._encoded(self._arguments(node), number), self._encoded(dict(node.kwargs), number)
             target = "getitem" if node.target is operator.getitem else str(node.target)
             steps.append(MixtureStep(target, args, kwargs, *size[node]))
         dead: list[tuple[int, ...]] = []
@@ -329,7 +339,7 @@ class _Region:
             sizes = [size[each] for each in live if each is not self.result]
             scratch = book.entry(node).scratch
             if scratch is not None:
-                sizes.append(self._share(scratch(node)))
+                sizes.append(self._share(scratch(node), of_rows=None))
             peaks.append((sum(a for a, _ in sizes), sum(b for _, b in sizes)))
             gone = [each for each in self.inside[: at + 1] if last[each] <= at and each is not self.result]
             dead.append(tuple(number[each] for each in gone if each in live))
@@ -343,16 +353,36 @@ class _Region:
         for tensor in ir.tensors_of(node):
             if tensor is None:
                 continue
-            a, b = self._share(ir.expr_of(tensor.numel()) * tensor.dtype.itemsize)
+            a, b = self._share(ir.expr_of(tensor.numel()) * tensor.dtype.itemsize, of_rows=node not in self.counts)
             per_row, fixed = per_row + a, fixed + b
         return per_row, fixed
 
-    def _share(self, nbytes: sympy.Expr) -> tuple[int, int]:
-        """Bytes for each row, and others."""
-        share = (nbytes / self.count).expand()
-        return (int(share), 0) if share.is_Integer else (0, int(nbytes))
+    def _share(self, nbytes: sympy.Expr, *, of_rows: bool | None) -> tuple[int, int]:
+        """Bytes for each row, and others; if it is not known which (``None``), those of a fixed number of rows are
+        others, so that fewer rows have enough."""
+        if of_rows is None:
+            of_rows = not nbytes.is_Integer
+        return (int((nbytes / self.count).expand()), 0) if of_rows else (0, int(nbytes))
+
+    def _arguments(self, node: fx.Node) -> list[Any]:
+        """A node's arguments; sizes in front that are multiples of the rows are so where the length is fixed, too."""
+        args: list[Any] = list(node.args)
+        if node in self.counts:
+            return args
+        at = book.entry(node).shape_at
+        if at is not None and at < len(args):
+            front, *rest = args[at]
+            args[at] = [self._rows(front), *rest]
+        elif node.target is aten.arange.default:
+            args[0] = self._rows(args[0])
+        return args
+
+    def _rows(self, size: Any) -> Any:
+        return _Rows(self._multiple(size)) if isinstance(size, int) and size >= 0 else size
 
     def _encoded(self, given: Any, number: dict[fx.Node, int]) -> Any:
+        if isinstance(given, _Rows):
+            return {"n": given.times}
         if isinstance(given, fx.Node):
             return {"v": number[given]} if given in number else {"n": self._multiple(given)}
         if isinstance(given, (list, tuple)):

@@ -213,7 +213,8 @@ def _tables_of(model: nn.Module, base: float) -> Iterator[_Table]:
     seen: set[int] = set()
     for part in model.modules():
         for value in (part._buffers, *vars(part).values()):
-            if not isinstance(value, MutableMapping) or id(value) in seen or value is part._modules:
+            is_other = value is part._modules or value is part._parameters
+            if not isinstance(value, MutableMapping) or id(value) in seen or is_other:
                 continue
             seen.add(id(value))
             for key, tensor in value.items():
@@ -229,6 +230,8 @@ def _kind_of(tensor: Any, base: float) -> tuple[Callable[[Tensor], Tensor], Call
     if math.prod(others) != 1 or rows < 2 or columns < 2 or columns % 2 or not tensor.is_floating_point():
         return None
     some = tensor.detach().reshape(rows, columns)[:8].float().cpu()
+    if not bool((some[0] == some[0, 0]).all()) or float(some[0, 0]) not in (0.0, 1.0):
+        return None
     for of in (torch.cos, torch.sin):
         for layout in _LAYOUTS:
             angles = _angles(base, columns // (1 if _is_plain(layout) else 2), some.device)

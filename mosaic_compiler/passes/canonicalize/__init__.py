@@ -18,6 +18,7 @@ from mosaic_compiler.passes.base import Pass
 from mosaic_compiler.passes.canonicalize.attention_spelling import drop_relayout, drop_true_mask, fold_repeated_heads
 from mosaic_compiler.passes.canonicalize.common_subexpressions import merge_common_subexpressions
 from mosaic_compiler.passes.canonicalize.rewriter import Rewriter
+from mosaic_compiler.passes.canonicalize.written_slices import join_written_slices
 from mosaic_compiler.passes.constants import constant_of
 
 aten = torch.ops.aten
@@ -34,6 +35,7 @@ class CanonicalizePass(Pass):
       ``embedding`` -> ``index_select``;
     - matrix products over a single element -> ``mul``;
     - ``cat`` of one tensor with empty ones (an empty key/value cache): that tensor;
+    - memory that is written slice by slice, all of it: ``cat`` of the slices;
     - copies that only reorder the memory of an attention's keys or values;
     - attention masks that are provably all-true (or all-zero), and fills under masks that are all-false, removed;
     - keys and values repeated for grouped-query attention: the attention kernels that take fewer
@@ -348,6 +350,7 @@ _RULES: Sequence[Callable[[Rewriter, fx.Node], bool]] = (
     _spell_masked_select,
     _split_into_slices,
     _drop_empty_cat,
+    join_written_slices,
     drop_true_mask,
     _drop_masked_nothing,
     drop_relayout,

@@ -31,6 +31,7 @@ from torch._ops import OpOverload
 from mosaic_compiler import ir
 from mosaic_compiler.book import without_out
 from mosaic_compiler.compat.symbols import free_unbacked_symbols
+from mosaic_compiler.compat.tensors import symbolic_kernel
 from mosaic_compiler.errors import InvariantError
 from mosaic_compiler.ir.clusters import Cluster, cluster_of
 from mosaic_compiler.ir.loops import ChunkLoop, loop_of
@@ -180,7 +181,7 @@ class Verifier:
         key = (target, self._signature_of(args), self._signature_of(kwargs))
         if key not in self._known:
             with mode:
-                self._known[key] = ir.layout_of(target(*args, **kwargs))
+                self._known[key] = ir.layout_of(symbolic_kernel(target)(*args, **kwargs))
         return self._known[key]
 
     def _signature_of(self, value: Any) -> Any:
