@@ -36,7 +36,8 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0: the most likely tokens")] = 0.0,
     cfg: Annotated[float, typer.Option(help="LLaDA: scale of the guidance")] = 0.0,
     remasking: Annotated[
-        str, typer.Option(help="low_confidence or random (LLaDA), low_confidence_dynamic (SDAR)")
+        str,
+        typer.Option(help="low_confidence, random: LLaDA; low_confidence_dynamic: SDAR; joint_threshold: LLaDA2.1"),
     ] = "low_confidence",
     threshold: Annotated[float | None, typer.Option(help="Fast-dLLM: commit what is at least this confident")] = None,
     alg: Annotated[str | None, typer.Option(help="Dream: origin, maskgit_plus, topk_margin or entropy")] = None,
@@ -48,6 +49,14 @@ def generate(
         int | None,
         typer.Option(help="tokens see their own block of so many, and all before it (LLaDA2.x, SDAR: 32)"),
     ] = None,
+    sampler: Annotated[
+        str, typer.Option(help="llada, dream, fast_dllm_v2, or auto: what the model was published with")
+    ] = "auto",
+    edit_threshold: Annotated[
+        float | None, typer.Option(help="joint_threshold: edit committed tokens where others are this likely")
+    ] = None,
+    max_post_steps: Annotated[int, typer.Option(help="joint_threshold: steps of a block that only edit")] = 16,
+    sub_block_length: Annotated[int, typer.Option(help="Fast-dLLM v2: tokens per sub-block")] = 8,
     rope_factor: Annotated[
         str | None,
         typer.Option(help="longer texts than in training: rotary base times this; auto: as the length asks for"),
@@ -83,10 +92,11 @@ def generate(
     factor = None if rope_factor is None else parse_factor(rope_factor)
     try:  # what can be known to be wrong without a model, before one is loaded
         Sampling(
-            sampler="auto" if alg is None else "dream", length=length, steps=steps,
+            sampler=sampler if alg is None or sampler != "auto" else "dream", length=length, steps=steps,
             block_length=(block_causal or length or 1) if block_length is None else block_length,
             temperature=temperature, guidance=cfg, block_causal=block_causal or 0,
             remasking=remasking, threshold=threshold, algorithm=alg or "origin", top_p=top_p, top_k=top_k,
+            edit_threshold=edit_threshold, max_post_steps=max_post_steps, sub_block_length=sub_block_length,
         ).check()  # fmt: skip
         policy_of(cache)
         refresh_of(refresh)
@@ -116,6 +126,8 @@ def generate(
                 loaded, ids, gen_length=length, steps=steps, block_length=block_length, memory_budget=limit,
                 temperature=temperature, cfg_scale=cfg, remasking=remasking, threshold=threshold, alg=alg,
                 top_p=top_p, top_k=top_k, bidirectional=bidirectional, block_causal=block_causal, rope_factor=factor,
+                sampler=sampler, edit_threshold=edit_threshold, max_post_steps=max_post_steps,
+                sub_block_length=sub_block_length,
                 mask_token_id=mask, eos_token_id=eos,
                 stop_at_eos=eos is not None, cache=cache, cache_refresh=refresh,
                 streamer=LiveText(tokenizer, mask, shown, out) if live else None,

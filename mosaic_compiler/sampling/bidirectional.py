@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mosaic_compiler.sampling.calls import ModelCall, call_for
+from mosaic_compiler.sampling.calls import MASK_FORMS, ModelCall, call_for
 
 _BLOCKS = ("block_size", "block_length", "bd_size", "canvas_length", "diffusion_block_size")
 """What configs and methods of block-causal models call the length of a block."""
@@ -77,25 +77,58 @@ def check_padding(model: nn.Module, mask: int, device: torch.device) -> None:
         )
 
 
-def check_block_causal(model: nn.Module, ids: Tensor, mask: int, block: int) -> None:
-    """Raise :class:`NotADiffusionModelError` if rows of a model see more than a block-causal mask lets them see."""
+def declared_block(model: nn.Module) -> tuple[str, int] | None:
+    """What a config calls the length of its blocks, and how long they are, if it says so.
+
+    ``bd_size`` is Fast-dLLM v2's.  ``block_size`` means other things as well (pages, quantisation), so it counts beside
+    a mask token only, and not where the config says that attention is bidirectional all the same.
+    """
+    config = getattr(model, "config", None)
+    for name in ("bd_size", "block_size"):
+        size = _entry(config, name)
+        if type(size) is not int or size < 1:
+            continue
+        if name == "bd_size":
+            return name, size
+        is_for_masks = isinstance(_entry(config, "mask_token_id"), int)
+        if is_for_masks and "bidirectional" not in (_entry(config, "dlm_paradigm"), _entry(config, "attention_type")):
+            return name, size
+    return None
+
+
+def check_block_causal(model: nn.Module, ids: Tensor, mask: int, block: int) -> str:
+    """How a model takes a block-causal mask, one of :data:`~mosaic_compiler.sampling.calls.MASK_FORMS`.
+
+    Raises:
+        NotADiffusionModelError: if it takes none, or its rows see more than that lets them see.
+    """
     length = 2 * block + 2
     tokens = torch.full((1, length), mask, device=ids.device)
     some = ids.flatten()[:length]
     tokens[0, : len(some)] = some
-    try:
-        moved = _differ(model, call_for(model, padded=False, block=block), tokens, length - 1, block)
-    except Exception as error:  # whatever the model raises
-        text = str(error).strip().splitlines() or [""]
+    error: Exception | None = None
+    sees_later = False
+    for form in MASK_FORMS:
+        try:
+            moved = _differ(model, call_for(model, padded=False, block=block, form=form), tokens, length - 1, block)
+        except Exception as raised:  # whatever the model raises
+            error = error or raised
+            continue
+        if moved <= 1e-6:
+            return form
+        sees_later = True
+    declared = declared_block(model)
+    why = "" if declared is None else f" (its config has {declared[0]}={declared[1]})"
+    if sees_later or error is None:
         raise NotADiffusionModelError(
-            f"{type(model).__name__} takes no mask [1, 1, N, N] as attention_mask (or attention_bias), which "
-            f"block_causal={block} needs: it raises {type(error).__name__}: {text[0][:200]}"
-        ) from error
-    if moved > 1e-6:
-        raise NotADiffusionModelError(
-            f"{type(model).__name__} does not look at the block-causal mask that it is given: its rows see later "
-            "blocks. Leave block_causal out, if the model makes its masks itself, or is bidirectional"
+            f"{type(model).__name__}{why} does not look at the block-causal mask that it is given: its rows see later "
+            "blocks. Leave block_causal out; if each row attends to all others, pass bidirectional=True"
         )
+    text = str(error).strip().splitlines() or [""]
+    raise NotADiffusionModelError(
+        f"{type(model).__name__}{why} takes no mask [B, 1, N, N] as attention_mask (or attention_bias), which "
+        f"block_causal={block} needs: it raises {type(error).__name__}: {text[0][:200]}"
+    ) from error
 
 
 def _causal_part(model: nn.Module) -> str | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mosaic_compiler.planning.caches import Policy, Refresh
 from mosaic_compiler.runtime.rows import numbers_in, with_rows_before
-from mosaic_compiler.sampling.samplers import Wanted
+from mosaic_compiler.sampling.filling import Wanted
 
 
 class Schedule:

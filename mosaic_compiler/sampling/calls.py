@@ -23,6 +23,7 @@ class ModelCall:
             in LLaDA's remote code) or ``dream`` (``model(ids, "full" | mask, positions)``).
         padded: the call has a mask of padding.
         block: rows see their own block of so many tokens, and all before it; 0: all others.
+        form: how masks of rows that see some others are written, one of :data:`MASK_FORMS`.
         says: further keyword arguments, see :func:`said_to`.
     """
 
@@ -30,6 +31,7 @@ class ModelCall:
     padded: bool
     says: tuple[tuple[str, Any], ...] = ()
     block: int = 0
+    form: str = "bool"
 
     def __call__(self, model: nn.Module, ids: Tensor, real: Tensor | None) -> Tensor:
         """Logits [B, N, V].
@@ -53,8 +55,16 @@ class ModelCall:
                 bias = torch.zeros(seen.shape, device=ids.device).masked_fill(~seen, torch.finfo(torch.float32).min)
                 output = model(ids, attention_bias=bias, **says)
             else:
-                output = model(ids, attention_mask=seen, **says)
+                output = model(ids, attention_mask=self._written(seen, model), **says)
         return logits_of(output)
+
+    def _written(self, seen: Tensor, model: nn.Module) -> Tensor:
+        if self.form == "plane":
+            return seen[:, 0]
+        if self.form == "additive":
+            dtype = next(model.parameters()).dtype
+            return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, float("-inf"))
+        return seen
 
     def _seen(self, ids: Tensor, real: Tensor | None) -> Tensor:
         """Keys that may be seen: bool [B or 1, 1, 1 or N, N]."""
@@ -63,7 +73,7 @@ class ModelCall:
             assert padding is not None
             return padding
         block = torch.arange(ids.shape[1], device=ids.device) // self.block
-        seen = (block[:, None] >= block[None, :])[None, None]
+        seen = (block[:, None] >= block[None, :]).expand(ids.shape[0], 1, -1, -1)
         return seen if padding is None else seen & padding
 
 
@@ -76,10 +86,14 @@ def logits_of(output: Any) -> Tensor:
     return found
 
 
-def call_for(model: nn.Module, padded: bool, block: int = 0) -> ModelCall:
+MASK_FORMS = ("bool", "additive", "plane")
+"""bool [B, 1, N, N]; 0 and -inf, [B, 1, N, N] (LLaDA2.x); bool [B, N, N] (SDAR)."""
+
+
+def call_for(model: nn.Module, padded: bool, block: int = 0, form: str = MASK_FORMS[0]) -> ModelCall:
     """The convention of a model."""
     plain = "bias" if "attention_bias" in _parameters(model) else "plain"
-    return ModelCall("dream" if is_dream_like(model) else plain, padded, tuple(said_to(model).items()), block)
+    return ModelCall("dream" if is_dream_like(model) else plain, padded, tuple(said_to(model).items()), block, form)
 
 
 def said_to(model: nn.Module) -> dict[str, Any]:
@@ -87,6 +101,13 @@ def said_to(model: nn.Module) -> dict[str, Any]:
     transformers 5 logs a warning, and that breaks Dynamo's graph in front of the head; ``use_cache`` is not in every
     config any more, and a cache of keys and values that were seen once is of no use."""
     return {name: value for name, value in (("return_dict", True), ("use_cache", False)) if name in _parameters(model)}
+
+
+def kind_of(model: nn.Module) -> str:
+    """The sampler that a model was published with, as far as it can be told: LLaDA's, unless it says otherwise."""
+    if isinstance(getattr(getattr(model, "config", None), "bd_size", None), int):
+        return "fast_dllm_v2"
+    return "dream" if is_dream_like(model) else "llada"
 
 
 def is_dream_like(model: nn.Module) -> bool:

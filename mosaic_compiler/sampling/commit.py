@@ -36,6 +36,29 @@ def commit_dynamic(ids: Tensor, proposed: Tensor, confidence: Tensor, counts: Te
     return torch.where(chosen, proposed, ids)
 
 
+def commit_surest(ids: Tensor, proposed: Tensor, confidence: Tensor, threshold: float) -> Tensor:
+    """The best proposal of each row, and all others whose confidence is above ``threshold`` (Fast-dLLM v2)."""
+    best = (rank_of(confidence) == 0) & (confidence > float("-inf"))
+    return torch.where(best | (confidence > threshold), proposed, ids)
+
+
+def commit_joint(
+    ids: Tensor, proposed: Tensor, confidence: Tensor, masked: Tensor, *, fill: float, edit: float, mask: int
+) -> tuple[Tensor, Tensor]:
+    """Proposals above ``fill`` where ids are masked, or the best one there; others above ``edit`` (LLaDA2.1).
+
+    Returns:
+        int64 [B, N], the new ids; and bool [B, N], where one that was not masked is another one now.
+    """
+    of_masked = confidence.masked_fill(~masked, float("-inf"))
+    best = (rank_of(of_masked) == 0) & (of_masked > float("-inf"))
+    sure = of_masked > fill
+    filled = torch.where(sure.any(1, keepdim=True), sure, best)
+    edited = ~masked & (confidence > max(edit, float("-inf"))) & (proposed != ids) & (proposed != mask)
+    edited &= confidence > float("-inf")
+    return torch.where(filled | edited, proposed, ids), edited
+
+
 def dream_count(masked: int, batch: int, step: int, steps: int, eps: float) -> int:
     """How many tokens Dream commits per row: the mean number of masked ones times the share of the time that passes.
 

@@ -11,10 +11,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from mosaic_compiler.graph_log import logger
 from mosaic_compiler.planning.caches import policy_of, refresh_of
 from mosaic_compiler.planning.plan import Fallback, MemoryPlan
-from mosaic_compiler.sampling.bidirectional import check_bidirectional, check_block_causal, check_padding
-from mosaic_compiler.sampling.calls import is_dream_like
+from mosaic_compiler.sampling.bidirectional import (
+    check_bidirectional,
+    check_block_causal,
+    check_padding,
+    declared_block,
+)
+from mosaic_compiler.sampling.calls import MASK_FORMS, call_for, kind_of
 from mosaic_compiler.sampling.compiled import dynamo_as_needed
 from mosaic_compiler.sampling.request import CHECKS, EOS_RULES, EndTokens, Sampling, check_factor
 from mosaic_compiler.sampling.rotary import scaled_rotary
@@ -80,6 +86,9 @@ def generate(
     mask_id: int | None = None,
     eos_token_id: int | None = None,
     eot_token_id: int | None = None,
+    edit_threshold: float | None = None,
+    max_post_steps: int = 16,
+    sub_block_length: int = 8,
     bidirectional: bool = False,
     block_causal: int | None = None,
     rope_factor: float | str | None = None,
@@ -112,21 +121,30 @@ def generate(
         temperature: 0: the most likely tokens.  LLaDA: of the Gumbel noise; Dream: of the softmax.
         cfg_scale: LLaDA: classifier-free guidance; doubles the batch.
         remasking: LLaDA: ``low_confidence``, or ``random``; SDAR: ``low_confidence_dynamic``: every token above
-            ``threshold`` (0.85), if those are at least as many as the step would commit, else the best ones.
+            ``threshold`` (0.85), if those are at least as many as the step would commit, else the best ones; LLaDA2.1:
+            ``joint_threshold``: every token above ``threshold`` (0.95), at least one, and tokens of the block that were
+            committed before are edited, see ``edit_threshold``; as many steps as it takes.
         threshold: Fast-dLLM: commit every token of at least this confidence, at least one; as many steps as it takes.
+        edit_threshold, max_post_steps: LLaDA2.1: a committed token of the block changes where another one is more
+            likely and its confidence is above ``edit_threshold`` (0.9; 0: whatever it is, 1: none does); at most so
+            many steps only edit.
+        sub_block_length: Fast-dLLM v2: tokens that are filled in before those behind them in their block.
         logits_eos_inf, confidence_eos_eot_inf, eos_rule: LLaDA's options for the tokens that end a text; ``eos_rule``
             is ``code`` (as published code does it; the default), ``logits`` or ``confidence`` (as documented); see
             :class:`~mosaic_compiler.sampling.request.EndTokens`.
         alg, alg_temp, top_p, top_k, eps: Dream's options: ``origin``, ``maskgit_plus``, ``topk_margin``, ``entropy``.
-        sampler: ``llada``, ``dream`` (logits are shifted by one) or ``auto``: Dream's if ``alg`` is given or the model
-            has a ``diffusion_generate`` of its own.
+        sampler: ``llada``, ``dream`` (logits are shifted by one), ``fast_dllm_v2`` (so are its; the first token of a
+            block by itself, then sub-block by sub-block, all above ``threshold``, 1 if left out, and the best one) or
+            ``auto``: Dream's if ``alg`` is given or the model has a ``diffusion_generate`` of its own, Fast-dLLM v2's
+            if its config has ``bd_size``.
         mask_token_id, mask_id, eos_token_id, eot_token_id: ``None``: from the model's config.
         bidirectional: every row of the model attends to all others when it is called without a mask: what ``generate``
             checks, and refuses where it cannot prove it.
         block_causal: each row sees its own block of so many tokens, and all before it: the mask of block-causal models
-            (LLaDA2.x, SDAR: 32), which ``generate`` makes.  Blocks end at multiples of ``block_length``, by default as
-            long.  ``cache="exact"`` then keeps what is proven: a step computes what is masked in its block, and rows
-            whose block has changed.
+            (LLaDA2.x, SDAR: 32), which ``generate`` makes.  ``None``: as long as the model's config says, if it does
+            (``bd_size``; ``block_size`` beside a ``mask_token_id``).  Blocks end at multiples of ``block_length``, by
+            default as long.  ``cache="exact"`` then keeps what is proven: a step computes what is masked in its block,
+            and rows whose block has changed.
         rope_factor: for texts longer than those that the model was trained on: the base of its rotary positions times
             this, while it runs; ``auto`` (or ``longllada``) and ``ultrallada`` say how much, from the length, and from
             what its config says that it was trained on (see ``sampling/rotary.py``).
@@ -164,7 +182,10 @@ def generate(
     if gen_length is not None and max_new_tokens is not None and gen_length != max_new_tokens:
         raise ValueError(f"gen_length {gen_length} and max_new_tokens {max_new_tokens} are two names for one thing")
     length = next((n for n in (gen_length, max_new_tokens) if n is not None), 128)
-    kind = sampler if sampler != "auto" else "dream" if alg is not None or is_dream_like(model) else "llada"
+    block = _block_of(block_causal)
+    if block_causal is None and not bidirectional:
+        block = _declared(model)
+    kind = sampler if sampler != "auto" else "dream" if alg is not None else kind_of(model)
     eos = _first(eos_token_id, getattr(config, "eos_token_id", None))
     if (logits_eos_inf or confidence_eos_eot_inf or stop_at_eos) and eos is None:
         raise ValueError("which token ends a text? give eos_token_id: the model's config has none")
@@ -176,9 +197,7 @@ def generate(
         sampler=kind,
         length=length,
         steps=steps,
-        block_length=block_length
-        if block_length is not None
-        else block_causal or length or max(input_ids.shape[-1], 1),
+        block_length=block_length if block_length is not None else block or length or max(input_ids.shape[-1], 1),
         mask=mask_of(model, mask_token_id if mask_token_id is not None else mask_id),
         temperature=temperature,
         guidance=cfg_scale,
@@ -193,7 +212,10 @@ def generate(
         top_k=top_k,
         eps=eps,
         seed=0,
-        block_causal=_block_of(block_causal),
+        block_causal=block,
+        edit_threshold=edit_threshold,
+        max_post_steps=max_post_steps,
+        sub_block_length=sub_block_length,
     )
     sampling.check()
     check_factor(rope_factor)
@@ -204,15 +226,18 @@ def generate(
     drawn = torch.randint(1 << 62, (), generator=generator, device=None if generator is None else generator.device)
     given = {**({} if memory_budget is None else {"memory_budget": memory_budget}), **(options or {})}
     history: list[Tensor] = []
-    total = input_ids.shape[1] + length
+    total, form = input_ids.shape[1] + length, MASK_FORMS[0]
     with _in_eval_mode(model), scaled_rotary(model, rope_factor, total):
         if sampling.block_causal:
-            check_block_causal(model, input_ids, sampling.mask, sampling.block_causal)
+            form = check_block_causal(model, input_ids, sampling.mask, sampling.block_causal)
         elif not bidirectional:
             check_bidirectional(model, input_ids, sampling.mask, total)
-        if attention_mask is not None and not bool(attention_mask.bool().all()):
+        padded = attention_mask is not None and not bool(attention_mask.bool().all())
+        if padded:
             check_padding(model, sampling.mask, input_ids.device)
-        run = Run(model, input_ids, attention_mask, replace(sampling, seed=int(drawn)), given, compile, policy, refresh)
+        call = call_for(model, padded, sampling.block_causal, form)
+        sampling = replace(sampling, seed=int(drawn))
+        run = Run(model, call, input_ids, attention_mask, sampling, given, compile, policy, refresh)
         try:
             with torch.no_grad(), dynamo_as_needed(), _bar(progress, run) as advance:
                 for ids in run.ids_by_step():
@@ -238,6 +263,16 @@ def generate(
         run.state_bytes,
         counts["reuse"] > 0 and not policy.is_exact,
     )
+
+
+def _declared(model: nn.Module) -> int:
+    """Tokens of a block, as the model's config says; 0: it does not."""
+    found = declared_block(model)
+    if found is None:
+        return 0
+    name, block = found
+    logger.info("mosaic: block_causal=%d, because %s's config has %s=%d", block, type(model).__name__, name, block)
+    return block
 
 
 def _block_of(given: int | None) -> int:

@@ -65,6 +65,9 @@ class Sampling:
     eps: float = 1e-3
     seed: int = 0
     block_causal: int = 0
+    edit_threshold: float | None = None
+    max_post_steps: int = 16
+    sub_block_length: int = 8
 
     def check(self) -> None:
         """Raise :class:`ValueError` for what makes no sense."""
@@ -88,7 +91,18 @@ class Sampling:
             raise ValueError("cfg_scale masks the prompt, which block-causal models were not trained for: leave it out")
         if self.threshold is not None and not 0 < self.threshold <= 1:
             raise ValueError(f"threshold must be above 0 and at most 1, got {self.threshold}")
+        if self.edit_threshold is not None and self.remasking != "joint_threshold":
+            raise ValueError("edit_threshold is for remasking='joint_threshold': leave it out")
+        if self.edit_threshold is not None and not 0 <= self.edit_threshold <= 1:
+            raise ValueError(f"edit_threshold must be from 0 to 1 (1: nothing is edited), got {self.edit_threshold}")
+        if self.max_post_steps < 0:
+            raise ValueError(f"max_post_steps must be at least 0, got {self.max_post_steps}")
         CHECKS[self.sampler](self)
+
+    @property
+    def is_open_ended(self) -> bool:
+        """It takes as many steps as it takes."""
+        return self.sampler == "fast_dllm_v2" or self.remasking == "joint_threshold"
 
     @property
     def has_top_p(self) -> bool:
@@ -119,7 +133,21 @@ def _check_llada(given: Sampling) -> None:
     _check_blocks(given)
 
 
-REMASKING = ("low_confidence", "random", "low_confidence_dynamic")
+def _check_sub_blocks(given: Sampling) -> None:
+    if given.ends is not None or given.guidance or given.remasking != "low_confidence":
+        raise ValueError(
+            "logits_eos_inf, confidence_eos_eot_inf, cfg_scale and remasking are LLaDA's: leave them out, or take "
+            "sampler='llada'"
+        )
+    if not given.block_causal:
+        raise ValueError(
+            "Fast-dLLM v2's sampler is for block-causal models: say how long their blocks are (block_causal)"
+        )
+    if given.sub_block_length < 1:
+        raise ValueError(f"sub_block_length must be at least 1, got {given.sub_block_length}")
+
+
+REMASKING = ("low_confidence", "random", "low_confidence_dynamic", "joint_threshold")
 
 
 def _check_blocks(given: Sampling) -> None:
@@ -127,7 +155,9 @@ def _check_blocks(given: Sampling) -> None:
         raise ValueError(f"remasking must be one of {', '.join(REMASKING)}, got {given.remasking!r}")
     if given.block_length < 1:
         raise ValueError(f"block_length must be at least 1, got {given.block_length}")
-    if given.block_causal:
+    if given.remasking == "joint_threshold" and given.ends is not None and given.temperature > 0:
+        raise ValueError("logits_eos_inf and confidence_eos_eot_inf are LLaDA's: leave them out with joint_threshold")
+    if given.block_causal or given.is_open_ended:
         return  # blocks end at multiples of their length, wherever the prompt does
     if given.length % given.block_length:
         raise ValueError(
@@ -142,6 +172,6 @@ def _check_blocks(given: Sampling) -> None:
 
 
 CHECKS: Mapping[str, Callable[[Sampling], None]] = MappingProxyType(
-    {"auto": _check_blocks, "llada": _check_llada, "dream": _check_dream}
+    {"auto": _check_blocks, "llada": _check_llada, "dream": _check_dream, "fast_dllm_v2": _check_sub_blocks}
 )
 """What makes no sense for a sampler, by its name; ``auto``: which one it is the model will say."""

@@ -22,7 +22,16 @@ temperature compiles nothing; a rule only knows which of them there are."""
 
 def llada_rule(sampling: Sampling) -> nn.Module:
     """LLaDA's, with what changes its graph."""
+    if sampling.remasking == "joint_threshold":
+        return block_rule(sampling)
     return LLaDARule(sampling.temperature > 0, sampling.ends, wide=sampling.threshold is not None)
+
+
+def block_rule(sampling: Sampling) -> nn.Module:
+    """Of the samplers of block-causal models: as Dream's ``maskgit_plus`` where tokens are drawn."""
+    if sampling.temperature > 0:
+        return DreamRule(True, sampling.has_top_p, sampling.top_k is not None, "maskgit_plus")
+    return LLaDARule(False, sampling.ends)
 
 
 def dream_rule(sampling: Sampling) -> nn.Module:

@@ -16,19 +16,24 @@ from mosaic_compiler.planning.room import capacity, serves
 from mosaic_compiler.runtime.store import Store, stepping
 from mosaic_compiler.sampling import noise
 from mosaic_compiler.sampling.caching import Schedule
-from mosaic_compiler.sampling.calls import call_for
+from mosaic_compiler.sampling.calls import ModelCall
 from mosaic_compiler.sampling.compiled import Proposer
+from mosaic_compiler.sampling.filling import State, Wanted
 from mosaic_compiler.sampling.request import Sampling
 from mosaic_compiler.sampling.rules import numbers_of
-from mosaic_compiler.sampling.samplers import SAMPLERS, State, Wanted
+from mosaic_compiler.sampling.samplers import SAMPLERS
 
 logger = logging.getLogger("mosaic_compiler")
+
+COLD = 1e-6
+"""A temperature at which the most likely token is drawn."""
 
 
 class Run:
     """One call of :func:`generate`: the ids so far, and how the next ones are made.
 
     Args:
+        call: how to call the model.
         options: of the backend.
         is_compiled: ``False``: run in eager PyTorch.
         policy, refresh: which rows steps compute, see ``planning/caches.py``.
@@ -41,6 +46,7 @@ class Run:
     def __init__(
         self,
         model: nn.Module,
+        call: ModelCall,
         prompt: Tensor,
         attention_mask: Tensor | None,
         sampling: Sampling,
@@ -65,7 +71,7 @@ class Run:
         self._has_said = False
         self._proposer = Proposer(
             model,
-            call_for(model, self.real is not None, sampling.block_causal),
+            call,
             self._kind.rule(sampling),
             options,
             is_compiled,
@@ -93,12 +99,14 @@ class Run:
         while wanted is not None:
             proposals = self._proposals(wanted)
             self.forwards += 1
+            served = wanted
             try:
                 wanted = sampler.send(proposals)
             except StopIteration:
                 wanted = None
             yield self.ids
-            if self.sampling.stop_at_eos and self._ended():
+            may_end = served.may_end or wanted is None or wanted.block != served.block
+            if self.sampling.stop_at_eos and may_end and self._ended():
                 return
 
     def close(self) -> None:
@@ -117,7 +125,10 @@ class Run:
         room = self._room_for(len(cells)) - len(cells)  # some rows again, so that one program serves many steps
         padded = [torch.cat([tensor, tensor[:1].expand(room)]) for tensor in (rows, keys)]
         unguided = torch.where(self.given, given.mask, self.ids) if given.guidance > 0 else None
-        token, confidence = self._propose(wanted, rows, (self.ids, *padded, self._numbers, unguided, self.real))
+        numbers = self._numbers
+        if wanted.is_greedy and "temperature" in numbers:
+            numbers = {**numbers, "temperature": torch.full_like(numbers["temperature"], COLD)}
+        token, confidence = self._propose(wanted, rows, (self.ids, *padded, numbers, unguided, self.real))
         token, confidence = token[: len(cells)], confidence[: len(cells)]
         if self._kind.may_draw and given.remasking == "random":
             drawn = noise.uniform(noise.row_keys(given.seed, noise.CONFIDENCE, step, cells), 1).squeeze(1).float()
