@@ -124,7 +124,9 @@ def _seconds(given: float | None) -> str:
 
 @app.command()
 def fit(
-    config: Annotated[str, typer.Option(help="LLaDA-8B, Dream-7B, LLaDA-MoE-7B-A1B, or a Hugging Face config.json")],
+    config: Annotated[
+        str, typer.Option(help="LLaDA-8B, LLaDA2.0-mini, ... (all are named where there is none), or a config.json")
+    ],
     tokens: Annotated[str, typer.Option(help="length of the sequence; several: 4k,32k,128k (k is 1,024)")] = "32k",
     gpu: Annotated[str, typer.Option(help="memory of the card, or its name: 24GiB, RTX4090, A100-80GB")] = "24GiB",
     dtype: Annotated[

@@ -12,6 +12,8 @@ import torch
 from remote_models import VOCABULARY, DreamLike, LLaDALike
 
 import mosaic_compiler
+from mosaic_compiler.ahead.configs import load_config
+from mosaic_compiler.ahead.fit import answer, traced
 from mosaic_compiler.backend import mosaic, observing
 from mosaic_compiler.report.measure import _cpu_peak
 from mosaic_compiler.runtime.pools import pool_for
@@ -356,3 +358,14 @@ def test_steps_of_remote_code_are_one_graph(kind, monkeypatch):
             given = ids, block_window(n, 0, n), torch.tensor([3])
             assert torch.equal(compiled(*given), DenoisingStep(model, 5)(*given))
     assert {decision.rows for step in steps for decision in step.module.meta["row_decisions"]} == {"M"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "per_token"), [("LLaDA2.0-mini", 6144), ("LLaDA-MoE-7B-A1B", 12288)])
+def test_mixtures_take_their_rows_keys_and_values_and_little_else(name, per_token, tmp_path):
+    """x, K and V of one layer in bfloat16, whatever the experts are: 262,144 tokens on the meta device."""
+    tokens = 262_144
+    bar = int(per_token * tokens * 1.05 + 1.5 * 2**30)
+    found = answer(traced(load_config(name), device="cpu", cache=tmp_path), tokens, bar)
+    assert found.plan is not None, found.problem
+    assert found.plan.workspace <= bar

@@ -14,6 +14,7 @@ from mosaic_compiler.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+_NOT_OF_THE_MODEL = ("model_type", "architectures", "dtype", "block_causal")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -69,7 +70,7 @@ def build(config: Mapping[str, Any], dtype: torch.dtype) -> tuple[torch.nn.Modul
         raise ConfigError("building a model needs transformers: pip install 'mosaic-compiler[hf]'") from None
     import torch
 
-    given = {key: value for key, value in config.items() if key not in ("model_type", "architectures", "dtype")}
+    given = {key: value for key, value in config.items() if key not in _NOT_OF_THE_MODEL}
     mask = given.pop("mask_token_id", None)
     kind = str(config["model_type"])
     if "auto_map" in config:
@@ -83,7 +84,7 @@ def build(config: Mapping[str, Any], dtype: torch.dtype) -> tuple[torch.nn.Modul
         why = "" if "model_type" in str(error) or kind in str(error) else f": {first_line(error)}"
         raise ConfigError(f"transformers {hf.__version__} does not know model_type {kind!r}{why}") from None
     made.is_causal = False
-    if kind == "olmoe":
+    if any(hasattr(made, name) for name in ("num_experts", "n_routed_experts", "num_local_experts")):
         made._experts_implementation = "grouped_mm"
     made.max_position_embeddings = max(int(getattr(made, "max_position_embeddings", 0) or 0), 1 << 21)
     before = torch.get_default_dtype()

@@ -171,7 +171,7 @@ def _trace(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model, mask = build(config, getattr(torch, dtype))
     on_trace()
-    step = DenoisingStep(model, mask)
+    step = DenoisingStep(model, mask, block_causal=config.get("block_causal"))
     tokens = 64
     example = (
         torch.empty(1, tokens, dtype=torch.int64, device="meta"),
