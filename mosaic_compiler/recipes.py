@@ -7,7 +7,8 @@ Order matters:
 
 1. ``needed-rows`` first: it says what the step has to compute; all others only say how.
 2. ``canonicalize`` before the rest: every later pass matches one spelling per operation.  ``visible-keys`` right behind
-   it: what is known of masks is read off whole graphs.
+   it: what is known of masks is read off whole graphs.  ``split-attention`` behind both: it wants attention without
+   masks, and the one spelling of its keys.
 3. ``row-demand`` before ``in-place``: it calls ops again on fewer rows, which only pure ops allow.
 4. ``gather-logits``, ``vocabulary-tiles`` and ``sparse-outputs`` behind ``row-demand``: they match the head, and what
    is done with its rows, as it left them.
@@ -54,6 +55,7 @@ LOOPS = Recipe(
         "needed-rows",
         "canonicalize",
         "visible-keys",
+        "split-attention",
         "mixtures",
         "row-demand",
         "gather-logits",

@@ -109,7 +109,7 @@ ENTRIES: Mapping[OpOverload, Op] = {
     aten.select_scatter.default: Op("write", write=writes.part_replaced),
     # ------------------------------------------------------------------------------------------ lookups
     aten.index_select.default: lookup(rows.index_select_rows, fused=fusing.rows_gathered),
-    aten.index.Tensor: lookup(None, fused=fusing.rows_gathered),
+    aten.index.Tensor: lookup(rows.index_rows, fused=fusing.rows_gathered),
     aten.gather.default: lookup(rows.along_rows, fused=fusing.element_gathered),
     # ----------------------------------------------------------------------------------------- creation
     aten.full.default: fill("arg1", rows.source_rows, shape_at=0),

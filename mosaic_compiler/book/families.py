@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from mosaic_compiler.book import fusing, rows, scratch, writes
+from mosaic_compiler.book import fusing, rows, scratch, whole_operands, writes
 from mosaic_compiler.book.entry import Op, RowRule
 
 
@@ -71,7 +71,7 @@ def matmul(rule: RowRule | None) -> Op:
 
 def attention(**more: Any) -> Op:
     """Scaled dot-product attention of [B, heads, rows, depth]; allocates its results."""
-    given = {"rows": rows.attention_rows, "is_accounted": True, "is_heavy": True, "is_dear": True, **more}
+    given = {"rows": whole_operands.attention_rows, "is_accounted": True, "is_heavy": True, "is_dear": True, **more}
     return Op("attention", **given)
 
 

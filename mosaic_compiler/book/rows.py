@@ -188,14 +188,14 @@ def bmm_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer
     left, right = node.args[0], node.args[1]
     if layout[2] is not None:
         return None
-    if _is_taken_in_part(layout[0], space):
+    if is_taken_in_part(layout[0], space):
         return None if layout[1] is not None else [Operand(left, layout), Operand(right, layout)]  # type: ignore[arg-type]
     if layout[0] is not None and not isinstance(space, ChunkSpace):
         return None
     return [Operand(left, layout), Operand(right, None)]  # type: ignore[arg-type]
 
 
-def _is_taken_in_part(label: Label, space: Space) -> bool:
+def is_taken_in_part(label: Label, space: Space) -> bool:
     """A run of rows has some of this dim's indices (of other dims it has all)."""
     return label in (FLAT, len(space) - 1)
 
@@ -207,50 +207,6 @@ def layer_norm_rows(node: fx.Node, output: int, layout: Layout, space: Space) ->
     if any(label is not None for label in labels[rank - len(normalized) :]):
         return None
     return [Operand(source, labels), *_full([ir.argument(node, "weight"), ir.argument(node, "bias")])]  # type: ignore[arg-type]
-
-
-def attention_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
-    """Query rows are independent; keys and values are needed whole.  Queries of different batch entries
-    meet different keys, so rows must not span the batch (or heads); where batch entries are rows, keys and values have
-    the same rows.  What a causal query sees depends on where it stands among all of them."""
-    labels = (*layout, None) if output == 1 else layout
-    if ir.argument(node, "is_causal") is not False:
-        return None
-    masks = [ir.argument(node, "attn_mask") or ir.argument(node, "attn_bias")]
-    return _attended(node, output, labels, masks, space)
-
-
-def interval_attention_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
-    """As of attention; the runs of keys that queries see are their own."""
-    return _attended(node, output, layout, node.args[3:6], space)
-
-
-def _attended(node: fx.Node, output: int, labels: Layout, masks: Sequence[Any], space: Space) -> Answer:
-    """``masks``: [entries, heads, queries, keys], each of which may be 1."""
-    query, key, value = node.args[:3]
-    if output > 1 or len(labels) != 4 or labels[1] is not None or labels[3] is not None:
-        return None
-    if labels[0] is not None and not isinstance(space, ChunkSpace):
-        return None
-    theirs: Layout | None = None
-    if _is_taken_in_part(labels[0], space):
-        theirs = (labels[0], None, None, None)
-        if labels != theirs:
-            return None
-    operands = [Operand(query, labels), Operand(key, theirs), Operand(value, theirs)]  # type: ignore[arg-type]
-    operands += [
-        Operand(mask, aligned(mask, (labels[0], None, labels[2], None))) for mask in masks if isinstance(mask, fx.Node)
-    ]
-    return operands
-
-
-def mixture_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
-    """A mixture of experts: each row of the result needs the same rows of some operands, and others whole."""
-    parts, whole = node.args[:2]
-    if any(label is not None for label in layout[1:]):
-        return None
-    found = [Operand(part, (layout[0], *[None] * (len(shape_of(part)) - 1))) for part in parts]  # type: ignore[union-attr, arg-type]
-    return found + [Operand(part, None) for part in whole]  # type: ignore[union-attr, arg-type]
 
 
 def view_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
@@ -355,8 +311,7 @@ def slice_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answ
 
 def pad_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
     """A pad of feature dims; the amounts are given from the last dim on, two for each."""
-    pads: Any = node.args[1]
-    padded = [len(layout) - 1 - place // 2 for place, pad in enumerate(pads) if not isinstance(pad, int) or pad != 0]
+    padded = [len(layout) - 1 - place // 2 for place, pad in enumerate(node.args[1]) if not isinstance(pad, int) or pad]  # type: ignore[arg-type]
     return None if any(layout[dim] is not None for dim in padded) else [Operand(node.args[0], layout)]  # type: ignore[arg-type]
 
 
@@ -389,6 +344,16 @@ def index_select_rows(node: fx.Node, output: int, layout: Layout, space: Space) 
     if any(label is not None for position, label in enumerate(layout) if position != at):
         return None
     return [Operand(table, None), Operand(indices, (layout[at],))]  # type: ignore[arg-type]
+
+
+def index_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+    """A table lookup by numbers in one tensor of any shape."""
+    table, indices = node.args
+    if len(indices) != 1 or ir.only_tensor(indices[0]).dtype == torch.bool:  # type: ignore[arg-type, index]
+        return None
+    rank = len(shape_of(indices[0]))  # type: ignore[index]
+    rows = [Operand(table, None), Operand(indices[0], layout[:rank])]  # type: ignore[arg-type, index]
+    return None if any(label is not None for label in layout[rank:]) else rows
 
 
 def source_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from mosaic_compiler import ir
-from mosaic_compiler.book import STANDARD, Call, Op, rows
+from mosaic_compiler.book import STANDARD, Call, Op, whole_operands
 from mosaic_compiler.book.families import attention
 from mosaic_compiler.ir import ops
 from mosaic_compiler.ir.ops import LIBRARY, Statistics, empty_attended, empty_logits, empty_statistics
@@ -138,14 +138,14 @@ STANDARD.teach(
         ops.put_rows: Op("write", write=_write_put_rows, moves_rows=True),
         ops.mixture: Op(
             "mixture",
-            rows=rows.mixture_rows,
+            rows=whole_operands.mixture_rows,
             is_accounted=True,
             scratch=_scratch_of_mixture,
             is_heavy=True,
             is_dear=True,
         ),
         ops.interval_attention: attention(
-            rows=rows.interval_attention_rows,
+            rows=whole_operands.interval_attention_rows,
             write=_write_interval_attention,
             scratch=interval_attention.scratch_bytes,
             groups_heads=True,

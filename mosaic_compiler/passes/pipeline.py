@@ -27,6 +27,7 @@ from mosaic_compiler.passes.reuse_rows import ReuseRowsPass
 from mosaic_compiler.passes.row_demand import RowDemandPass
 from mosaic_compiler.passes.scatter_results import ScatterResultsPass
 from mosaic_compiler.passes.sparse_outputs import SparseOutputsPass
+from mosaic_compiler.passes.split_attention import SplitAttentionPass
 from mosaic_compiler.passes.verifier import Verifier
 from mosaic_compiler.passes.visible_keys import VisibleKeysPass
 from mosaic_compiler.passes.vocabulary_tiles import VocabularyTilesPass
@@ -36,6 +37,7 @@ _KNOWN: tuple[type[Pass], ...] = (
     NeededRowsPass,
     CanonicalizePass,
     VisibleKeysPass,
+    SplitAttentionPass,
     MixturesPass,
     RowDemandPass,
     GatherLogitsPass,
