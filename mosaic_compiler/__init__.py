@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from mosaic_compiler.planning import MemoryPlan
     from mosaic_compiler.report.explain import Report, explain
     from mosaic_compiler.runtime.pools import release_memory
-    from mosaic_compiler.sampling.generation import Generation, generate
+    from mosaic_compiler.sampling.generation import generate
+    from mosaic_compiler.sampling.result import Generation
     from mosaic_compiler.session import Session
 
 __version__ = "0.1.0"
@@ -42,7 +43,7 @@ __all__ = [
 
 _HOME = {
     "BudgetError": "errors",
-    "Generation": "sampling.generation",
+    "Generation": "sampling.result",
     "generate": "sampling.generation",
     "MemoryPlan": "planning",
     "MosaicError": "errors",

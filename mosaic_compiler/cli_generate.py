@@ -113,11 +113,14 @@ def generate(
         import torch
 
         from mosaic_compiler.report.live import LiveText
+        from mosaic_compiler.sampling.canvas_model import is_canvas_model
         from mosaic_compiler.sampling.generation import generate as run
         from mosaic_compiler.sampling.generation import mask_of
 
         try:
-            mask = mask_of(loaded, mask_id, tokenizer.mask_token_id)
+            if is_canvas_model(loaded) and infill is not None:
+                raise ConfigError("--infill: a model with a canvas has no masks to fill in; give --prompt or --file")
+            mask = -1 if is_canvas_model(loaded) else mask_of(loaded, mask_id, tokenizer.mask_token_id)
             tokens = tokenizer(prompt).input_ids if infill is None else ids_with_masks(tokenizer, prompt, mask)
             ids = torch.tensor([tokens], dtype=torch.int64, device=next(loaded.parameters()).device)
             shown = ids.shape[1] if infill is None else 0
@@ -128,7 +131,7 @@ def generate(
                 top_p=top_p, top_k=top_k, bidirectional=bidirectional, block_causal=block_causal, rope_factor=factor,
                 sampler=sampler, edit_threshold=edit_threshold, max_post_steps=max_post_steps,
                 sub_block_length=sub_block_length,
-                mask_token_id=mask, eos_token_id=eos,
+                mask_token_id=None if mask < 0 else mask, eos_token_id=eos,
                 stop_at_eos=eos is not None, cache=cache, cache_refresh=refresh,
                 streamer=LiveText(tokenizer, mask, shown, out) if live else None,
                 progress=sys.stderr.isatty() and not live and not as_json,

@@ -244,3 +244,24 @@ def test_drafts_show_what_is_still_masked():
 
     text = LiveText(Words(), mask=3, prompt=1).render(torch.tensor([7, 3, 8, 9, 3]))
     assert text.plain == f"<7>{HIDDEN}<8><9>{HIDDEN}"
+
+
+@pytest.mark.slow
+def test_a_model_with_a_canvas(run, tmp_path):
+    from test_canvas import CANVAS, model_of
+
+    from mosaic_compiler.report.load import load_model
+
+    made = model_of(vocabulary=8192)
+    made.save_pretrained(tmp_path / "canvas")
+    _, tokenizer = load_model(None, "float32", device="cpu")
+    tokenizer.save_pretrained(tmp_path / "canvas")
+    code, out, err = run(
+        "generate", "--model", str(tmp_path / "canvas"), "--prompt", "And God said", "--gen-length", str(CANVAS),
+        "--steps", "2", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    said = json.loads(out)
+    assert len(said["tokens"]) == CANVAS
+    assert said["steps"] == 2
+    assert not said["approximate"]

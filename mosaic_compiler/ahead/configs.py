@@ -107,6 +107,8 @@ def family_of(config: Any) -> Any:
     """The class of transformers' automatic models that loads a language model of a config."""
     import transformers as hf
 
+    if isinstance(getattr(config, "canvas_length", None), int):  # these read images, too
+        return hf.AutoModelForImageTextToText
     return hf.AutoModelForMaskedLM if type(config) in hf.MODEL_FOR_MASKED_LM_MAPPING else hf.AutoModelForCausalLM
 
 

@@ -91,6 +91,8 @@ def _family(given: dict[str, Any], trusted: bool) -> str:
         if named.endswith(ending):
             return f"AutoModel{ending}"
     config = hf.AutoConfig.for_model(given["model_type"])
+    if isinstance(given.get("canvas_length", getattr(config, "canvas_length", None)), int):
+        return str(family_of(config).__name__)
     if type(config) not in (*hf.MODEL_FOR_MASKED_LM_MAPPING, *hf.MODEL_FOR_CAUSAL_LM_MAPPING):
         raise ValueError(
             f"{named or type(config).__name__} is neither a masked nor a causal language model of transformers, so no "

@@ -9,15 +9,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mosaic_compiler.sampling.generation import Generation, generate
+    from mosaic_compiler.sampling.generation import generate
     from mosaic_compiler.sampling.loop import denoise, transfer_counts
+    from mosaic_compiler.sampling.result import Generation
     from mosaic_compiler.sampling.step import DenoisingStep, block_window
 
 __all__ = ["DenoisingStep", "Generation", "block_window", "denoise", "generate", "transfer_counts"]
 
 _HOME = {
     "DenoisingStep": "step",
-    "Generation": "generation",
+    "Generation": "result",
     "block_window": "step",
     "denoise": "loop",
     "generate": "generation",

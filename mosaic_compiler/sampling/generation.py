@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mosaic_compiler.graph_log import logger
 from mosaic_compiler.planning.caches import policy_of, refresh_of
-from mosaic_compiler.planning.plan import Fallback, MemoryPlan
 from mosaic_compiler.sampling.bidirectional import (
     check_bidirectional,
     check_block_causal,
@@ -21,43 +19,15 @@ from mosaic_compiler.sampling.bidirectional import (
     declared_block,
 )
 from mosaic_compiler.sampling.calls import MASK_FORMS, call_for, kind_of
+from mosaic_compiler.sampling.canvas import EntropyBound
+from mosaic_compiler.sampling.canvas_generation import generate_canvases
+from mosaic_compiler.sampling.canvas_model import is_canvas_model
 from mosaic_compiler.sampling.compiled import dynamo_as_needed
+from mosaic_compiler.sampling.inputs import check_inputs, check_streamer, first_of, in_eval_mode, length_of
 from mosaic_compiler.sampling.request import CHECKS, EOS_RULES, EndTokens, Sampling, check_factor
+from mosaic_compiler.sampling.result import Generation, Streamer
 from mosaic_compiler.sampling.rotary import scaled_rotary
 from mosaic_compiler.sampling.run import Run
-
-
-class Streamer(Protocol):
-    """What transformers calls a streamer: it gets the draft of all ids after each step, then the end."""
-
-    def put(self, value: Tensor) -> None: ...
-    def end(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What :func:`generate` returns.
-
-    Attributes:
-        sequences: int64 [B, N], prompt and what was generated.
-        steps: forward passes of the model.
-        plan: the plan with the highest peak; ``None`` if nothing was compiled.
-        history: the ids after each step, if asked for.
-        fallbacks: what ran in a slower or fatter way than planned, by name; ``eager`` if nothing was compiled although
-            it was to be.
-    """
-
-    sequences: Tensor
-    steps: int
-    plan: MemoryPlan | None
-    history: tuple[Tensor, ...] = ()
-    fallbacks: tuple[Fallback, ...] = ()
-    steps_by_kind: Mapping[str, int] = field(default_factory=dict)
-    """How many of them computed all rows (``full``), and how many some, with what was kept (``reuse``)."""
-    state_bytes: int = 0
-    """Bytes that lived from step to step."""
-    is_approximate: bool = False
-    """Some step used state that is not proven to be what all rows would give."""
 
 
 def generate(
@@ -67,7 +37,7 @@ def generate(
     attention_mask: Tensor | None = None,
     gen_length: int | None = None,
     max_new_tokens: int | None = None,
-    steps: int = 128,
+    steps: int | None = None,
     block_length: int | None = None,
     temperature: float = 0.0,
     cfg_scale: float = 0.0,
@@ -89,6 +59,7 @@ def generate(
     edit_threshold: float | None = None,
     max_post_steps: int = 16,
     sub_block_length: int = 8,
+    entropy_bound: EntropyBound | float | None = None,
     bidirectional: bool = False,
     block_causal: int | None = None,
     rope_factor: float | str | None = None,
@@ -115,7 +86,8 @@ def generate(
         input_ids: int64 [B, P]; prompts of unequal length are padded on the left.
         attention_mask: [B, P], 0 for padding.
         gen_length, max_new_tokens: new tokens (two names for one thing; 128); 0: infilling, nothing is appended.
-        steps: of LLaDA's sampler over all blocks; of Dream's in all.
+        steps: of LLaDA's sampler over all blocks; of Dream's in all (128); of models with a canvas at most for each
+            (48).
         block_length: LLaDA: tokens per block, filled in from left to right; ``None``: one block.  Infilling: a block
             begins at the first masked token that is in none yet.
         temperature: 0: the most likely tokens.  LLaDA: of the Gumbel noise; Dream: of the softmax.
@@ -128,6 +100,10 @@ def generate(
         edit_threshold, max_post_steps: LLaDA2.1: a committed token of the block changes where another one is more
             likely and its confidence is above ``edit_threshold`` (0.9; 0: whatever it is, 1: none does); at most so
             many steps only edit.
+        entropy_bound: models with a canvas (DiffusionGemma, found by what its forward takes): nats up to which the
+            surest tokens of a step are kept (0.1), or all that
+            :class:`~mosaic_compiler.sampling.canvas.EntropyBound` says.  ``gen_length`` is a canvas if left out; of the
+            other options, ``steps``, ``generator``, ``stop_at_eos``, ``rope_factor`` and those behind ``cache`` count.
         sub_block_length: Fast-dLLM v2: tokens that are filled in before those behind them in their block.
         logits_eos_inf, confidence_eos_eot_inf, eos_rule: LLaDA's options for the tokens that end a text; ``eos_rule``
             is ``code`` (as published code does it; the default), ``logits`` or ``confidence`` (as documented); see
@@ -171,6 +147,24 @@ def generate(
         BudgetError: before the first step, if it does not fit.
         StateError: for a cache, if the model has nothing that can be kept.
     """
+    if is_canvas_model(model):
+        theirs = {
+            "cfg_scale": cfg_scale, "remasking": remasking, "threshold": threshold, "logits_eos_inf": logits_eos_inf,
+            "confidence_eos_eot_inf": confidence_eos_eot_inf, "alg": alg, "alg_temp": alg_temp, "top_p": top_p,
+            "top_k": top_k, "temperature": temperature, "block_length": block_length, "block_causal": block_causal,
+            "edit_threshold": edit_threshold, "attention_mask": _padding_in(attention_mask), "cache": cache,
+        }  # fmt: skip
+        return generate_canvases(
+            model, input_ids, length_of(gen_length, max_new_tokens), steps, entropy_bound, theirs,
+            eos_token_id, stop_at_eos, generator, rope_factor,
+            {**({} if memory_budget is None else {"memory_budget": memory_budget}), **(options or {})}, compile,
+            on_step, streamer, output_history,
+        )  # fmt: skip
+    if entropy_bound is not None:
+        raise ValueError(
+            f"entropy_bound is for models with a canvas, and {type(model).__name__} has none: leave it out"
+        )
+    steps = 128 if steps is None else steps
     policy, refresh = policy_of(cache), refresh_of(cache_refresh)
     if policy.is_kept and not compile:
         raise ValueError(f"cache={cache!r} needs a compiled model: leave out compile=False, or take cache='none'")
@@ -179,14 +173,13 @@ def generate(
         raise ValueError(f"sampler must be one of {', '.join(CHECKS)}, got {sampler!r}")
     if eos_rule not in EOS_RULES:
         raise ValueError(f"eos_rule must be one of {', '.join(EOS_RULES)}, got {eos_rule!r}")
-    if gen_length is not None and max_new_tokens is not None and gen_length != max_new_tokens:
-        raise ValueError(f"gen_length {gen_length} and max_new_tokens {max_new_tokens} are two names for one thing")
-    length = next((n for n in (gen_length, max_new_tokens) if n is not None), 128)
+    given_length = length_of(gen_length, max_new_tokens)
+    length = 128 if given_length is None else given_length
     block = _block_of(block_causal)
     if block_causal is None and not bidirectional:
         block = _declared(model)
     kind = sampler if sampler != "auto" else "dream" if alg is not None else kind_of(model)
-    eos = _first(eos_token_id, getattr(config, "eos_token_id", None))
+    eos = first_of(eos_token_id, getattr(config, "eos_token_id", None))
     if (logits_eos_inf or confidence_eos_eot_inf or stop_at_eos) and eos is None:
         raise ValueError("which token ends a text? give eos_token_id: the model's config has none")
     ends = None
@@ -219,15 +212,15 @@ def generate(
     )
     sampling.check()
     check_factor(rope_factor)
-    _check_inputs(input_ids, attention_mask, config, length, is_scaled=rope_factor is not None)
+    check_inputs(input_ids, attention_mask, config, length, is_scaled=rope_factor is not None)
     if not length and not bool((input_ids == sampling.mask).any()):
         raise ValueError(f"gen_length must be at least 1: the prompt has no masked tokens ({sampling.mask}) to fill in")
-    _check_streamer(streamer)
+    check_streamer(streamer)
     drawn = torch.randint(1 << 62, (), generator=generator, device=None if generator is None else generator.device)
     given = {**({} if memory_budget is None else {"memory_budget": memory_budget}), **(options or {})}
     history: list[Tensor] = []
     total, form = input_ids.shape[1] + length, MASK_FORMS[0]
-    with _in_eval_mode(model), scaled_rotary(model, rope_factor, total):
+    with in_eval_mode(model), scaled_rotary(model, rope_factor, total):
         if sampling.block_causal:
             form = check_block_causal(model, input_ids, sampling.mask, sampling.block_causal)
         elif not bidirectional:
@@ -265,6 +258,10 @@ def generate(
     )
 
 
+def _padding_in(attention_mask: Tensor | None) -> bool | None:
+    return None if attention_mask is None or bool(attention_mask.bool().all()) else True
+
+
 def _declared(model: nn.Module) -> int:
     """Tokens of a block, as the model's config says; 0: it does not."""
     found = declared_block(model)
@@ -285,16 +282,6 @@ def _block_of(given: int | None) -> int:
 
 
 @contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-@contextmanager
 def _bar(shown: bool, run: Run) -> Iterator[Callable[[Tensor], None]]:
     """A progress bar over the tokens that are filled in."""
     if not shown:
@@ -311,15 +298,6 @@ def _bar(shown: bool, run: Run) -> Iterator[Callable[[Tensor], None]]:
         yield lambda ids: bar.update(task, completed=total - int((ids == mask).sum()))
 
 
-def _first(*values: Any) -> int | None:
-    """The first that is given; of a list its first."""
-    for value in values:
-        value = value[0] if isinstance(value, Sequence) and value else value
-        if isinstance(value, int):
-            return value
-    return None
-
-
 def mask_of(model: nn.Module, given: int | None = None, fallback: int | None = None) -> int:
     """The mask token: the one that is given, the config's, or the fallback.
 
@@ -328,7 +306,7 @@ def mask_of(model: nn.Module, given: int | None = None, fallback: int | None = N
     """
     config = getattr(model, "config", None)
     configs = (config, getattr(model, "generation_config", None))
-    found = _first(given, *(getattr(each, "mask_token_id", None) for each in configs), fallback)
+    found = first_of(given, *(getattr(each, "mask_token_id", None) for each in configs), fallback)
     if found is None:
         raise ValueError(
             f"{type(model).__name__} has no mask token (its config has no mask_token_id), so it is no masked diffusion "
@@ -339,36 +317,3 @@ def mask_of(model: nn.Module, given: int | None = None, fallback: int | None = N
     if found < 0 or (isinstance(size, int) and found >= size):
         raise ValueError(f"mask_token_id {found} is no token of the model" + (f": it has {size}" if size else ""))
     return found
-
-
-def _check_streamer(streamer: Any) -> None:
-    missing = [name for name in ("put", "end") if not callable(getattr(streamer, name, None))]
-    if streamer is not None and missing:
-        raise TypeError(
-            f"a streamer needs put(ids) and end(), as those of transformers have; {type(streamer).__name__} has no "
-            f"{' and no '.join(missing)}. To be called after each step only: on_step"
-        )
-
-
-def _check_inputs(
-    input_ids: Tensor, attention_mask: Tensor | None, config: Any, length: int, *, is_scaled: bool
-) -> None:
-    if input_ids.dim() != 2 or input_ids.dtype != torch.int64 or not input_ids.shape[0]:
-        raise ValueError(f"input_ids must be int64 [B, P], got {input_ids.dtype} {list(input_ids.shape)}")
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask must be [B, P] like input_ids {list(input_ids.shape)}, got {list(attention_mask.shape)}"
-        )
-    if attention_mask is not None and length and not bool(attention_mask[:, -1:].all()):
-        warnings.warn(
-            "a prompt is padded on the right, and what is generated would stand behind the padding: pad on the left "
-            "(tokenizer.padding_side = 'left')",
-            stacklevel=3,
-        )
-    most = getattr(config, "max_position_embeddings", None)
-    if isinstance(most, int) and input_ids.shape[1] + length > most and not is_scaled:
-        warnings.warn(
-            f"{input_ids.shape[1]} + {length} tokens are more than the {most} positions that the model was trained "
-            "for: rope_factor='auto' lets it tell them apart",
-            stacklevel=3,
-        )

@@ -15,7 +15,7 @@ from torch import Tensor
 _GOLDEN = 0x9E3779B97F4A7C15
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
-TOKENS, CONFIDENCE, TRANSFER, CHOICE = range(4)
+TOKENS, CONFIDENCE, TRANSFER, CHOICE, CANVAS = range(5)
 """What a number is for."""
 
 
@@ -60,7 +60,7 @@ def mix(bits: Tensor) -> Tensor:
 
 def _shifted(bits: Tensor, by: int) -> Tensor:
     """Shifted right without the sign."""
-    return (bits >> by) & ((1 << (64 - by)) - 1)
+    return torch.bitwise_right_shift(bits, by) & ((1 << (64 - by)) - 1)
 
 
 def _mix_number(bits: int) -> int:

@@ -1,0 +1,44 @@
+"""What ``generate`` returns, and who watches it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from mosaic_compiler.planning.plan import Fallback, MemoryPlan
+
+
+class Streamer(Protocol):
+    """What transformers calls a streamer: it gets the draft of all ids after each step, then the end."""
+
+    def put(self, value: Tensor) -> None: ...
+    def end(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What :func:`generate` returns.
+
+    Attributes:
+        sequences: int64 [B, N], prompt and what was generated.
+        steps: forward passes of the model.
+        plan: the plan with the highest peak; ``None`` if nothing was compiled.
+        history: the ids after each step, if asked for.
+        fallbacks: what ran in a slower or fatter way than planned, by name; ``eager`` if nothing was compiled although
+            it was to be.
+    """
+
+    sequences: Tensor
+    steps: int
+    plan: MemoryPlan | None
+    history: tuple[Tensor, ...] = ()
+    fallbacks: tuple[Fallback, ...] = ()
+    steps_by_kind: Mapping[str, int] = field(default_factory=dict)
+    """How many of them computed all rows (``full``), and how many some, with what was kept (``reuse``)."""
+    state_bytes: int = 0
+    """Bytes that lived from step to step."""
+    is_approximate: bool = False
+    """Some step used state that is not proven to be what all rows would give."""
