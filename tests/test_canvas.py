@@ -147,7 +147,7 @@ def test_an_end_token_ends_a_row(model):
 
 
 def test_what_the_encoder_left_is_read_where_it_stands(model):
-    """No plan of a denoising step has a copy of it; one compilation for all lengths, bounds and numbers of steps; behind
+    """No plan of a denoising step has a copy of it; one compilation for all lengths, bounds and counts of steps; behind
     16,384 tokens neither the encoder nor a canvas has a mask of all pairs."""
     steps = []
     generator, number = drawn(1)
@@ -166,10 +166,9 @@ def test_what_the_encoder_left_is_read_where_it_stands(model):
     assert len(kept) == 2 * 3
     made = [buffer for buffer in plan.buffers if not buffer.is_given and len(buffer.shape) == 4]
     assert not [buffer.describe() for buffer in made if buffer.shape[2] > CANVAS]
-    tokens, plans = 16384, []
-    for step in steps:
-        if any(meaning for _, meaning in step.outline.meanings):
-            plans.append(step.outline.plan_for(tokens, 1.0, None).plan)
+    tokens = 16384
+    measured = [step for step in steps if any(meaning for _, meaning in step.outline.meanings)]
+    plans = [step.outline.plan_for(tokens, 1.0, None).plan for step in measured]
     assert plans
     for plan in plans:
         assert not [buffer.describe() for buffer in plan.buffers if math.prod(buffer.shape) >= tokens**2]
