@@ -7,11 +7,15 @@ import itertools
 import pytest
 import torch
 from kept import Kept
+from test_canvas import model_of as canvas_model
 from test_gpu import model as step_of
+from test_long_models import model_of as long_model
 from test_session import Delayed, loop
+from test_split_attention import attend, given_of
 
 import mosaic_compiler
 from mosaic_compiler import Session
+from mosaic_compiler.backend import observing
 from mosaic_compiler.kernels.few_queries import few_query_attention, few_query_reference
 from mosaic_compiler.kernels.interval_attention import attend_intervals_, reference
 from mosaic_compiler.planning.few import pieces
@@ -221,3 +225,38 @@ def test_the_kernel_for_few_queries():
             torch.testing.assert_close(got.float(), expected.float(), atol=4e-3, rtol=2e-2)
             seen.add(pieces(batch * groups, share * queries, keys, 132))
     assert len(seen) > 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_given_cache_is_read_where_it_stands(dtype):
+    """Both kernels that say the sums of exponentials."""
+    compiled, steps = torch.compile(lambda *given: attend(*given), backend="mosaic", dynamic=True), []
+    exact = 1e-4 if dtype == torch.float32 else 3e-2
+    with torch.no_grad(), observing(steps.append):
+        for kept in (330, 4100):
+            given = [tensor.cuda() for tensor in given_of(2, 65, kept, kept, heads=4, depth=64, dtype=dtype)]
+            torch.testing.assert_close(compiled(*given), attend(*given), atol=exact, rtol=exact)
+    assert len(steps) == 1
+    assert not [b.describe() for b in steps[0].plan.buffers if not b.is_given and 4100 + 65 in b.shape]
+
+
+def test_canvases():
+    model, prompt = canvas_model().cuda(), ids_of(40).remainder(90).add(3)
+    ids = []
+    for compiled in (True, False):
+        generator = torch.Generator().manual_seed(1)
+        got = mosaic_compiler.generate(
+            model, prompt, gen_length=24, steps=4, entropy_bound=2.0, generator=generator, compile=compiled
+        )
+        ids.append(got.sequences)
+    assert torch.equal(*ids)
+
+
+def test_values_of_another_depth():
+    model = long_model("deepseek_v2").cuda()
+    compiled = torch.compile(model, backend="mosaic", dynamic=True)
+    with torch.no_grad():
+        for length in (150, 33):
+            ids = torch.randint(4, 64, (1, length), generator=torch.Generator().manual_seed(length)).cuda()
+            got, expected = (each(input_ids=ids, use_cache=False).logits for each in (compiled, model))
+            torch.testing.assert_close(got, expected, atol=2e-3, rtol=1e-3)

@@ -215,3 +215,19 @@ def test_policies_on_mixtures_equal_their_reference(kind, policy, refresh):
     assert torch.equal(got.sequences, expected)
     assert got.steps_by_kind == cached.kinds
     assert cached.kinds["reuse"] > 0
+
+
+def test_ties_and_experts_without_rows():
+    """All experts are as good, or one takes every row: what the routing says, as it says it."""
+
+    def function(x, router, up, down):
+        return mixture(x, router, up, down)
+
+    module = CanonicalizePass()(trace(function, *operands(9), dynamic=[(0,)]))
+    mixed = MixturesPass()(module)
+    assert [node.target for node in mixed.graph.nodes].count(ops.mixture) == 1
+    x, router, up, down = operands(17, 3)
+    one_sided = torch.zeros_like(router)
+    one_sided[:, 2] = 50.0
+    for each in ((x, torch.zeros_like(router), up, down), (x.abs(), one_sided, up, down)):
+        torch.testing.assert_close(mixed(*each), function(*each), atol=0, rtol=0)
