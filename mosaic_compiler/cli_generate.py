@@ -134,7 +134,7 @@ def generate(
                 mask_token_id=None if mask < 0 else mask, eos_token_id=eos,
                 stop_at_eos=eos is not None, cache=cache, cache_refresh=refresh,
                 streamer=LiveText(tokenizer, mask, shown, out) if live else None,
-                progress=sys.stderr.isatty() and not live and not as_json,
+                progress=sys.stderr.isatty() and not live and not as_json and mask >= 0,
                 generator=torch.Generator().manual_seed(seed),
             )  # fmt: skip
         except ValueError as error:

@@ -50,7 +50,27 @@ def _pad(node: fx.Node) -> bool:
             narrow = node.graph.call_function(torch.narrow, (node, -1, 0, of_value))
         node.replace_all_uses_with(narrow, delete_user_cb=lambda user: user is not narrow)
         narrow.meta = dict(node.meta)
+        _lay_out(narrow)
     return True
+
+
+def _lay_out(narrow: fx.Node) -> None:
+    """As eager's result lies in memory: somebody may take a view of it."""
+    value = narrow.meta.get("example_value")
+    if not isinstance(value, torch.Tensor):
+        return
+    swapped = value.dim() > 2 and not value.is_contiguous() and value.transpose(-3, -2).is_contiguous()
+    if not swapped and not value.is_contiguous():
+        return
+    graph, at = narrow.graph, narrow
+    with graph.inserting_after(narrow):
+        steps = ["transpose", "contiguous", "transpose"] if swapped else ["contiguous"]
+        made = [graph.call_method(step, ()) for step in reversed(steps)][::-1]
+    narrow.replace_all_uses_with(made[-1])
+    for call in made:
+        call.args = (at, -3, -2) if call.target == "transpose" else (at,)
+        at = call
+    made[-1].meta = dict(narrow.meta)
 
 
 def _depth(operand: Any) -> int | None:

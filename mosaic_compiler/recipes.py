@@ -13,7 +13,8 @@ Order matters:
 4. ``gather-logits``, ``vocabulary-tiles`` and ``sparse-outputs`` behind ``row-demand``: they match the head, and what
    is done with its rows, as it left them.
 5. ``mixtures`` right behind them, because ``row-demand`` and ``chunk-loops`` want a mixture row by row;
-   ``expand-mixtures`` in front of ``fuse`` where there are no loops, so that its ops are planned and fused.
+   ``expand-mixtures`` in front of ``fuse`` where there are no loops, so that its ops are planned and fused;
+   ``causal-first``, which wants whole sequences, too.
 6. ``chunk-loops`` when all graph-wide rewrites are done: those match nodes, not loop bodies.
 7. ``scatter-results`` behind ``chunk-loops``: it matches a loop and the reader of its result.
 8. ``fuse`` behind both: what a loop computes is known by then, and clusters hide ops from it.
@@ -71,7 +72,11 @@ LOOPS = Recipe(
 )
 """Runs in any budget: what is computed row by row runs in chunks of rows."""
 
-FLAT = LOOPS.without("chunk-loops", "scatter-results", "reuse-rows", name="flat").with_pass("expand-mixtures", "fuse")
+FLAT = (
+    LOOPS.without("chunk-loops", "scatter-results", "reuse-rows", name="flat")
+    .with_pass("expand-mixtures", "fuse")
+    .with_pass("causal-first", "fuse")
+)
 """Where nothing needs chunks, nothing is computed again in each loop."""
 
 RECIPES = (FLAT, LOOPS)

@@ -282,3 +282,30 @@ def test_a_sampler_of_block_causal_models_on_one_that_is_not():
         mosaic_compiler.generate(LLaDALike(), prompt_of(1, 4, 0), gen_length=8, sampler="fast_dllm_v2")
     with pytest.raises(NotADiffusionModelError, match="not proven"):
         mosaic_compiler.generate(LLaDA2Like(), prompt_of(1, 4, 0), gen_length=8)
+
+
+@pytest.mark.parametrize("options", [{"sampler": "fast_dllm_v2"}, {"sampler": "llada", "remasking": "joint_threshold"}])
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_a_model_that_proposes_the_mask_itself_ends(options, temperature):
+    class MaskLover(FastLike):
+        def forward(self, input_ids=None, **more):
+            output = super().forward(input_ids, **more)
+            output.logits[..., MASK] += 1000.0
+            return output
+
+    got = mosaic_compiler.generate(
+        MaskLover(), prompt_of(1, 5, 0), gen_length=11, temperature=temperature, compile=False, **options
+    )
+    assert bool((got.sequences == MASK).any())
+    assert got.steps <= 100
+
+
+def test_a_length_of_blocks_that_a_model_contradicts_is_refused():
+    with pytest.raises(NotADiffusionModelError, match=r"bd_size=8.*does not look at"):
+        mosaic_compiler.generate(FastLike(), prompt_of(1, 5, 0), gen_length=8, block_causal=5)
+
+
+@pytest.mark.parametrize("name", ["steps", "max_post_steps", "gen_length", "sub_block_length"])
+def test_numbers_are_whole(name):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number"):
+        mosaic_compiler.generate(FastLike(), prompt_of(1, 5, 0), **{"gen_length": 8, name: 2.5})

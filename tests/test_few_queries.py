@@ -68,9 +68,29 @@ torch.testing.assert_close(got, reference(query, key, value, at - 150, at + 70, 
 print("pieces", sorted(seen))
 """
 
+BEHIND = """
+import torch
+from mosaic_compiler.kernels.attention_behind import attend_behind_
+from mosaic_compiler.kernels.interval_attention import reference
+
+torch.manual_seed(0)
+for groups, share, queries, block in ((1, 2, 300, 32), (2, 1, 130, 7), (1, 4, 33, 64), (2, 2, 257, 128)):
+    query = torch.randn(2, groups * share, queries, 16)
+    key, value = torch.randn(2, 2, groups, queries, 16)
+    at = torch.arange(queries)
+    last = ((at // block + 1) * block)[None, None, :, None]
+    scores = query @ key.repeat_interleave(share, 1).transpose(-1, -2) * 0.4
+    scores = scores.masked_fill(at[:, None] < at, float("-inf"))
+    sums = torch.logsumexp(scores, -1)
+    done = torch.softmax(scores, -1) @ value.repeat_interleave(share, 1)
+    got = attend_behind_(torch.empty_like(query), query, key, value, done, sums, last, 0.4)
+    torch.testing.assert_close(got, reference(query, key, value, None, last, None, 0.4), atol=3e-6, rtol=1e-5)
+print("pieces [1")
+"""
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", [PROGRAM, RUNS])
+@pytest.mark.parametrize("program", [PROGRAM, RUNS, BEHIND])
 def test_the_kernel_equals_its_reference(program):
     """Strided keys and values, groups, several pieces, a ragged end, one key; runs of keys, some of them empty; in a
     process of its own, because Triton reads TRITON_INTERPRET when it is imported."""

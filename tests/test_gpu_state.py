@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from kept import Kept
 from test_canvas import model_of as canvas_model
 from test_gpu import model as step_of
@@ -260,3 +261,36 @@ def test_values_of_another_depth():
             ids = torch.randint(4, 64, (1, length), generator=torch.Generator().manual_seed(length)).cuda()
             got, expected = (each(input_ids=ids, use_cache=False).logits for each in (compiled, model))
             torch.testing.assert_close(got, expected, atol=2e-3, rtol=1e-3)
+
+
+def causally(query, key, value):
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+
+def by_blocks(query, key, value):
+    at = torch.arange(query.shape[2], device=query.device) // 32
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=at[:, None] >= at[None, :], enable_gqa=True)
+
+
+@pytest.mark.parametrize("attend", [causally, by_blocks])
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_causal_attention_first(attend, dynamic):
+    """cuDNN's, and the keys behind a query's own by ours; not where the depth is a symbol."""
+    compiled, steps = torch.compile(attend, backend="mosaic", dynamic=dynamic), []
+    with torch.no_grad(), observing(steps.append):
+        for tokens in (1000, 3100):
+            generator = torch.Generator().manual_seed(tokens)
+            query = torch.randn(2, 8, tokens, 128, generator=generator).bfloat16().cuda()
+            key, value = torch.randn(2, 2, 2, tokens, 128, generator=generator).bfloat16().cuda()
+            if dynamic is None:
+                for tensor in (query, key, value):
+                    torch._dynamo.mark_dynamic(tensor, 2)
+            got = compiled(query, key, value)
+            exact = attend(*(tensor.float() for tensor in (query, key, value)))
+            torch.testing.assert_close(got.float(), exact, atol=2e-2, rtol=2e-2)
+    (step,) = steps
+    targets = {str(node.target) for graph in step.graphs.values() for node in graph.graph.nodes}
+    if dynamic is None:
+        assert ("mosaic.attention_behind.default" in targets) == (attend is by_blocks)
+        assert "aten._scaled_dot_product_cudnn_attention.default" in targets
+        assert not step.fallbacks

@@ -113,3 +113,14 @@ def test_attention_with_two_depths(of_key, of_value, is_causal, scale, is_groupe
         got = torch.compile(attend, backend="mosaic")(query, key, value)
     torch.testing.assert_close(got, attend(query, key, value), atol=1e-12, rtol=1e-12)
     assert got.shape == (2, heads, 7, of_value)
+
+
+def test_a_view_of_a_result_that_was_padded():
+    def attend(query, key, value):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value).view(1, 2, -1)
+
+    given = torch.randn(1, 2, 5, 24), torch.randn(1, 2, 5, 24), torch.randn(1, 2, 5, 16)
+    with torch.no_grad():
+        got = torch.compile(attend, backend="mosaic")(*given)
+    torch.testing.assert_close(got, attend(*given), atol=1e-5, rtol=1e-5)
+    assert got.stride() == attend(*given).stride()

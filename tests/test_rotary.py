@@ -88,6 +88,66 @@ def test_tables_and_angles_are_found_by_their_values(base, half, factor, layout)
         assert torch.equal(now, was)
 
 
+class Grows(nn.Module):
+    """Tables that grow, where old code keeps them: buffers and how long they are, attributes, tuples by length."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.longest, self.made = kind, 0, {}
+        self.register_buffer("inv_freq", 1.0 / 100.0 ** (torch.arange(4) / 4))
+        self.embed, self.head = nn.Embedding(61, 8), nn.Linear(8, 61)
+        self.grow(16)
+
+    def grow(self, length):
+        turns = torch.arange(length)[:, None] * self.inv_freq
+        turns = torch.cat([turns, turns], -1)
+        self.longest = length
+        if self.kind == "buffers":
+            self.register_buffer("cos", turns.cos(), persistent=False)
+            self.register_buffer("sin", turns.sin(), persistent=False)
+        elif self.kind == "attributes":
+            self.cos, self.sin = turns.cos(), turns.sin()
+        else:
+            self.made[length] = turns.cos(), turns.sin()
+
+    def forward(self, ids):
+        length = ids.shape[1]
+        if length > self.longest if self.kind != "tuples" else length not in self.made:
+            self.grow(length)
+        cos, sin = self.made[length] if self.kind == "tuples" else (self.cos[:length], self.sin[:length])
+        x = self.embed(ids)
+        x = x * cos + torch.roll(x, 4, -1) * sin
+        return self.head(x + x.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("kind", ["buffers", "attributes", "tuples"])
+def test_tables_that_grow_meanwhile_are_gone_afterwards(kind):
+    torch.manual_seed(0)
+    model = Grows(kind).eval().requires_grad_(False)
+    other = copy.deepcopy(model)
+    other.inv_freq *= 4.0 ** -(torch.arange(4) / 4)
+    other.grow(16)
+    fresh = copy.deepcopy(model)
+    with scaled_rotary(model, 4.0, 40) as factor:
+        assert factor == 4
+        for length in (16, 12, 40):
+            torch.testing.assert_close(model(prompt(length)), other(prompt(length)), atol=1e-4, rtol=1e-4)
+    for length in (40, 16, 12, 50):
+        assert torch.equal(model(prompt(length)), fresh(prompt(length)))
+
+
+def test_nobody_else_runs_a_model_that_is_scaled():
+    model = llama()
+    with (
+        scaled_rotary(model, 4.0, 8),
+        pytest.raises(ValueError, match="another generate"),
+        scaled_rotary(model, None, 8),
+    ):
+        pass
+    with scaled_rotary(model, None, 8), scaled_rotary(model, 1, 8):
+        pass
+
+
 def test_factors_are_the_published_ones():
     of_llada = [longllada_factor(5e5, 128, 4096, wanted) for wanted in (4096, 8192, 16384, 24576, 32768)]
     assert [math.ceil(factor) for factor in of_llada] == [1, 4, 14, 31, 55]

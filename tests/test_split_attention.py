@@ -79,7 +79,10 @@ def test_parts_that_others_read_or_that_nobody_gave_stay_together():
     def in_front(*operands):
         return attend(*operands, order=True)
 
-    for function in (returned, made, masked, in_front):
+    def promoted(x, keys, values):
+        return attend(x, keys.bfloat16(), values.bfloat16())
+
+    for function in (returned, made, masked, in_front, promoted):
         module = CanonicalizePass()(trace(function, *given_of(1, 5, 7, 0)))
         assert SplitAttentionPass()(module) is module
 

@@ -16,6 +16,7 @@ from mosaic_compiler.ir import ops
 from mosaic_compiler.kernels.interval_attention import TILE, attend_in_tiles_, reference
 from mosaic_compiler.passes.base import trace
 from mosaic_compiler.passes.canonicalize import CanonicalizePass
+from mosaic_compiler.passes.causal_first import CausalFirstPass
 from mosaic_compiler.passes.verifier import Verifier
 from mosaic_compiler.passes.visible_keys import VisibleKeysPass
 from mosaic_compiler.passes.visible_keys.formulas import Bounds
@@ -216,6 +217,40 @@ def test_what_is_nearly_block_causal_is_right(mask, length, seed):
     Verifier(module).check(result, "visible-keys")
     given = operands(length, seed)
     torch.testing.assert_close(result(*given), function(*given))
+
+
+RUNS_FROM_THE_FIRST = st.one_of(
+    st.just(causal), st.integers(2, 9).flatmap(lambda n: st.sampled_from([blocks(n), window(n), sliding(n), prefix(n)]))
+)
+
+
+@settings(max_examples=20)
+@given(
+    RUNS_FROM_THE_FIRST,
+    st.lists(st.integers(2, 50), min_size=1, max_size=3),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.integers(0, 99),
+)
+def test_what_is_causal_and_more(mask, lengths, dtype, seed):
+    """Keys up to a query's own by another kernel, and those behind it; only where the graph says that there are any."""
+
+    def given_of(length, number):
+        return [each.to(dtype) if each.is_floating_point() else each for each in operands(length, number)]
+
+    function = attended(mask, False)
+    seen = VisibleKeysPass()(CanonicalizePass()(trace(function, *given_of(13, 0))))
+    result = CausalFirstPass(force=True)(seen)
+    Verifier(seen).check(result, "causal-first")
+    targets = {node.target for node in result.graph.nodes}
+    name = mask.__qualname__
+    if "causal" in name or "blocks" in name:
+        assert ops.interval_attention not in targets
+        assert (ops.attention_behind in targets) == ("blocks" in name)
+    if "window" in name or "sliding" in name:
+        assert result is seen
+    for length in lengths:
+        given = given_of(length, seed)
+        torch.testing.assert_close(result(*given), function(*given), atol=1e-5, rtol=1e-5)
 
 
 @settings(max_examples=25)

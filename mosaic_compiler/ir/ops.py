@@ -7,6 +7,7 @@
 ``mosaic::put_rows``          a value of which only some rows are computed: who reads others reads nothing in particular
 ``mosaic::mixture``           a mixture of experts: its ops, as data
 ``mosaic::interval_attention``  attention whose queries each see a run of keys, instead of a mask
+``mosaic::attention_behind``    the rest of one whose keys up to the query's own are done
 
 Here are their schemas and what they return; ``kernels/ops.py`` has what runs.
 """
@@ -33,6 +34,8 @@ for _schema in (
     "mixture(Tensor[] rows, Tensor[] whole, str program) -> Tensor",
     "interval_attention(Tensor query, Tensor key, Tensor value, Tensor? first, Tensor? last, Tensor? only,"
     " float? scale, int[] order) -> Tensor",
+    "attention_behind(Tensor query, Tensor key, Tensor value, Tensor done, Tensor sums, Tensor last, float? scale,"
+    " int[] order) -> Tensor",
 ):
     LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -90,6 +93,13 @@ def empty_attended(
     return query.new_empty([sizes[dim] for dim in order]).permute(back)
 
 
+def _empty_behind(
+    query: Tensor, key: Tensor, value: Tensor, done: Tensor, sums: Tensor, last: Tensor, scale: float | None,
+    order: Sequence[int],
+) -> Tensor:  # fmt: skip
+    return empty_attended(query, key, value, None, last, None, scale, order)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "gather_logits": empty_logits,
     "head_statistics": empty_statistics,
@@ -97,6 +107,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "touched_pages": _unknown_pages,
     "put_rows": _empty_value,
     "interval_attention": empty_attended,
+    "attention_behind": _empty_behind,
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"mosaic::{_name}", _fake, lib=LIBRARY)
@@ -108,3 +119,4 @@ touched_pages = torch.ops.mosaic.touched_pages.default
 put_rows = torch.ops.mosaic.put_rows.default
 mixture = torch.ops.mosaic.mixture.default
 interval_attention = torch.ops.mosaic.interval_attention.default
+attention_behind = torch.ops.mosaic.attention_behind.default

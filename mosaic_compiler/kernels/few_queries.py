@@ -52,6 +52,8 @@ def interval_attention_(
     only: Tensor | None,
     scale: float,
     processors: int,
+    done: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> Tensor:
     """The same for queries, few or many, that each see a run of the keys.
 
@@ -60,6 +62,8 @@ def interval_attention_(
         first, last: int64 [1 or B, 1, M, 1]: a query sees keys [first, last); ``None``: from the first on, to the last
             one.
         only: bool [1 or B, 1, 1, N], of those keys the ones that count.
+        done, sums: [B, H, M, d] and float32 [B, H, M]: the results for keys [0, n] of query n, and the logs of their
+            sums of exponentials; the keys behind are added to them.
     """
     from mosaic_compiler.kernels import few_queries_kernels as kernels
 
@@ -68,26 +72,29 @@ def interval_attention_(
     rows = heads // groups * queries
     has_bounds = first is not None or last is not None or only is not None
     tile = tile_for(keys) if rows <= MOST_ROWS else MANY
-    count = pieces(batch * groups, rows, keys, processors) if rows <= MOST_ROWS and keys >= LEAST_KEYS else 1
+    is_few = rows <= MOST_ROWS and keys >= LEAST_KEYS and done is None
+    count = pieces(batch * groups, rows, keys, processors) if is_few else 1
     target: Tensor = out
-    sums: Tensor = out  # read by nobody where there is one piece
+    parts: Tensor = out  # log-sum-exps of pieces; read by nobody where there is one
     if count > 1:
         partial = query.new_empty(batch * groups * count * rows * (depth + 1), dtype=torch.float32)
-        target, sums = torch.split(partial, [partial.numel() // (depth + 1) * depth, partial.numel() // (depth + 1)])
+        target, parts = torch.split(partial, [partial.numel() // (depth + 1) * depth, partial.numel() // (depth + 1)])
     sources: Any = [_descriptor(tensor, tile.keys) for tensor in (key, value)]
     has_descriptors = _has_descriptors(query.device) and None not in sources
     blocks = -(-rows // tile.rows)
     kernels.attention_kernel[(blocks * batch * groups * count,)](
-        query, *(sources if has_descriptors else (key, value)), target, sums, scale * _LOG2E,
+        query, *(sources if has_descriptors else (key, value)), target, parts, scale * _LOG2E,
         *_steps(query), *_steps(key), *_steps(value), *_steps(out),
         groups, queries, keys, rows, blocks, batch * groups, count,
-        first, last, only, *_bound_steps(first, 2), *_bound_steps(last, 2), *_bound_steps(only, 3),
+        first, last, only, done, sums, *(_steps(done) if done is not None else (0, 0, 0)),
+        *(sums.stride()[:3] if sums is not None else (0, 0, 0)),
+        *_bound_steps(first, 2), *_bound_steps(last, 2), *_bound_steps(only, 3),
         DEPTH=depth, BLOCK_M=tile.rows, BLOCK_N=tile.keys, SPLIT=count > 1, DESCRIPTORS=has_descriptors,
-        BOUNDS=has_bounds, UPCAST=_is_interpreted(), num_warps=tile.warps, num_stages=tile.stages,
+        BOUNDS=has_bounds, UPCAST=is_interpreted(), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if count > 1:
         kernels.merge_kernel[(rows, batch * groups)](
-            target, sums, out, *_steps(out), groups, queries, rows, count,
+            target, parts, out, *_steps(out), groups, queries, rows, count,
             DEPTH=depth, MOST=MOST_PIECES, num_warps=4, num_stages=2,
         )  # fmt: skip
     return out
@@ -124,14 +131,15 @@ def has_triton() -> bool:
 
 
 @functools.cache
-def _is_interpreted() -> bool:
+def is_interpreted() -> bool:
+    """Kernels run in Triton's interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @functools.cache
 def _has_descriptors(device: torch.device) -> bool:
     """Blocks of a tensor can be copied by the device's copy engine."""
-    return _is_interpreted() or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0))
+    return is_interpreted() or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0))
 
 
 def _steps(tensor: Tensor) -> tuple[int, ...]:

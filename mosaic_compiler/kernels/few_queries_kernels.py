@@ -76,6 +76,9 @@ def attention_kernel(
     first_key,  # int64 [B or 1, M]: a query sees keys from here on; None: all
     last_key,  # int64 [B or 1, M]: and before this one
     only,  # bool [B or 1, N]: of those, the ones that count
+    done,  # [B, H, M, d], the result for the keys up to a query's own; None: begin with the first
+    done_sums,  # float32 [B, H, M], its log-sum-exps
+    d_batch, d_head, d_row, s_batch, s_head, s_row,
     f_batch, f_row, l_batch, l_row, c_batch, c_key,
     DEPTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -106,6 +109,8 @@ def attention_kernel(
     if BOUNDS:
         low = tl.zeros([BLOCK_M], tl.int32)
         high = tl.full([BLOCK_M], 0, tl.int32) + keys
+        if done is not None:
+            low += row_query.to(tl.int32) + 1
         if first_key is not None:
             low = tl.load(first_key + wide_batch * f_batch + row_query * f_row, mask=is_row, other=0)
             low = tl.minimum(tl.maximum(low, 0), keys).to(tl.int32)
@@ -144,6 +149,12 @@ def attention_kernel(
     total = tl.zeros([BLOCK_M, DEPTH], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
+    if done is not None:
+        d_offset = wide_batch * d_batch + row_head * d_head + row_query * d_row
+        total += tl.load(done + d_offset[:, None] + column[None, :], mask=is_row[:, None], other=0.0).to(tl.float32)
+        s_offset = wide_batch * s_batch + row_head * s_head + row_query * s_row
+        peak = tl.load(done_sums + s_offset, mask=is_row, other=0.0) * 1.4426950408889634
+        weight += 1.0
     if BOUNDS:
         for block in tl.range(first, inner):
             start = block * BLOCK_N

@@ -61,12 +61,18 @@ def has_kernel(dtype: torch.dtype, depth: Any) -> bool:
     return dtype in few_queries.DTYPES and depth in few_queries.DEPTHS and few_queries.has_triton()
 
 
+def depth_of(tensor: Tensor) -> int:
+    """Entries of a row, 0 where they are a symbol: to compare that would make a number of it."""
+    depth = ir.expr_of(tensor.shape[3])
+    return int(depth) if depth.is_Integer else 0
+
+
 def why_tiled(node: fx.Node) -> str | None:
     """What keeps the attention ``node`` from the kernel of our own on a GPU."""
     if node.target is not ops.interval_attention:
         return None
     out = ir.only_tensor(node)
-    if out.device.type != "cuda" or has_kernel(out.dtype, out.shape[3]):
+    if out.device.type != "cuda" or has_kernel(out.dtype, depth_of(out)):
         return None
     name = str(out.dtype).removeprefix("torch.")
     return (
@@ -165,7 +171,7 @@ def scratch_bytes(node: fx.Node) -> sympy.Expr:
     out = ir.only_tensor(node)
     batch, heads, rows, depth = (ir.expr_of(size) for size in out.shape)
     groups, keys = (ir.expr_of(size) for size in ir.only_tensor(key).shape[1:3])  # type: ignore[arg-type]
-    if out.device.type == "cuda" and has_kernel(out.dtype, out.shape[3]):
+    if out.device.type == "cuda" and has_kernel(out.dtype, depth_of(out)):
         return FewBytes(batch * groups, rows, keys, depth, sympy.Integer(scratch.multiprocessors()), heads / groups)
     tile = sympy.Min(rows, TILE) if not rows.is_Integer else min(rows, sympy.Integer(TILE))
     size = out.dtype.itemsize

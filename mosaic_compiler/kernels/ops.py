@@ -14,8 +14,9 @@ from mosaic_compiler.book import STANDARD, Call, Op, whole_operands
 from mosaic_compiler.book.families import attention
 from mosaic_compiler.ir import ops
 from mosaic_compiler.ir.ops import LIBRARY, Statistics, empty_attended, empty_logits, empty_statistics
-from mosaic_compiler.kernels import interval_attention
+from mosaic_compiler.kernels import attention_behind, interval_attention
 from mosaic_compiler.kernels import mixture as mixtures
+from mosaic_compiler.kernels.attention_behind import attend_behind_
 from mosaic_compiler.kernels.gather_logits import gather_logits_triton
 from mosaic_compiler.kernels.head_statistics import head_statistics_
 from mosaic_compiler.kernels.interval_attention import attend_intervals_
@@ -67,6 +68,20 @@ def _interval_attention(
     return attend_intervals_(out, query, key, value, first, last, only, scale)
 
 
+def _attention_behind(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    done: Tensor,
+    sums: Tensor,
+    last: Tensor,
+    scale: float | None,
+    order: Sequence[int],
+) -> Tensor:
+    out = empty_attended(query, key, value, None, last, None, scale, order)
+    return attend_behind_(out, query, key, value, done, sums, last, scale)
+
+
 for _name, _kernel in {
     "gather_logits": _gather_logits,
     "head_statistics": _head_statistics,
@@ -74,6 +89,7 @@ for _name, _kernel in {
     "touched_pages": _touched_pages,
     "put_rows": _put_rows,
     "interval_attention": _interval_attention,
+    "attention_behind": _attention_behind,
     "mixture": mixture,
 }.items():
     LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
@@ -97,6 +113,10 @@ def _write_put_rows(outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, 
 
 def _write_interval_attention(outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
     return [Call(attend_intervals_, (outs[0], *args[:7]))]
+
+
+def _write_attention_behind(outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
+    return [Call(attend_behind_, (outs[0], *args[:7]))]
 
 
 torch.library.register_fake("mosaic::mixture", mixture, lib=LIBRARY)
@@ -149,6 +169,9 @@ STANDARD.teach(
             write=_write_interval_attention,
             scratch=interval_attention.scratch_bytes,
             groups_heads=True,
+        ),
+        ops.attention_behind: Op(
+            "attention behind", write=_write_attention_behind, scratch=attention_behind.scratch_bytes, is_heavy=True
         ),
     }
 )

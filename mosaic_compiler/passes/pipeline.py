@@ -15,6 +15,7 @@ from mosaic_compiler.ir.loops import loop_of
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes.base import Machine, Pass
 from mosaic_compiler.passes.canonicalize import CanonicalizePass
+from mosaic_compiler.passes.causal_first import CausalFirstPass
 from mosaic_compiler.passes.chunk_loops import ChunkLoopsPass
 from mosaic_compiler.passes.expand_mixtures import ExpandMixturesPass
 from mosaic_compiler.passes.fuse import FusePass
@@ -44,6 +45,7 @@ _KNOWN: tuple[type[Pass], ...] = (
     VocabularyTilesPass,
     SparseOutputsPass,
     ExpandMixturesPass,
+    CausalFirstPass,
     ChunkLoopsPass,
     ScatterResultsPass,
     FusePass,

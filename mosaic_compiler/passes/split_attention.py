@@ -88,7 +88,10 @@ def _joined(operand: Any, reader: fx.Node) -> list[fx.Node] | None:
     if operand.target is not aten.cat.default or any(user is not reader for user in operand.users):
         return None
     parts: Any = operand.args[0]
-    return list(parts) if ir.argument(operand, "dim") in (2, -2) and len(parts) == 2 else None
+    if ir.argument(operand, "dim") not in (2, -2) or len(parts) != 2:
+        return None
+    dtype = ir.only_tensor(operand).dtype
+    return list(parts) if all(ir.only_tensor(part).dtype == dtype for part in parts) else None
 
 
 def _is_given(node: fx.Node) -> bool:

@@ -63,9 +63,9 @@ def check_bidirectional(model: nn.Module, ids: Tensor, mask: int, total: int) ->
     _tried[model] = tokens
 
 
-def check_padding(model: nn.Module, mask: int, device: torch.device) -> None:
+def check_padding(model: nn.Module, mask: int, device: torch.device, block: int = 0, form: str = MASK_FORMS[0]) -> None:
     """Raise :class:`ValueError` if a model's rows see tokens that are marked as padding."""
-    call = call_for(model, padded=True)
+    call = call_for(model, padded=True, block=block, form=form)
     ids = torch.full((1, 8), mask, device=device)
     real = torch.ones_like(ids, dtype=torch.bool)
     real[0, :2] = False
@@ -110,7 +110,10 @@ def check_block_causal(model: nn.Module, ids: Tensor, mask: int, block: int) -> 
     sees_later = False
     for form in MASK_FORMS:
         try:
-            moved = _differ(model, call_for(model, padded=False, block=block, form=form), tokens, length - 1, block)
+            call = call_for(model, padded=False, block=block, form=form)
+            moved = max(_differ(model, call, tokens, length - 1, block), _differ(model, call, tokens, block, block - 1))
+            if block > 1 and _differ(model, call, tokens, block - 1, 0) <= 1e-6:
+                moved = max(moved, 1.0)  # rows do not see their own block
         except Exception as raised:  # whatever the model raises
             error = error or raised
             continue
@@ -122,7 +125,8 @@ def check_block_causal(model: nn.Module, ids: Tensor, mask: int, block: int) -> 
     if sees_later or error is None:
         raise NotADiffusionModelError(
             f"{type(model).__name__}{why} does not look at the block-causal mask that it is given: its rows see later "
-            "blocks. Leave block_causal out; if each row attends to all others, pass bidirectional=True"
+            f"blocks, or not all of their own (of {block}). Leave block_causal out; if each row attends to all others, "
+            "pass bidirectional=True"
         )
     text = str(error).strip().splitlines() or [""]
     raise NotADiffusionModelError(

@@ -9,6 +9,8 @@ from mosaic_compiler.sampling.filling import Sampler, State, Wanted, blocks_of
 
 FILL, EDIT = 0.95, 0.9
 """LLaDA2.1's thresholds, where none are given."""
+IDLE = 8
+"""Steps that change nothing, where tokens are drawn: the model proposes the mask itself, and would for ever."""
 
 
 def joint_threshold(state: State) -> Sampler:
@@ -29,7 +31,8 @@ def joint_threshold(state: State) -> Sampler:
         inside = torch.zeros_like(is_new)
         inside[:, within] = is_new[:, within]
         is_open = inside.any(1)
-        after = torch.zeros_like(is_open, dtype=torch.int64)
+        after, idle = torch.zeros_like(is_open, dtype=torch.int64), torch.zeros_like(is_open, dtype=torch.int64)
+        patience = 1 if given.temperature == 0 else IDLE
         while True:
             masked = state.masked & inside
             is_full = ~masked.any(1)
@@ -44,8 +47,8 @@ def joint_threshold(state: State) -> Sampler:
             )
             forwards += 1
             is_open = is_open & ~(is_full & ~edited.any(1))
-            if given.temperature == 0:  # a model that proposes the mask itself would do so for ever
-                is_open = is_open & (is_full | (state.ids != before).any(1))
+            idle = torch.where(is_full | (state.ids != before).any(1), 0, idle + 1)
+            is_open = is_open & (idle < patience)
 
 
 def sub_blocks(state: State) -> Sampler:
@@ -65,13 +68,13 @@ def sub_blocks(state: State) -> Sampler:
             state.ids = commit.commit_surest(state.ids, proposed, confidence, threshold)
             forwards += 1
         for at in range(begin, within.stop, part):
-            while bool((masked := _only(state, slice(at, min(at + part, within.stop)))).any()):
+            patience = 1 if given.temperature == 0 else IDLE
+            while patience and bool((masked := _only(state, slice(at, min(at + part, within.stop)))).any()):
                 before = state.ids
                 proposed, confidence = yield Wanted(masked, forwards, within)
                 state.ids = commit.commit_surest(before, proposed, confidence, threshold)
                 forwards += 1
-                if given.temperature == 0 and torch.equal(before, state.ids):
-                    break  # the model proposes the mask itself, and would for ever
+                patience -= torch.equal(before, state.ids)
 
 
 def _only(state: State, within: slice) -> torch.Tensor:

@@ -54,6 +54,12 @@ class EntropyBound:
 
     def check(self) -> None:
         """Raise :class:`ValueError` for what makes no sense."""
+        for name in ("steps", "stability_threshold"):
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int):
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
+        for name in ("entropy_bound", "t_max", "t_min", "confidence_threshold"):
+            if not isinstance(value := getattr(self, name), int | float):
+                raise ValueError(f"{name} must be a number, got {value!r}")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         for name in ("entropy_bound", "confidence_threshold"):

@@ -18,7 +18,8 @@ from mosaic_compiler.sampling.rotary import scaled_rotary
 
 _OF_MASKS: Mapping[str, Any] = {
     "cfg_scale": 0.0, "remasking": "low_confidence", "logits_eos_inf": False, "confidence_eos_eot_inf": False,
-    "temperature": 0.0, "cache": "exact",
+    "temperature": 0.0, "cache": "exact", "sampler": "auto", "eos_rule": "code", "cache_refresh": "block", "eps": 1e-3,
+    "max_post_steps": 16, "sub_block_length": 8, "bidirectional": False, "progress": False,
 }  # fmt: skip
 """Options of samplers for masked tokens where they say nothing; those of the others are ``None``."""
 
@@ -30,6 +31,7 @@ def generate_canvases(
     steps: int | None,
     entropy_bound: EntropyBound | float | None,
     theirs: Mapping[str, Any],
+    attention_mask: Tensor | None,
     eos: int | None,
     stop_at_eos: bool,
     generator: torch.Generator | None,
@@ -54,6 +56,8 @@ def generate_canvases(
     bound = bound if steps is None else replace(bound, steps=steps)
     bound.check()
     length = config.canvas_length if length is None else length
+    if isinstance(length, bool) or not isinstance(length, int):
+        raise ValueError(f"gen_length must be a whole number, got {length!r}")
     if length < 1:
         raise ValueError(f"gen_length must be at least 1 (there are no masked tokens to fill in), got {length}")
     configs = (getattr(model, "generation_config", None), config, config.get_text_config(decoder=True))
@@ -61,7 +65,9 @@ def generate_canvases(
     if stop_at_eos and end is None:
         raise ValueError("which token ends a text? give eos_token_id: the model's config has none")
     check_factor(rope_factor)
-    check_inputs(input_ids, None, config, length, is_scaled=rope_factor is not None)
+    if not input_ids.numel():
+        raise ValueError(f"a canvas is denoised behind a prompt of at least one token, got {list(input_ids.shape)}")
+    check_inputs(input_ids, attention_mask, config, length, is_scaled=rope_factor is not None)
     check_streamer(streamer)
     drawn = torch.randint(1 << 62, (), generator=generator, device=None if generator is None else generator.device)
     history: list[Tensor] = []

@@ -153,10 +153,14 @@ def generate(
             "confidence_eos_eot_inf": confidence_eos_eot_inf, "alg": alg, "alg_temp": alg_temp, "top_p": top_p,
             "top_k": top_k, "temperature": temperature, "block_length": block_length, "block_causal": block_causal,
             "edit_threshold": edit_threshold, "attention_mask": _padding_in(attention_mask), "cache": cache,
+            "sampler": sampler, "eos_rule": eos_rule, "cache_refresh": cache_refresh, "eps": eps,
+            "mask_token_id": mask_token_id, "mask_id": mask_id, "eot_token_id": eot_token_id,
+            "max_post_steps": max_post_steps, "sub_block_length": sub_block_length, "bidirectional": bidirectional,
+            "progress": progress,
         }  # fmt: skip
         return generate_canvases(
             model, input_ids, length_of(gen_length, max_new_tokens), steps, entropy_bound, theirs,
-            eos_token_id, stop_at_eos, generator, rope_factor,
+            attention_mask, eos_token_id, stop_at_eos, generator, rope_factor,
             {**({} if memory_budget is None else {"memory_budget": memory_budget}), **(options or {})}, compile,
             on_step, streamer, output_history,
         )  # fmt: skip
@@ -227,7 +231,7 @@ def generate(
             check_bidirectional(model, input_ids, sampling.mask, total)
         padded = attention_mask is not None and not bool(attention_mask.bool().all())
         if padded:
-            check_padding(model, sampling.mask, input_ids.device)
+            check_padding(model, sampling.mask, input_ids.device, sampling.block_causal, form)
         call = call_for(model, padded, sampling.block_causal, form)
         sampling = replace(sampling, seed=int(drawn))
         run = Run(model, call, input_ids, attention_mask, sampling, given, compile, policy, refresh)

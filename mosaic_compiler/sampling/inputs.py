@@ -21,12 +21,13 @@ def length_of(gen_length: int | None, max_new_tokens: int | None) -> int | None:
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """A model in eval mode, until the block ends."""
-    was_training = model.training
+    training = [part for part in model.modules() if part.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for part in training:
+            part.training = True
 
 
 def first_of(*values: Any) -> int | None:

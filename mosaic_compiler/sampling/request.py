@@ -71,6 +71,10 @@ class Sampling:
 
     def check(self) -> None:
         """Raise :class:`ValueError` for what makes no sense."""
+        for name in ("length", "steps", "block_length", "max_post_steps", "sub_block_length"):
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int):
+                said = "gen_length" if name == "length" else name
+                raise ValueError(f"{said} must be a whole number, got {value!r}")
         if self.length < 0:
             raise ValueError(f"gen_length must be at least 1, or 0 to fill in masked tokens only, got {self.length}")
         if self.stop_at_eos and not self.length:

@@ -10,6 +10,8 @@ keeps.  Code that makes its tables when it is called (LLaDA's) has a number ``ro
 from __future__ import annotations
 
 import math
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,6 +68,10 @@ FACTORS: Mapping[str, Callable[[float, int, int, int], float]] = MappingProxyTyp
 )
 """By the names that ``request.ROPE_FACTORS`` lists."""
 
+_lock = threading.Lock()
+_running: weakref.WeakKeyDictionary[nn.Module, list[float | str | None]] = weakref.WeakKeyDictionary()
+"""Factors of the calls that run a model now."""
+
 
 @contextmanager
 def scaled_rotary(model: nn.Module, factor: float | str | None, wanted: int) -> Iterator[float]:
@@ -82,33 +88,58 @@ def scaled_rotary(model: nn.Module, factor: float | str | None, wanted: int) -> 
         ValueError: for no such factor, or a model whose positions are not rotary, of several kinds, or scaled already.
     """
     check_factor(factor)
+    with _alone(model, factor), _scaled(model, factor, wanted) as found:
+        yield found
+
+
+@contextmanager
+def _alone(model: nn.Module, factor: float | str | None) -> Iterator[None]:
+    """Others may run the model at the same time only if nobody changes it."""
+    with _lock:
+        running = _running.setdefault(model, [])
+        if running and any(other not in (None, 1) for other in (*running, factor)):
+            raise ValueError(
+                f"rope_factor changes {type(model).__name__} while it runs, and another generate() runs it at the same "
+                "time: one after the other, or a copy of the model for each"
+            )
+        running.append(factor)
+    try:
+        yield
+    finally:
+        with _lock:
+            running.remove(factor)
+
+
+@contextmanager
+def _scaled(model: nn.Module, factor: float | str | None, wanted: int) -> Iterator[float]:
     if factor is None or factor == 1:
         yield 1.0
         return
     rotary = find_rotary(model)
     if isinstance(factor, str):
         factor = FACTORS[factor](rotary.base, rotary.depth, _trained_on(model), wanted)
+    if factor == 1:
+        yield 1.0
+        return
     with rotary.times(float(factor)):
         yield float(factor)
 
 
 @dataclass(frozen=True)
 class _Table:
-    """``of(position * angle)``, [.., n, d], that ``owner[key]`` holds."""
+    """``of(position * angle)``, [.., n, d]."""
 
-    owner: MutableMapping[Any, Any]
-    key: Any
+    values: Tensor
     of: Callable[[Tensor], Tensor]
     layout: Callable[[Tensor], Tensor]
 
     @property
-    def values(self) -> Tensor:
-        found: Tensor = self.owner[self.key]
-        return found
+    def depth(self) -> int:
+        return self.values.shape[-1] * (2 if _is_plain(self.layout) else 1)
 
     def fill(self, base: float) -> None:
         """Make it anew."""
-        angles = _angles(base, self.values.shape[-1] // (1 if _is_plain(self.layout) else 2), self.values.device)
+        angles = _angles(base, self.depth // 2, self.values.device)
         self.values.copy_(_table(angles, self.values.shape[-2], self.of, self.layout))
 
 
@@ -122,6 +153,7 @@ class Rotary:
         angles: buffers [depth / 2].
         numbers: attributes of modules that are the base.
         tables: cosines and sines that stand ready.
+        holders: the modules that have any of these: as they are before, they are afterwards.
     """
 
     base: float
@@ -129,14 +161,14 @@ class Rotary:
     angles: tuple[Tensor, ...]
     numbers: tuple[tuple[nn.Module, str], ...]
     tables: tuple[_Table, ...]
+    holders: tuple[nn.Module, ...]
 
     @contextmanager
     def times(self, factor: float) -> Iterator[None]:
         """The base times ``factor``, until the block ends."""
         tensors = [*self.angles, *(table.values for table in self.tables)]
         before = [tensor.clone() for tensor in tensors]
-        bases = [getattr(*number) for number in self.numbers]
-        held = [table.values for table in self.tables]
+        held = [_held(part) for part in self.holders]
         try:
             with torch.no_grad():
                 for values in self.angles:
@@ -144,17 +176,23 @@ class Rotary:
                     values.copy_(values.double() * factor**-place)
                 for table in self.tables:
                     table.fill(self.base * factor)
-            for (part, name), base in zip(self.numbers, bases, strict=True):
-                setattr(part, name, base * factor)
+            for part, name in self.numbers:
+                setattr(part, name, getattr(part, name) * factor)
             yield
         finally:
-            for (part, name), base in zip(self.numbers, bases, strict=True):
-                setattr(part, name, base)
-            for table, tensor in zip(self.tables, held, strict=True):  # longer ones may have been made since
-                table.owner[table.key] = tensor
+            for each in held:  # longer tables may have been made since, and numbers that say how long they are
+                for owner, entries in each:
+                    owner.clear()
+                    owner.update(entries)
             with torch.no_grad():
                 for tensor, values in zip(tensors, before, strict=True):
                     tensor.copy_(values)
+
+
+def _held(part: nn.Module) -> list[tuple[MutableMapping[Any, Any], dict[Any, Any]]]:
+    """What a module has, and what is in its dicts."""
+    dicts = [vars(part), *(value for value in vars(part).values() if isinstance(value, MutableMapping))]
+    return [(each, dict(each)) for each in dicts if each is not part._modules]
 
 
 def find_rotary(model: nn.Module) -> Rotary:
@@ -171,13 +209,13 @@ def find_rotary(model: nn.Module) -> Rotary:
         )
     numbers = tuple((part, at) for part in model.modules() for at in _BASES if _is_base(getattr(part, at, None)))
     known = {float(getattr(*number)) for number in numbers}
-    angles = {id(buffer): (buffer, base) for buffer in model.buffers() if (base := _base_of(buffer)) is not None}
+    angles = {_place(b): (b, base) for b in model.buffers() if (base := _base_of(b)) is not None}
     bases = known | {base for _, base in angles.values()}
     alike = [base for base in bases if math.isclose(base, max(bases), rel_tol=1e-2)]
     depths = {2 * len(buffer) for buffer, _ in angles.values()}
     base = next(iter(known), max(bases, default=0.0))
     tables = tuple(_tables_of(model, base)) if bases else ()
-    depths |= {table.values.shape[-1] * (2 if _is_plain(table.layout) else 1) for table in tables}
+    depths |= {table.depth for table in tables}
     if not bases or not depths:
         raise ValueError(
             f"rope_factor: {name} has no rotary positions that we know (a buffer of base ** -(i / m), or tables of "
@@ -188,7 +226,11 @@ def find_rotary(model: nn.Module) -> Rotary:
             f"rope_factor: {name} has rotary positions of several kinds (bases {sorted(bases)}, dims {sorted(depths)}),"
             " and it is not known which of them a factor is for: leave it out"
         )
-    return Rotary(base, depths.pop(), tuple(buffer for buffer, _ in angles.values()), numbers, tables)
+    found = tuple(buffer for buffer, _ in angles.values())
+    places = {_place(tensor) for tensor in (*found, *(table.values for table in tables))}
+    holders = [part for part, _ in numbers]
+    holders += [part for part in model.modules() if any(_place(tensor) in places for tensor in _tensors_of(part))]
+    return Rotary(base, depths.pop(), found, numbers, tables, tuple(dict.fromkeys(holders)))
 
 
 def _is_base(value: Any) -> bool:
@@ -209,17 +251,36 @@ def _base_of(buffer: Tensor) -> float | None:
     return float(f"{base:.6g}") if is_close else None
 
 
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Two tensors that lie there are one."""
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.device
+
+
+def _tensors_of(part: nn.Module) -> Iterator[Tensor]:
+    """Buffers, attributes, and what stands in dicts and tuples there; no weights."""
+    todo: list[Any] = [value for value in vars(part).values() if value is not part._modules]
+    todo = [value for value in todo if value is not part._parameters]
+    for _ in range(3):
+        inner: list[Any] = []
+        for value in todo:
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, MutableMapping):
+                inner += value.values()
+            elif isinstance(value, list | tuple) and len(value) <= 8:
+                inner += value
+        todo = inner
+
+
 def _tables_of(model: nn.Module, base: float) -> Iterator[_Table]:
-    seen: set[int] = set()
+    seen: set[tuple[Any, ...]] = set()
     for part in model.modules():
-        for value in (part._buffers, *vars(part).values()):
-            is_other = value is part._modules or value is part._parameters
-            if not isinstance(value, MutableMapping) or id(value) in seen or is_other:
+        for tensor in _tensors_of(part):
+            if tensor.dim() < 2 or _place(tensor) in seen:
                 continue
-            seen.add(id(value))
-            for key, tensor in value.items():
-                if (kind := _kind_of(tensor, base)) is not None:
-                    yield _Table(value, key, *kind)
+            seen.add(_place(tensor))
+            if (kind := _kind_of(tensor, base)) is not None:
+                yield _Table(tensor, *kind)
 
 
 def _kind_of(tensor: Any, base: float) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None:
