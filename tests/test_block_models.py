@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import mosaic_compiler
+from mosaic_compiler.sampling import DenoisingStep
 from mosaic_compiler.sampling.bidirectional import NotADiffusionModelError, declared_block
 
 EOS = 7
@@ -309,3 +310,16 @@ def test_a_length_of_blocks_that_a_model_contradicts_is_refused():
 def test_numbers_are_whole(name):
     with pytest.raises(ValueError, match=f"{name} must be a whole number"):
         mosaic_compiler.generate(FastLike(), prompt_of(1, 5, 0), **{"gen_length": 8, name: 2.5})
+
+
+@pytest.mark.parametrize(("make", "block"), [(LLaDA2Like, 4), (SDARLike, 4), (FastLike, 8)])
+def test_a_denoising_step_gives_the_mask_in_the_form_that_is_taken(make, block):
+    model, ids = make(3), prompt_of(1, 18, 2)
+    ids[:, 13:] = MASK
+    window, count = torch.ones_like(ids, dtype=torch.bool), torch.tensor([2])
+    got = DenoisingStep(model, MASK, block_causal=block)(ids, window, count)
+    shares, tokens = torch.softmax(logits_of(model, ids, block), -1).max(-1)
+    best = torch.where(ids == MASK, shares, -1.0).topk(2).indices
+    assert torch.equal(got, ids.scatter(1, best, tokens.gather(1, best)))
+    with pytest.raises(NotADiffusionModelError, match="takes no mask"):
+        DenoisingStep(nn.Embedding(61, 61), MASK, block_causal=4)

@@ -96,6 +96,26 @@ def declared_block(model: nn.Module) -> tuple[str, int] | None:
     return None
 
 
+def form_of(model: nn.Module, mask: int, block: int) -> str:
+    """The form of a block-causal mask that a model does not refuse; also on the meta device, where nothing is compared.
+
+    Raises:
+        NotADiffusionModelError: if it refuses all.
+    """
+    parameter = next(model.parameters(), None)
+    ids = torch.full((1, 2 * block + 2), mask, device=None if parameter is None else parameter.device)
+    error: Exception | None = None
+    for form in MASK_FORMS:
+        try:
+            with torch.no_grad():
+                call_for(model, padded=False, block=block, form=form)(model, ids, None)
+        except Exception as raised:  # whatever the model raises
+            error = error or raised
+            continue
+        return form
+    raise _refusal(model, block, error) from error
+
+
 def check_block_causal(model: nn.Module, ids: Tensor, mask: int, block: int) -> str:
     """How a model takes a block-causal mask, one of :data:`~mosaic_compiler.sampling.calls.MASK_FORMS`.
 
@@ -128,11 +148,16 @@ def check_block_causal(model: nn.Module, ids: Tensor, mask: int, block: int) -> 
             f"blocks, or not all of their own (of {block}). Leave block_causal out; if each row attends to all others, "
             "pass bidirectional=True"
         )
-    text = str(error).strip().splitlines() or [""]
-    raise NotADiffusionModelError(
+    raise _refusal(model, block, error) from error
+
+
+def _refusal(model: nn.Module, block: int, error: Exception | None) -> NotADiffusionModelError:
+    declared, text = declared_block(model), str(error).strip().splitlines() or [""]
+    why = "" if declared is None else f" (its config has {declared[0]}={declared[1]})"
+    return NotADiffusionModelError(
         f"{type(model).__name__}{why} takes no mask [B, 1, N, N] as attention_mask (or attention_bias), which "
         f"block_causal={block} needs: it raises {type(error).__name__}: {text[0][:200]}"
-    ) from error
+    )
 
 
 def _causal_part(model: nn.Module) -> str | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mosaic_compiler.compat.dynamo import has_given_up
 from mosaic_compiler.errors import FallbackError
 from mosaic_compiler.graph_log import logger
+from mosaic_compiler.sampling.bidirectional import form_of
 from mosaic_compiler.sampling.calls import call_for, logits_of, said_to
 from mosaic_compiler.settings import read_settings
 
@@ -41,7 +42,10 @@ class DenoisingStep(nn.Module):
         self.model = model
         self.mask_token_id = mask_token_id
         self._says = said_to(model)
-        self._call = None if block_causal is None else call_for(model, padded=False, block=block_causal)
+        self._call = None
+        if block_causal is not None:
+            form = form_of(model, mask_token_id, block_causal)
+            self._call = call_for(model, padded=False, block=block_causal, form=form)
         self._has_said_eager = False
 
     def forward(self, input_ids: Tensor, window: Tensor, count: Tensor) -> Tensor:
