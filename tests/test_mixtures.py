@@ -8,7 +8,7 @@ import published_samplers as published
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kept import Kept
 from test_caches import Cached
@@ -98,6 +98,7 @@ def test_a_mixture_is_one_op_and_its_ops_again(how, lengths, seed):
 
 
 @settings(max_examples=6)
+@example({"gate": False, "weighted": True, "back": "index_put"}, 1, EXPERTS, True, False)  # as many rows as experts
 @given(VARIANTS, st.sampled_from([1, 3, 8]), st.integers(2, 40), st.booleans(), st.booleans())
 def test_in_chunks(how, chunk, length, is_fixed, poison):
     """Of any length, and of one that is fixed."""

@@ -106,6 +106,7 @@ class _Region:
         rows, whole: operands of which some rows are needed for some rows, and others.
         inside: the ops, in graph order.
         counts: those of them whose values have an entry per expert; all others have rows in front.
+        _tables: operands with an entry per expert, however many rows there are.
         result: the last of them: [N, ...].
     """
 
@@ -116,6 +117,7 @@ class _Region:
     whole: list[fx.Node] = field(default_factory=list)
     inside: list[fx.Node] = field(default_factory=list)
     counts: set[fx.Node] = field(default_factory=set)
+    _tables: set[Any] = field(default_factory=set)
     result: fx.Node = None  # type: ignore[assignment]
 
     @classmethod
@@ -252,6 +254,11 @@ class _Region:
                 return False
         self.inside = [node for node in self.sort.graph.nodes if node in needed]
         self.counts = {node for node, kind in kinds.items() if kind == "counts"}
+        self._tables = {node.args[1] for node in kinds if str(node.target) in GROUPED} | {
+            node.args[0]
+            for node in kinds
+            if node.target is aten.index.Tensor and _kinds_of(node.args[1], kinds) == ["numbers"]
+        }
         self.result = result
         return self._take_operands()
 
@@ -290,7 +297,7 @@ class _Region:
 
     def _take_operands(self) -> bool:
         """Tensors from outside: with a row for each of the mixture's, or whole; sizes have to be so many rows."""
-        members = set(self.inside)
+        members, tables = set(self.inside), self._tables
         for node in self.inside:
             for operand in node.all_input_nodes:
                 if operand in members or operand in (*self.rows, *self.whole):
@@ -299,7 +306,7 @@ class _Region:
                 if tensor is None:
                     if self._multiple(operand) is None:
                         return False
-                elif tensor.dim() and ir.expr_of(tensor.shape[0]) == self.count:
+                elif tensor.dim() and ir.expr_of(tensor.shape[0]) == self.count and operand not in tables:
                     self.rows.append(operand)
                 else:
                     self.whole.append(operand)
