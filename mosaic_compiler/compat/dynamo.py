@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import nn
 from torch._dynamo import config, external_utils
 from torch._dynamo.backends.common import aot_autograd
@@ -34,6 +35,7 @@ __all__ = [
     "has_given_up",
     "innermost_backend",
     "lookup_backend",
+    "mark_sizes_fixed",
     "modules_in",
     "owner_of",
     "raised_by_the_model",
@@ -114,3 +116,9 @@ def configured(values: Mapping[str, Any]) -> AbstractContextManager[Any]:
         {name: value for name, value in values.items() if hasattr(config, name)}
     )
     return patch
+
+
+def mark_sizes_fixed(tensor: torch.Tensor, dims: Sequence[int]) -> None:
+    """Sizes of these dims are numbers, not symbols, where a function that gets the tensor is compiled."""
+    for dim in dims:
+        torch._dynamo.mark_static(tensor, dim)

@@ -254,11 +254,9 @@ class _Region:
                 return False
         self.inside = [node for node in self.sort.graph.nodes if node in needed]
         self.counts = {node for node, kind in kinds.items() if kind == "counts"}
-        self._tables = {node.args[1] for node in kinds if str(node.target) in GROUPED} | {
-            node.args[0]
-            for node in kinds
-            if node.target is aten.index.Tensor and _kinds_of(node.args[1], kinds) == ["numbers"]
-        }
+        picks = [node for node in kinds if node.target is aten.index.Tensor]
+        self._tables = {node.args[0] for node in picks if _kinds_of(node.args[1], kinds) == ["numbers"]}
+        self._tables |= {node.args[1] for node in kinds if str(node.target) in GROUPED}
         self.result = result
         return self._take_operands()
 
@@ -379,13 +377,10 @@ class _Region:
         at = book.entry(node).shape_at
         if at is not None and at < len(args):
             front, *rest = args[at]
-            args[at] = [self._rows(front), *rest]
-        elif node.target is aten.arange.default:
-            args[0] = self._rows(args[0])
+            args[at] = [_Rows(self._multiple(front)) if isinstance(front, int) and front >= 0 else front, *rest]
+        elif node.target is aten.arange.default and isinstance(args[0], int):
+            args[0] = _Rows(self._multiple(args[0]))
         return args
-
-    def _rows(self, size: Any) -> Any:
-        return _Rows(self._multiple(size)) if isinstance(size, int) and size >= 0 else size
 
     def _encoded(self, given: Any, number: dict[fx.Node, int]) -> Any:
         if isinstance(given, _Rows):

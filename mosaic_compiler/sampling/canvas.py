@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mosaic_compiler.compat.dynamo import mark_sizes_fixed
 from mosaic_compiler.errors import BudgetError
 from mosaic_compiler.planning.budget import format_bytes, parse_budget
 from mosaic_compiler.planning.plan import Fallback, MemoryPlan
@@ -224,8 +225,7 @@ class CanvasRun:
             window = self._parts.windows[layer // 2]
             count = min(self._tokens, window - 1) if window else self._tokens
             view = kept[:, :count].transpose(1, 2)
-            for dim in (0, 1, 3):
-                torch._dynamo.mark_static(view, dim)
+            mark_sizes_fixed(view, (0, 1, 3))
             found.append(view)
         return found
 
