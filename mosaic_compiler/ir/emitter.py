@@ -15,7 +15,7 @@ from mosaic_compiler.compat.symbols import new_number
 from mosaic_compiler.compat.tensors import symbolic_kernel
 from mosaic_compiler.ir.graphs import BINDS, fake_mode_of
 from mosaic_compiler.ir.sizes import UnreadableSizeError, parts_of, size_sources
-from mosaic_compiler.ir.values import argument_value, is_contiguous, layout_of, tensor_of, value_of
+from mosaic_compiler.ir.values import argument_value, is_contiguous, layout_of, memory_order, tensor_of, value_of
 
 aten = torch.ops.aten
 
@@ -98,6 +98,17 @@ class Emitter:
     def permuted(self, source: fx.Node, order: Sequence[int]) -> fx.Node:
         """With dims in another order; itself where it is the same one."""
         return source if [*order] == [*range(len(order))] else self.emit(aten.permute.default, source, [*order])
+
+    def densely(self, source: fx.Node, order: Sequence[int]) -> fx.Node:
+        """A copy that is dense, with its dims in memory in an order."""
+        front = self.emit(aten.clone.default, self.permuted(source, order), memory_format=torch.contiguous_format)
+        return self.permuted(front, [order.index(dim) for dim in range(len(order))])
+
+    def laid_out(self, source: fx.Node, order: Sequence[int]) -> fx.Node:
+        """With its dims in memory in an order; itself where they are."""
+        tensor = tensor_of(source)
+        assert tensor is not None
+        return source if memory_order(tensor) == [*order] else self.densely(source, order)
 
     def _emit_reshape(self, source: fx.Node, shape: Sequence[Any]) -> fx.Node:
         tensor = tensor_of(source)

@@ -103,11 +103,9 @@ def _split(emitter: Emitter, node: fx.Node, *, is_causal: bool) -> None:
         else:
             both = emitter.emit(CUDNN, query, key, value, None, not is_causal, 0.0, True, **named)
         out = emitter.emit_getitem(both, 0)
-        if not is_causal:
+        if is_causal:
+            out = emitter.laid_out(out, list(order))  # type: ignore[arg-type]
+        else:
             sums = emitter.emit_getitem(both, 1)
             out = emitter.emit(ops.attention_behind, query, key, value, out, sums, last, scale, order)
-        elif ir.memory_order(ir.only_tensor(out)) != list(order):  # type: ignore[arg-type]
-            front = emitter.permuted(out, order)  # type: ignore[arg-type]
-            front = emitter.emit(aten.clone.default, front, memory_format=torch.contiguous_format)
-            out = emitter.permuted(front, [list(order).index(dim) for dim in range(4)])  # type: ignore[arg-type]
     node.replace_all_uses_with(out, propagate_meta=False)

@@ -66,7 +66,7 @@ def _parts(node: fx.Node) -> list[tuple[fx.Node, fx.Node]] | None:
     """Keys and values of the two parts, if there are two, and the first is given."""
     if node.target not in (CPU, FLASH, EFFICIENT, CUDNN):
         return None
-    if any(ir.argument(node, name) for name in _OPTIONS if _has(node, name)):
+    if any(ir.argument(node, name) for name in _OPTIONS):
         return None
     if any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users):
         return None
@@ -77,10 +77,6 @@ def _parts(node: fx.Node) -> list[tuple[fx.Node, fx.Node]] | None:
     pairs = list(zip(keys, values, strict=True))
     lengths = [[ir.expr_of(ir.only_tensor(part).shape[2]) for part in pair] for pair in pairs]
     return pairs if any(one == other for one, other in lengths) else None  # one pair, then both: the sums are equal
-
-
-def _has(node: fx.Node, name: str) -> bool:
-    return any(argument.name == name for argument in node.target._schema.arguments)  # type: ignore[union-attr]
 
 
 def _joined(operand: Any, reader: fx.Node) -> list[fx.Node] | None:
@@ -114,11 +110,7 @@ def _split(emitter: SizeEmitter, node: fx.Node, parts: Sequence[tuple[fx.Node, f
         wide = [_as(emitter, result, ir.only_tensor(share).dtype) for result in (first, second)]
         step = emitter.emit(aten.mul.Tensor, emitter.emit(aten.sub.Tensor, *wide), share)
         merged = _as(emitter, emitter.emit(aten.add.Tensor, wide[1], step), out.dtype)
-        order = ir.memory_order(out)
-        if ir.memory_order(ir.only_tensor(merged)) != order:
-            front = emitter.permuted(merged, order)
-            front = emitter.emit(aten.clone.default, front, memory_format=torch.contiguous_format)
-            merged = emitter.permuted(front, [order.index(dim) for dim in range(len(order))])
+        merged = emitter.laid_out(merged, ir.memory_order(out))
     for user in list(node.users):
         user.replace_all_uses_with(merged, propagate_meta=False)
 

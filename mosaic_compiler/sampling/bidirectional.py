@@ -32,6 +32,8 @@ class NotADiffusionModelError(ValueError):
 
 _tried: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 """Models that were found to be bidirectional, and the number of tokens of the trial."""
+_forms: weakref.WeakKeyDictionary[nn.Module, dict[int, str]] = weakref.WeakKeyDictionary()
+"""In which form models take the mask of blocks of so many tokens, as far as it was tried."""
 
 
 def check_bidirectional(model: nn.Module, ids: Tensor, mask: int, total: int) -> None:
@@ -122,6 +124,9 @@ def check_block_causal(model: nn.Module, ids: Tensor, mask: int, block: int) -> 
     Raises:
         NotADiffusionModelError: if it takes none, or its rows see more than that lets them see.
     """
+    forms = _forms.setdefault(model, {})
+    if block in forms:
+        return forms[block]
     length = 2 * block + 2
     tokens = torch.full((1, length), mask, device=ids.device)
     some = ids.flatten()[:length]
@@ -138,13 +143,12 @@ def check_block_causal(model: nn.Module, ids: Tensor, mask: int, block: int) -> 
             error = error or raised
             continue
         if moved <= 1e-6:
+            forms[block] = form
             return form
         sees_later = True
-    declared = declared_block(model)
-    why = "" if declared is None else f" (its config has {declared[0]}={declared[1]})"
     if sees_later or error is None:
         raise NotADiffusionModelError(
-            f"{type(model).__name__}{why} does not look at the block-causal mask that it is given: its rows see later "
+            f"{_named(model)} does not look at the block-causal mask that it is given: its rows see later "
             f"blocks, or not all of their own (of {block}). Leave block_causal out; if each row attends to all others, "
             "pass bidirectional=True"
         )
@@ -152,12 +156,17 @@ def check_block_causal(model: nn.Module, ids: Tensor, mask: int, block: int) -> 
 
 
 def _refusal(model: nn.Module, block: int, error: Exception | None) -> NotADiffusionModelError:
-    declared, text = declared_block(model), str(error).strip().splitlines() or [""]
-    why = "" if declared is None else f" (its config has {declared[0]}={declared[1]})"
+    text = str(error).strip().splitlines() or [""]
     return NotADiffusionModelError(
-        f"{type(model).__name__}{why} takes no mask [B, 1, N, N] as attention_mask (or attention_bias), which "
+        f"{_named(model)} takes no mask [B, 1, N, N] as attention_mask (or attention_bias), which "
         f"block_causal={block} needs: it raises {type(error).__name__}: {text[0][:200]}"
     )
+
+
+def _named(model: nn.Module) -> str:
+    """A model, and how long its config says that blocks are."""
+    declared = declared_block(model)
+    return type(model).__name__ + ("" if declared is None else f" (its config has {declared[0]}={declared[1]})")
 
 
 def _causal_part(model: nn.Module) -> str | None:

@@ -110,6 +110,7 @@ class CanvasRun:
         self._budget = parse_budget(given.pop("memory_budget", None))
         self._options, self._is_compiled = given, is_compiled
         self._kept: list[Tensor] = []
+        self._shown: list[Tensor] = []
         self._tokens, self.state_bytes = 0, 0
 
     @property
@@ -186,15 +187,13 @@ class CanvasRun:
         with conditioned(step):
             begin = canvas.new_empty(1).expand(self._tokens)
             temperature = temperature.to(canvas.device)
-            result: tuple[Tensor, ...] = self._run(
-                "canvas", step, canvas, soft, temperature, keys, begin, *self._views()
-            )
+            result: tuple[Tensor, ...] = self._run("canvas", step, canvas, soft, temperature, keys, begin, *self._shown)
             return result
 
     def _encode(self, ids: Tensor) -> None:
         """Put keys and values of more tokens behind those that are kept."""
         begin = ids.new_empty(1).expand(self._tokens)
-        made = self._run("encoder", self._known.encoder, ids, begin, *self._views())
+        made = self._run("encoder", self._known.encoder, ids, begin, *self._shown)
         if not self._kept:
             self._make_room(made)
         for layer, (kept, tensor) in enumerate(zip(self._kept, made, strict=True)):
@@ -204,6 +203,7 @@ class CanvasRun:
                 at, tensor = 0, torch.cat([seen, tensor], 2)[:, :, -(window - 1) :]
             kept[:, at : at + tensor.shape[2]] = tensor.transpose(1, 2)
         self._tokens += ids.shape[1]
+        self._shown = self._views()
         self.encoded += 1
 
     def _make_room(self, made: tuple[Tensor, ...]) -> None:

@@ -13,7 +13,7 @@ from mosaic_compiler.sampling.canvas import CanvasRun, EntropyBound
 from mosaic_compiler.sampling.compiled import dynamo_as_needed
 from mosaic_compiler.sampling.inputs import check_inputs, check_streamer, first_of, in_eval_mode
 from mosaic_compiler.sampling.request import check_factor
-from mosaic_compiler.sampling.result import Generation, Streamer
+from mosaic_compiler.sampling.result import Generation, Streamer, watched
 from mosaic_compiler.sampling.rotary import scaled_rotary
 
 _OF_MASKS: Mapping[str, Any] = {
@@ -70,7 +70,6 @@ def generate_canvases(
     check_inputs(input_ids, attention_mask, config, length, is_scaled=rope_factor is not None)
     check_streamer(streamer)
     drawn = torch.randint(1 << 62, (), generator=generator, device=None if generator is None else generator.device)
-    history: list[Tensor] = []
     with (
         in_eval_mode(model),
         scaled_rotary(model, rope_factor, input_ids.shape[1] + length),
@@ -81,16 +80,6 @@ def generate_canvases(
             model, input_ids, length, bound, seed=int(drawn), eos=end if stop_at_eos else None, options=options,
             is_compiled=is_compiled,
         )  # fmt: skip
-        try:
-            for ids in run.ids_by_step():
-                if output_history:
-                    history.append(ids.clone())
-                if on_step is not None:
-                    on_step(run.forwards, ids)
-                if streamer is not None:
-                    streamer.put(ids.cpu())
-        finally:
-            if streamer is not None:
-                streamer.end()
+        history = watched(run, on_step, streamer, keep=output_history)
     kinds = {"full": run.encoded, "reuse": run.forwards}
-    return Generation(run.ids, run.forwards, run.plan, tuple(history), run.fallbacks, kinds, run.state_bytes, False)
+    return Generation(run.ids, run.forwards, run.plan, history, run.fallbacks, kinds, run.state_bytes, False)

@@ -23,9 +23,9 @@ from mosaic_compiler.sampling.canvas import EntropyBound
 from mosaic_compiler.sampling.canvas_generation import generate_canvases
 from mosaic_compiler.sampling.canvas_model import is_canvas_model
 from mosaic_compiler.sampling.compiled import dynamo_as_needed
-from mosaic_compiler.sampling.inputs import check_inputs, check_streamer, first_of, in_eval_mode, length_of
+from mosaic_compiler.sampling.inputs import check_inputs, check_streamer, first_of, has_padding, in_eval_mode, length_of
 from mosaic_compiler.sampling.request import CHECKS, EOS_RULES, EndTokens, Sampling, check_factor
-from mosaic_compiler.sampling.result import Generation, Streamer
+from mosaic_compiler.sampling.result import Generation, Streamer, watched
 from mosaic_compiler.sampling.rotary import scaled_rotary
 from mosaic_compiler.sampling.run import Run
 
@@ -152,7 +152,7 @@ def generate(
             "cfg_scale": cfg_scale, "remasking": remasking, "threshold": threshold, "logits_eos_inf": logits_eos_inf,
             "confidence_eos_eot_inf": confidence_eos_eot_inf, "alg": alg, "alg_temp": alg_temp, "top_p": top_p,
             "top_k": top_k, "temperature": temperature, "block_length": block_length, "block_causal": block_causal,
-            "edit_threshold": edit_threshold, "attention_mask": _padding_in(attention_mask), "cache": cache,
+            "edit_threshold": edit_threshold, "attention_mask": has_padding(attention_mask) or None, "cache": cache,
             "sampler": sampler, "eos_rule": eos_rule, "cache_refresh": cache_refresh, "eps": eps,
             "mask_token_id": mask_token_id, "mask_id": mask_id, "eot_token_id": eot_token_id,
             "max_post_steps": max_post_steps, "sub_block_length": sub_block_length, "bidirectional": bidirectional,
@@ -222,14 +222,13 @@ def generate(
     check_streamer(streamer)
     drawn = torch.randint(1 << 62, (), generator=generator, device=None if generator is None else generator.device)
     given = {**({} if memory_budget is None else {"memory_budget": memory_budget}), **(options or {})}
-    history: list[Tensor] = []
     total, form = input_ids.shape[1] + length, MASK_FORMS[0]
     with in_eval_mode(model), scaled_rotary(model, rope_factor, total):
         if sampling.block_causal:
             form = check_block_causal(model, input_ids, sampling.mask, sampling.block_causal)
         elif not bidirectional:
             check_bidirectional(model, input_ids, sampling.mask, total)
-        padded = attention_mask is not None and not bool(attention_mask.bool().all())
+        padded = has_padding(attention_mask)
         if padded:
             check_padding(model, sampling.mask, input_ids.device, sampling.block_causal, form)
         call = call_for(model, padded, sampling.block_causal, form)
@@ -237,33 +236,20 @@ def generate(
         run = Run(model, call, input_ids, attention_mask, sampling, given, compile, policy, refresh)
         try:
             with torch.no_grad(), dynamo_as_needed(), _bar(progress, run) as advance:
-                for ids in run.ids_by_step():
-                    if output_history:
-                        history.append(ids.clone())
-                    if on_step is not None:
-                        on_step(run.forwards, ids)
-                    if streamer is not None:
-                        streamer.put(ids.cpu())
-                    advance(ids)
+                history = watched(run, on_step, streamer, keep=output_history, advance=advance)
         finally:
             run.close()
-            if streamer is not None:
-                streamer.end()
     counts = run.schedule.counts
     return Generation(
         run.ids,
         run.forwards,
         run.plan,
-        tuple(history),
+        history,
         run.fallbacks,
         counts,
         run.state_bytes,
         counts["reuse"] > 0 and not policy.is_exact,
     )
-
-
-def _padding_in(attention_mask: Tensor | None) -> bool | None:
-    return None if attention_mask is None or bool(attention_mask.bool().all()) else True
 
 
 def _declared(model: nn.Module) -> int:

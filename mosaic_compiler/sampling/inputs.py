@@ -39,6 +39,11 @@ def first_of(*values: Any) -> int | None:
     return None
 
 
+def has_padding(attention_mask: Tensor | None) -> bool:
+    """Some token is marked as padding."""
+    return attention_mask is not None and not bool(attention_mask.bool().all())
+
+
 def check_streamer(streamer: Any) -> None:
     """Raise :class:`TypeError` for a streamer that is none."""
     missing = [name for name in ("put", "end") if not callable(getattr(streamer, name, None))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -42,3 +42,36 @@ class Generation:
     """Bytes that lived from step to step."""
     is_approximate: bool = False
     """Some step used state that is not proven to be what all rows would give."""
+
+
+class Steps(Protocol):
+    """A generation that runs: its drafts, and the forward passes so far."""
+
+    forwards: int
+
+    def ids_by_step(self) -> Iterator[Tensor]: ...
+
+
+def watched(
+    run: Steps,
+    on_step: Callable[[int, Tensor], None] | None,
+    streamer: Streamer | None,
+    *,
+    keep: bool,
+    advance: Callable[[Tensor], None] = lambda ids: None,
+) -> tuple[Tensor, ...]:
+    """Run to the end, and tell those who watch; the ids after each step, if they are to be kept."""
+    history: list[Tensor] = []
+    try:
+        for ids in run.ids_by_step():
+            if keep:
+                history.append(ids.clone())
+            if on_step is not None:
+                on_step(run.forwards, ids)
+            if streamer is not None:
+                streamer.put(ids.cpu())
+            advance(ids)
+    finally:
+        if streamer is not None:
+            streamer.end()
+    return tuple(history)

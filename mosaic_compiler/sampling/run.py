@@ -19,6 +19,7 @@ from mosaic_compiler.sampling.caching import Schedule
 from mosaic_compiler.sampling.calls import ModelCall
 from mosaic_compiler.sampling.compiled import Proposer
 from mosaic_compiler.sampling.filling import State, Wanted
+from mosaic_compiler.sampling.inputs import has_padding
 from mosaic_compiler.sampling.request import Sampling
 from mosaic_compiler.sampling.rules import numbers_of
 from mosaic_compiler.sampling.samplers import SAMPLERS
@@ -61,7 +62,7 @@ class Run:
         self.state = State(sampling, torch.cat([prompt, new], 1), self.start)
         self.given = ~self.state.masked
         self.real: Tensor | None = None
-        if attention_mask is not None and not bool(attention_mask.bool().all()):
+        if attention_mask is not None and has_padding(attention_mask):
             self.real = torch.cat([attention_mask.bool().to(prompt.device), torch.ones_like(new, dtype=torch.bool)], 1)
         self.forwards = self._room = 0
         self._kind, self._numbers = SAMPLERS[sampling.sampler], numbers_of(sampling)

@@ -164,19 +164,11 @@ class _Body(Emitter):
             order = ir.memory_order(tensor)
             outer = [d for d in order[: order.index(dim)] if ir.expr_of(tensor.shape[d]) != 1]
             if any(ir.expr_of(tensor.stride(d)) != 0 for d in outer):
-                node = self._densely(node, order)
+                node = self.densely(node, order)
             if FLAT in operand.layout:
                 node = self.emit(aten.view.default, node, self._shape(operand.value, operand.layout))
             self._entered[operand] = node
         return self._entered[operand]
-
-    def _densely(self, node: fx.Node, order: list[int]) -> fx.Node:
-        in_front = order == list(range(len(order)))
-        front = node if in_front else self.emit(aten.permute.default, node, order)
-        front = self.emit(aten.clone.default, front, memory_format=torch.contiguous_format)
-        if in_front:
-            return front
-        return self.emit(aten.permute.default, front, [order.index(dim) for dim in range(len(order))])
 
     # ----------------------------------------------------------------------------------------- nodes
     def _copy(self, node: fx.Node) -> fx.Node:
