@@ -78,3 +78,7 @@ class StaleGraphError(MosaicError):
 
 class FallbackError(MosaicError):
     """Strict mode: something would have run in a slower or fatter way than planned."""
+
+
+class CacheError(MosaicError):
+    """What is kept on disk is damaged, or something cannot be kept there."""

@@ -20,6 +20,9 @@ CACHES = ("none", "exact", "delayed")
 PLACEMENTS = ("auto", "naive", "size", "live-total", "area", "lifetime")
 
 
+_FOR_PASSES = ("disable", "vocabulary_tile", "needed_rows", "mask_token_id", "cache", "cache_refresh")
+
+
 def nearest(name: str, valid: tuple[str, ...]) -> str:
     """`` (did you mean 'x'?)`` for the valid name closest to ``name``, with the full list behind."""
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.0)
@@ -127,6 +130,11 @@ class MosaicOptions:
     def budget(self) -> int | None:
         """``memory_budget`` in bytes."""
         return self.memory_budget if isinstance(self.memory_budget, int) else None
+
+    @property
+    def for_passes(self) -> tuple[Any, ...]:
+        """Those that decide what is compiled; the others are for running it."""
+        return tuple(getattr(self, name) for name in _FOR_PASSES)
 
     @classmethod
     def parse(

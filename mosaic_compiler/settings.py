@@ -15,7 +15,8 @@ from mosaic_compiler.errors import OptionsError
 
 SWITCHES: Mapping[str, str] = MappingProxyType(
     {
-        "MOSAIC_CACHE": "folder where `mosaic fit` keeps what it has traced (default: ~/.cache/mosaic_compiler)",
+        "MOSAIC_CACHE": "folder where compiled steps and kernels are kept (default: ~/.cache/mosaic_compiler); off: none",
+        "MOSAIC_CACHE_SIZE": "how much that folder may take, e.g. 2GiB (default: 4GiB)",
         "MOSAIC_DEBUG": "0-3: 1 prints one line per compiled graph, 2 also one per pass, 3 also every fallback",
         "MOSAIC_DISABLE": "comma-separated pass names to leave out, e.g. canonicalize,in-place",
         "MOSAIC_DUMP": "folder for numbered runnable graphs per pass and plan.json",
@@ -33,6 +34,7 @@ class Settings:
     """The environment switches, parsed.  ``None`` means "not set: the option decides"."""
 
     cache: str | None = None
+    cache_size: str | None = None
     debug: int = 0
     disable: tuple[str, ...] = ()
     dump: str | None = None
@@ -67,6 +69,7 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
     names = (part.strip() for part in environ.get("MOSAIC_DISABLE", "").split(","))
     return Settings(
         cache=environ.get("MOSAIC_CACHE") or None,
+        cache_size=environ.get("MOSAIC_CACHE_SIZE") or None,
         debug=int(level),
         disable=tuple(name for name in names if name),
         dump=environ.get("MOSAIC_DUMP") or None,

@@ -20,10 +20,11 @@ TINY_LLADA = Path(__file__).parent.parent / "examples" / "tiny-llada"
 @pytest.fixture(autouse=True)
 def _fresh_dynamo(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each test compiles afresh, with one thread per worker and no MOSAIC_ switches set, but without ``fuse`` (kernels
-    take seconds to compile; ``tests/test_fuse.py`` has it on)."""
+    take seconds to compile; ``tests/test_fuse.py`` has it on), and without a cache on disk."""
     torch.set_num_threads(1)
     for name in SWITCHES:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MOSAIC_CACHE", "off")
     if request.node.get_closest_marker("fuse") is None:
         monkeypatch.setenv("MOSAIC_DISABLE", "fuse")
     yield

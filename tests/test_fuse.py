@@ -15,6 +15,7 @@ from mosaic_compiler.errors import ArenaError, FallbackError
 from mosaic_compiler.ir.clusters import clusters_in
 from mosaic_compiler.kernels import fused
 from mosaic_compiler.kernels.coordinates import Coordinates
+from mosaic_compiler.planning.facts import Source
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes import run_passes, trace
 from mosaic_compiler.sampling import DenoisingStep, block_window
@@ -194,8 +195,9 @@ def test_sizes_in_terms_of_those_that_can_be_read(data):
     factors = data.draw(st.lists(st.integers(0, 128), min_size=len(read), max_size=len(read)), "factors")
     products = [a * b for a in read for b in read]
     wanted = [sum((f * r for f, r in zip(factors, read, strict=True)), sympy.Integer(7)), *products, *symbols]
-    found = Coordinates({expr: (lambda arguments, expr=expr: expr.xreplace(values)) for expr in read}, wanted)
-    numbers = {symbol: sympy.Integer(reader(())) for symbol, reader in found.readers.items()}
+    found = Coordinates({expr: Source("number", at) for at, expr in enumerate(read)}, wanted)
+    arguments = [int(expr.xreplace(values)) for expr in read]
+    numbers = {symbol: sympy.Integer(reader(arguments)) for symbol, reader in found.readers.items()}
     assert len(numbers) <= len(read)
     assert all(found.of(size).free_symbols <= numbers.keys() for size in read), "what is read is known"
     for size in wanted:

@@ -19,6 +19,7 @@ __all__ = [
     "PythonMod",
     "ShapeEnv",
     "bounds_of",
+    "conditions_in",
     "expression_of",
     "free_unbacked_symbols",
     "guard_scalar",
@@ -93,3 +94,17 @@ def values_in(environment: ShapeEnv | None) -> dict[sympy.Symbol, Any]:
 def is_float(symbol: sympy.Symbol) -> bool:
     """The symbol stands for a Python float."""
     return symbol_is_type(symbol, SymT.FLOAT)
+
+
+def conditions_in(environment: ShapeEnv | None) -> list[Any]:
+    """What was taken for granted of the sizes of a graph's inputs, as sympy has it."""
+    if environment is None:
+        return []
+    found = [environment.replace(guard.expr) for guard in environment.guards]
+    for symbol, known in environment.var_to_range.items():
+        if symbol in environment.backed_var_to_val and environment.replace(symbol) == symbol:
+            if known.lower.is_Integer:
+                found.append(sympy.Ge(symbol, known.lower, evaluate=False))
+            if known.upper.is_Integer:
+                found.append(sympy.Le(symbol, known.upper, evaluate=False))
+    return found

@@ -5,7 +5,6 @@ Two clusters of equal form (layers, models, graphs) share a kernel, whatever the
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,10 +16,11 @@ from torch import fx
 from mosaic_compiler import book, ir
 from mosaic_compiler.compat.symbols import ShapeEnv, new_number, size_of
 from mosaic_compiler.compat.tracing import FakeTensorMode
-from mosaic_compiler.errors import ArenaError
 from mosaic_compiler.ir.clusters import Cluster
 from mosaic_compiler.ir.keys import structural_key
-from mosaic_compiler.kernels.coordinates import Coordinates, Read
+from mosaic_compiler.kernels.coordinates import Coordinates
+from mosaic_compiler.kernels.layouts import Layouts
+from mosaic_compiler.planning.facts import KernelFacts, Layout, Source
 
 _HINT = {"cuda": 4096, "cpu": 512}
 """Sizes that kernels are tuned for: rows of a chunk."""
@@ -35,8 +35,7 @@ class ClusterForm:
 
     Attributes:
         symbols: its symbols, each for a size that is read off the arguments.
-        readers: how, for each of them.
-        problem: why the sizes of a cluster cannot be read off its arguments; empty if they can.
+        facts: what its kernel has to know of it.
     """
 
     def __init__(self, cluster: Cluster) -> None:
@@ -52,70 +51,43 @@ class ClusterForm:
         sizes = dict.fromkeys(ir.expr_of(number) for value in values for number in _all_numbers(value))
         self._coordinates = Coordinates(self._readable(), sizes)
         self.symbols = list(self._coordinates.readers)
-        self.readers: list[Read] = list(self._coordinates.readers.values())
         missing = self._coordinates.missing
-        self.problem = f"no operand says what {', '.join(sorted(map(str, missing)))} is" if missing else ""
-        self._layouts = [
-            (v.dtype, [self.own(s) for s in v.shape], [self.own(s) for s in strides])
-            if isinstance(v, torch.Tensor)
-            else None
-            for v, strides in (
-                *((v, _strides(v, v.stride()) if isinstance(v, torch.Tensor) else ()) for v in self.values),
-                *((out, _strides(out, ir.own_strides(out))) for out in self.outs),
-            )
-        ]
-        self._expected: dict[tuple[int, ...], list[Any]] = {}
         tensors = [value for value in (*self.values, *self.outs) if isinstance(value, torch.Tensor)]
-        self.has_wide_rows = self.device.type == "cuda" and any(
-            math.prod(size for size in tensor.shape if isinstance(size, int)) >= _WIDE_ROW for tensor in tensors
+        self.facts = KernelFacts(
+            operands=self.operands,
+            symbols=tuple(self.symbols),
+            sources=tuple(self._coordinates.readers.values()),
+            layouts=tuple(
+                Layout(str(v.dtype), tuple(map(self.own, v.shape)), tuple(map(self.own, strides)))
+                if isinstance(v, torch.Tensor)
+                else None
+                for v, strides in (
+                    *((v, _strides(v, v.stride()) if isinstance(v, torch.Tensor) else ()) for v in self.values),
+                    *((out, _strides(out, ir.own_strides(out))) for out in self.outs),
+                )
+            ),
+            has_wide_rows=self.device.type == "cuda"
+            and any(math.prod(s for s in tensor.shape if isinstance(s, int)) >= _WIDE_ROW for tensor in tensors),
+            problem=f"no operand says what {', '.join(sorted(map(str, missing)))} is" if missing else "",
+            device=str(self.device),
         )
+        self.layouts = Layouts(self.facts)
 
     def own(self, size: Any) -> sympy.Expr:
         """A size of the cluster's graph in the form's symbols."""
         return self._coordinates.of(ir.expr_of(size))
 
-    def sizes(self, arguments: Sequence[Any]) -> list[int]:
-        """The values of the symbols.
-
-        Raises:
-            ArenaError: if a tensor does not have the layout that the kernel is compiled for (it would write elsewhere).
-        """
-        values = [read(arguments) for read in self.readers]
-        key = tuple(values)
-        if key not in self._expected:
-            self._expected[key] = self._layouts_at(values)
-        for argument, expected in zip(arguments, self._expected[key], strict=True):
-            if expected is None:
-                continue
-            dtype, shape, strides = expected
-            found = [step for step, size in zip(argument.stride(), shape, strict=True) if size > 1]
-            wanted = [step for step, size in zip(strides, shape, strict=True) if size > 1]
-            if argument.dtype != dtype or list(argument.shape) != shape or found != wanted:
-                raise ArenaError(
-                    f"a fused kernel for {dtype} {shape} with strides {strides} was given {argument.dtype} "
-                    f"{list(argument.shape)} with strides {list(argument.stride())}"
-                )
-        return values
-
-    def _layouts_at(self, values: Sequence[int]) -> list[Any]:
-        """Dtype, sizes and strides of each operand and destination, for values of the symbols."""
-        known = dict(zip(self.symbols, map(sympy.Integer, values), strict=True))
-        return [
-            None if layout is None else (layout[0], *([int(n.xreplace(known)) for n in part] for part in layout[1:]))
-            for layout in self._layouts
-        ]
-
-    def _readable(self) -> dict[sympy.Expr, Read]:
+    def _readable(self) -> dict[sympy.Expr, Source]:
         """The sizes that stand in the arguments, and where each is read first."""
-        found: dict[sympy.Expr, Read] = {}
+        found: dict[sympy.Expr, Source] = {}
         for index, value in enumerate((*self.values, *self.outs)):
             if isinstance(value, torch.Tensor):
                 for dim, (size, stride) in enumerate(zip(value.shape, value.stride(), strict=True)):
-                    found.setdefault(ir.expr_of(size), functools.partial(_read_size, index, dim))
+                    found.setdefault(ir.expr_of(size), Source("size", index, dim))
                     if ir.expr_of(size) != 1:
-                        found.setdefault(ir.expr_of(stride), functools.partial(_read_stride, index, dim))
+                        found.setdefault(ir.expr_of(stride), Source("stride", index, dim))
             elif ir.is_symbolic_number(value):
-                found.setdefault(ir.expr_of(value), functools.partial(_read_number, index))
+                found.setdefault(ir.expr_of(value), Source("number", index))
         return found
 
     def key(self) -> Any:
@@ -178,7 +150,7 @@ class ClusterForm:
         offsets = [int(not _is_aligned(tensor, strides)) for tensor, strides in self._tensors()]
         for rows in (2**power for power in range(12, 1, -1)):
             values = [rows + 8 * i for i in range(len(self.symbols))]
-            layouts = [layout for layout in self._layouts_at(values) if layout is not None]
+            layouts = [layout for layout in self.layouts.at(values) if layout is not None]
             if any(number < 1 for _, shape, _ in layouts for number in shape):
                 return None
             if sum(span(shape, strides) * dtype.itemsize for dtype, shape, strides in layouts) > most:
@@ -277,15 +249,3 @@ def scratch_bytes(cluster: Cluster) -> sympy.Expr:
                 elements /= ir.expr_of(tensor.shape[-1])
             total += known.fused_scratch * elements
     return sympy.expand(total)
-
-
-def _read_size(index: int, dim: int, arguments: Sequence[Any]) -> int:
-    return int(arguments[index].shape[dim])
-
-
-def _read_stride(index: int, dim: int, arguments: Sequence[Any]) -> int:
-    return int(arguments[index].stride(dim))
-
-
-def _read_number(index: int, arguments: Sequence[Any]) -> int:
-    return int(arguments[index])

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Mapping
 
 import sympy
 
-Read: TypeAlias = "Callable[[Sequence[Any]], int]"
-"""How a size is read off a kernel's arguments."""
+from mosaic_compiler.planning.facts import Source
 
 
 class Coordinates:
@@ -19,25 +16,23 @@ class Coordinates:
     and n are, the sum is a coordinate: ``128 * b * p + 128 * b * n`` is 128 times b times that.
 
     Args:
-        readable: sizes that can be read, and how.
+        readable: sizes that can be read, and where.
         sizes: those that are wanted.
 
     Attributes:
-        readers: how the value of each symbol is read.
+        readers: where the value of each symbol is read.
         missing: symbols of the graph in sizes that could not be expressed.
     """
 
-    def __init__(self, readable: Mapping[sympy.Expr, Read], sizes: Iterable[sympy.Expr]) -> None:
-        self.readers: dict[sympy.Symbol, Read] = {}
+    def __init__(self, readable: Mapping[sympy.Expr, Source], sizes: Iterable[sympy.Expr]) -> None:
+        self.readers: dict[sympy.Symbol, Source] = {}
         self._symbols: dict[sympy.Symbol, sympy.Symbol] = {}
         self._compound: list[tuple[sympy.Expr, sympy.Symbol]] = []
         self._known: dict[sympy.Expr, sympy.Expr] = {}
         for expr, read in readable.items():
             factor, symbol = expr.as_coeff_Mul()
             if symbol.is_Symbol and symbol not in self._symbols and factor.is_Integer:
-                self._symbols[symbol] = self._new(
-                    read if factor == 1 else functools.partial(_divided, read, int(factor))
-                )
+                self._symbols[symbol] = self._new(read.divided(int(factor)))
         for expr in sorted(readable, key=lambda expr: (len(expr.free_symbols), expr.count_ops())):
             reduced = self._in_compounds(expr)
             if self._unknown(reduced):
@@ -51,7 +46,7 @@ class Coordinates:
             self._known[size] = sympy.expand(found) if self._compound else found
         return self._known[size]
 
-    def _new(self, read: Read) -> sympy.Symbol:
+    def _new(self, read: Source) -> sympy.Symbol:
         symbol = sympy.Symbol(f"own{len(self.readers)}", integer=True, positive=True)
         self.readers[symbol] = read
         return symbol
@@ -73,7 +68,3 @@ class Coordinates:
             if quotient != 0 and all(number.is_Integer for number in quotient.atoms(sympy.Number)):
                 expr = self._in_compounds(quotient) * symbol + rest
         return expr
-
-
-def _divided(read: Read, factor: int, arguments: Sequence[Any]) -> int:
-    return read(arguments) // factor

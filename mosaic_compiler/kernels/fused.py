@@ -17,6 +17,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -24,9 +25,14 @@ import torch
 from torch._ops import OpOverload
 
 from mosaic_compiler.book import MOST_ADDED
+from mosaic_compiler.compat.inductor import caches_in
 from mosaic_compiler.compat.tracing import make_fx
+from mosaic_compiler.disk.folder import the_folder
 from mosaic_compiler.ir.clusters import Cluster
-from mosaic_compiler.kernels.cluster_form import ClusterForm, scratch_bytes, span
+from mosaic_compiler.kernels import artifacts
+from mosaic_compiler.kernels.cluster_form import ClusterForm, scratch_bytes, span, spans_of
+from mosaic_compiler.kernels.layouts import Layouts
+from mosaic_compiler.planning.facts import KernelFacts, KernelUse
 
 _WIDE_HINT = 1 << 26
 _WIDE = (1 << 31) - 1
@@ -79,17 +85,30 @@ class FusedKernel:
     Call it with the cluster's operands, then one destination for each result that does not go into an operand.
     Operands and destinations must have the dtypes, devices and relative strides that the cluster's metadata says.
 
+    Args:
+        facts: what calls have to know of it.
+        key: of what is kept of it on disk.
+        make: the cluster's form, which is needed where there is nothing on disk.
+
     Attributes:
         failure: set when the kernel cannot be compiled, or would need memory that the plan does not have; calls run
             op by op then.
     """
 
-    def __init__(self, form: ClusterForm) -> None:
-        self._cluster = form.cluster
-        self._form = form
+    def __init__(self, facts: KernelFacts, key: str, make: Callable[[], ClusterForm]) -> None:
+        self.facts, self.key, self._make = facts, key, make
+        self._layouts = Layouts(facts)
         self._artifacts: dict[bool, Callable[[list[Any]], Any]] = {}
         self._begun: dict[bool, tuple[Any, list[Callable[[], None]]]] = {}
         self.failure: Failure | None = None
+
+    @functools.cached_property
+    def _form(self) -> ClusterForm:
+        return self._make()
+
+    @property
+    def _cluster(self) -> Cluster:
+        return self._form.cluster
 
     def __call__(self, *arguments: Any) -> None:
         self.bind(*arguments)()
@@ -100,31 +119,46 @@ class FusedKernel:
         artifact = self.compile(any(_span(tensor) > _WIDE for tensor in tensors))
         if artifact is None:
             return functools.partial(self._run_op_by_op, arguments)
-        return functools.partial(_call, artifact, [*self._form.sizes(arguments), *tensors])
+        return functools.partial(_call, artifact, [*self._layouts.sizes(arguments), *tensors])
 
     def begin(self, wide: bool = False) -> None:
         """Generate code and let it be compiled, unless that was done already.  ``wide``: with 64-bit indices."""
-        wide = wide or self._form.has_wide_rows
+        wide = wide or self.facts.has_wide_rows
         with _compiling:
-            if wide not in self._artifacts and wide not in self._begun and self.failure is None:
-                with self._may_fail(), _not_waiting() as waits:
-                    self._begun[wide] = self._generated(wide), waits
+            if wide in self._artifacts or wide in self._begun or self.failure is not None:
+                return
+            if (kept := artifacts.load(self._name(wide))) is not None:
+                self._artifacts[wide] = kept
+                return
+            with self._may_fail(), caches_in(self._folder(wide)), _not_waiting() as waits:
+                self._begun[wide] = self._generated(wide), waits
 
     def compile(self, wide: bool = False) -> Callable[[list[Any]], Any] | None:
         """Compile, unless that was done already; ``None`` if it cannot be.  ``wide``: with 64-bit indices."""
-        wide = wide or self._form.has_wide_rows
+        wide = wide or self.facts.has_wide_rows
         if wide in self._artifacts:
             return self._artifacts[wide]
         with _compiling:
             self.begin(wide)
             if wide in self._begun:
                 compiled, waits = self._begun.pop(wide)
-                with self._may_fail():
+                with self._may_fail(), caches_in(self._folder(wide)):
                     for wait in waits:
                         wait()
                     self._tune(compiled.current_callable)
                     self._artifacts[wide] = compiled.current_callable
+                    artifacts.keep(
+                        self._name(wide), compiled.source_code, compiled.current_callable, self._folder(wide)
+                    )
             return self._artifacts.get(wide)
+
+    def _name(self, wide: bool) -> str:
+        return f"{self.key}{'w' if wide else ''}"
+
+    def _folder(self, wide: bool) -> Path | None:
+        """Where Triton puts what it compiles, so that it can be kept."""
+        is_kept = self.facts.device.startswith("cuda") and the_folder() is not None
+        return artifacts.compile_folder(self._name(wide)) if is_kept else None
 
     @contextlib.contextmanager
     def _may_fail(self) -> Iterator[None]:
@@ -143,8 +177,8 @@ class FusedKernel:
         from torch._inductor.compile_fx import compile_fx_inner
         from torch._inductor.virtualized import V
 
-        if self._form.problem:
-            raise ValueError(self._form.problem)
+        if self.facts.problem:
+            raise ValueError(self.facts.problem)
         with torch.inference_mode(False), torch.no_grad(), config.patch(**_SETTINGS):
             mode, examples = self._form.examples(_WIDE_HINT if wide else None)
             with mode:
@@ -179,7 +213,7 @@ class FusedKernel:
             raise _TooMuchMemory(f"its kernel would allocate {total} bytes at {most} rows")
 
     def _run_op_by_op(self, arguments: Sequence[Any]) -> None:
-        count, into = self._form.operands, self._cluster.into
+        count, into = self.facts.operands, self._cluster.into
         results = [result for result, at in zip(self._cluster(*arguments[:count]), into, strict=True) if at is None]
         for out, result in zip(arguments[count:], results, strict=True):
             out.copy_(result)
@@ -253,7 +287,7 @@ def _allow_not_waiting() -> None:
     AsyncCompile.wait = wait_unless_held  # type: ignore[method-assign, assignment]
 
 
-_kernels: dict[Any, FusedKernel] = {}
+_kernels: dict[str, FusedKernel] = {}
 _kernels_lock = threading.Lock()
 
 
@@ -261,8 +295,55 @@ _kernels_lock = threading.Lock()
 def kernel_for(cluster: Cluster) -> FusedKernel:
     """The kernel of a cluster; equal structures (layers, models, lengths) share one."""
     form = ClusterForm(cluster)
-    key = form.key()
+    structure = form.key()
+    key = artifacts.kernel_key((structure, form.facts.layouts), form.device, _SETTINGS)
+    return kernel_from(form.facts, key, lambda: form)
+
+
+def kernel_from(facts: KernelFacts, key: str, make: Callable[[], ClusterForm]) -> FusedKernel:
+    """The kernel with this key; see :class:`FusedKernel`."""
     with _kernels_lock:
         if key not in _kernels:
-            _kernels[key] = FusedKernel(form)
+            _kernels[key] = FusedKernel(facts, key, make)
         return _kernels[key]
+
+
+class FusedUse:
+    """A fused region in a graph.
+
+    Attributes:
+        into: for each result the operand whose memory it takes over, or ``None``.
+    """
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self.into = cluster.into
+
+    @functools.cached_property
+    def kernel(self) -> FusedKernel:
+        """What computes it."""
+        return kernel_for(self._cluster)
+
+    @property
+    def is_made(self) -> bool:
+        """Somebody has asked for the kernel."""
+        return "kernel" in self.__dict__
+
+    @functools.cached_property
+    def spans(self) -> frozenset[sympy.Expr]:
+        """What decides about the width of the kernel's indices, in the graph's symbols."""
+        return spans_of(self._cluster)
+
+
+class KeptUse(FusedUse):
+    """A fused region of which its kernel is known by key.
+
+    Args:
+        use: which kernel.
+        make: the cluster, which is needed where the kernel is not on disk.
+    """
+
+    def __init__(self, use: KernelUse, into: tuple[int | None, ...], make: Callable[[], Cluster]) -> None:
+        self.into = into
+        self.kernel = kernel_from(use.facts, use.key, lambda: ClusterForm(make()))
+        self.spans = frozenset(use.spans)

@@ -13,8 +13,7 @@ from torch._ops import OpOverload
 
 from mosaic_compiler.book import Call, Emit, inplace_twin, native_out, open_book
 from mosaic_compiler.errors import CaptureError
-from mosaic_compiler.ir.clusters import Cluster
-from mosaic_compiler.kernels.fused import kernel_for
+from mosaic_compiler.kernels.fused import FusedUse
 from mosaic_compiler.planning.lowered import (
     Kind,
     LoweredGraph,
@@ -77,7 +76,7 @@ class Linked:
 
     __slots__ = ("_args", "_kwargs", "emit", "function", "kind", "name", "op", "outputs")
 
-    def __init__(self, op: LoweredOp, clusters: Mapping[str, Cluster]) -> None:
+    def __init__(self, op: LoweredOp, clusters: Mapping[str, FusedUse]) -> None:
         self.op, self.name, self.kind = op, op.name, op.kind
         self.function: Any = None
         self.emit: Emit | None = None
@@ -159,15 +158,15 @@ def _emit_twin(op: Any, outs: Sequence[Any], args: Sequence[Any], kwargs: dict[s
     return [Call(torch.Tensor.copy_, (outs[0], args[0])), Call(op, (outs[0], *args[1:]), tuple(kwargs.items()))]
 
 
-def _emit_cluster(cluster: Cluster, outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
-    own = [out for out, into in zip(outs, cluster.into, strict=True) if into is None]
-    return [Call(kernel_for(cluster), (*args, *own))]
+def _emit_cluster(use: FusedUse, outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
+    own = [out for out, into in zip(outs, use.into, strict=True) if into is None]
+    return [Call(use.kernel, (*args, *own))]
 
 
 class LinkedGraph:
     """A graph with all of its ops linked."""
 
-    def __init__(self, graph: LoweredGraph, clusters: Mapping[str, Cluster]) -> None:
+    def __init__(self, graph: LoweredGraph, clusters: Mapping[str, FusedUse]) -> None:
         self.graph = graph
         self.ops = [Linked(op, clusters) for op in graph.ops]
 
@@ -179,12 +178,16 @@ class LinkedStep:
         step: as data.
         clusters: fused regions of each of its graphs, by name.
         constants: its attributes, by name.
+
+    Attributes:
+        uses: the fused regions, as given.
+        clusters: all of them; ``fused``: with the ops that call them.
     """
 
     def __init__(
         self,
         step: LoweredStep,
-        clusters: Mapping[LoweredGraph, Mapping[str, Cluster]],
+        clusters: Mapping[LoweredGraph, Mapping[str, FusedUse]],
         constants: Mapping[str, Any],
     ) -> None:
         self.step, self.constants = step, constants
@@ -195,7 +198,11 @@ class LinkedStep:
         linked = {graph: LinkedGraph(graph, clusters[graph]) for graph in step.graphs}
         self.graph = linked[step.graph]
         self.bodies = {name: linked[loop.body] for name, loop in step.loops.items()}
-        self.clusters = tuple(cluster for graph in step.graphs for cluster in clusters[graph].values())
+        self.uses = clusters
+        self.fused = [
+            (op, clusters[graph][op.target]) for graph in step.graphs for op in graph.ops if op.way == "kernel"
+        ]
+        self.clusters = tuple(use for graph in step.graphs for use in clusters[graph].values())
 
     def loop(self, name: str) -> LoweredLoop:
         """The loop that an op calls."""

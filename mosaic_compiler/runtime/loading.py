@@ -16,6 +16,7 @@ from mosaic_compiler.compat.tensors import with_lazy_bits
 from mosaic_compiler.compat.tracing import FakeTensorMode
 from mosaic_compiler.errors import CaptureError
 from mosaic_compiler.ir.clusters import Cluster
+from mosaic_compiler.kernels.fused import FusedUse
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.planning.kept import KeptStep
 from mosaic_compiler.planning.lowered import Input, LoweredCluster, LoweredStep, TensorFacts
@@ -66,7 +67,8 @@ class LoadedStep(Step):
 
 def _variant(lowered: LoweredStep, constants: Mapping[str, Any]) -> Variant:
     clusters = {
-        graph: {name: cluster_from(cluster) for name, cluster in graph.clusters.items()} for graph in lowered.graphs
+        graph: {name: FusedUse(cluster_from(cluster)) for name, cluster in graph.clusters.items()}
+        for graph in lowered.graphs
     }
     return Variant(LinkedStep(lowered, clusters, constants))
 

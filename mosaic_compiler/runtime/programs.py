@@ -11,8 +11,7 @@ from typing import Any, TypeAlias
 
 import sympy
 
-from mosaic_compiler.kernels.cluster_form import spans_of
-from mosaic_compiler.kernels.fused import FusedKernel, compile_all, kernel_for
+from mosaic_compiler.kernels.fused import FusedKernel, compile_all
 from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.planning.planner import Planned
 from mosaic_compiler.planning.room import capacity, most_for, serves
@@ -41,7 +40,7 @@ class Variant:
     @functools.cached_property
     def _kernels(self) -> tuple[tuple[FusedKernel, frozenset[sympy.Expr]], ...]:
         """The kernels, with the elements that their tensors span; equal uses (of layers) once."""
-        uses = ((kernel_for(cluster), spans_of(cluster)) for cluster in self.linked.clusters)
+        uses = ((use.kernel, use.spans) for use in self.linked.clusters)
         return tuple(dict.fromkeys(uses))
 
     def compile_kernels(self, sizes: Sizes) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from mosaic_compiler.errors import MissingStateError, StateError
 from mosaic_compiler.planning.reach import Reach
+from mosaic_compiler.runtime.bindings import told
 from mosaic_compiler.runtime.engine import Step
 from mosaic_compiler.runtime.kinds import Kinds
 from mosaic_compiler.runtime.state import Block
@@ -40,7 +41,7 @@ class Stateful(Step, ABC):
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         store = _store.get()
-        return self.run_alone(inputs) if store is None else store.run(self, inputs)
+        return told(self, inputs, lambda: self.run_alone(inputs) if store is None else store.run(self, inputs))
 
     def run_alone(self, inputs: Sequence[Any]) -> list[Any]:
         """A call outside of sessions."""
@@ -206,6 +207,12 @@ def _takes_some_rows(step: Stateful, inputs: Sequence[Any], shape: tuple[int, in
 
 
 _store: ContextVar[Store | None] = ContextVar("state_store", default=None)
+
+
+def kind_asked_for() -> str:
+    """The kind of step that a session asks this thread for; nothing outside of sessions."""
+    store = _store.get()
+    return "" if store is None else store.kind
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from mosaic_compiler.compat.dynamo import configured, lookup_backend
 from mosaic_compiler.errors import FallbackError
 from mosaic_compiler.graph_log import logger
 from mosaic_compiler.options import MosaicOptions
+from mosaic_compiler.owned.function import Owned
 from mosaic_compiler.planning.budget import parse_budget
 from mosaic_compiler.planning.plan import Fallback, MemoryPlan
 from mosaic_compiler.runtime.devices import check_machine
@@ -144,7 +145,7 @@ class _Compiled:
         self.picked: HeadRows | None = None
 
     def use(self, proposal: Proposal, picked: HeadRows | None = None) -> None:
-        self.function = torch.compile(proposal, backend="mosaic", dynamic=True, options=self._options)
+        self.function = Owned(proposal, self._options)
         self.picked = picked
 
 

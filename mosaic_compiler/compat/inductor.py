@@ -1,0 +1,74 @@
+"""Inductor's compiled kernels, taken apart and put together again where nothing is compiled."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_GUARDS = torch._C._dynamo.guards
+_NAMES = (
+    "assert_size_stride", "assert_alignment", "_empty_strided_cpu", "_empty_strided_cuda", "_reinterpret_tensor",
+)  # fmt: skip
+
+
+def names_of_wrappers() -> dict[str, Any]:
+    """What the functions that Inductor writes around its kernels may call besides them."""
+    found = {name.lstrip("_"): getattr(_GUARDS, name) for name in _NAMES if hasattr(_GUARDS, name)}
+    stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return {**found, "get_raw_stream": stream, "torch": torch}
+
+
+def library_of(function: Any) -> Path | None:
+    """The shared object that a C++ kernel was loaded from."""
+    module = sys.modules.get(getattr(function, "__module__", "") or "") or getattr(function, "__self__", None)
+    found = getattr(module, "__file__", None)
+    return None if found is None else Path(found)
+
+
+def load_library(path: Path, name: str) -> Callable[..., Any]:
+    """A C++ kernel of a shared object that Inductor has built."""
+    os.environ["_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"] = str(_GUARDS._torchinductor_pyobject_tensor_data_ptr)
+    spec = importlib.util.spec_from_file_location(f"{name}.kernel", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    kernel: Callable[..., Any] = module.kernel
+    return kernel
+
+
+def load_triton(sources: dict[str, str]) -> dict[str, Any]:
+    """Triton kernels by name, of the sources that Inductor has written; what is compiled lies in its cache."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    compiler = AsyncCompile()
+    scope = {name: compiler.triton(name, source, device_str="cuda") for name, source in sources.items()}
+    compiler.wait(scope)
+    return scope
+
+
+@contextlib.contextmanager
+def caches_in(folder: Path | None) -> Iterator[None]:
+    """Inductor and Triton keep what they compile below this folder meanwhile; ``None``: where they do anyhow."""
+    if folder is None:
+        yield
+        return
+    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    os.environ.pop("TRITON_CACHE_DIR", None)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

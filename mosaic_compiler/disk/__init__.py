@@ -1,0 +1,1 @@
+"""What is kept on disk: entries by what they depend on, written as data."""

@@ -1,0 +1,1 @@
+"""Calls that own their inputs (``generate()``, ``Session``, plans ahead): what they depend on is known without guards."""
