@@ -25,6 +25,7 @@ from mosaic_compiler.dump import GraphDump
 from mosaic_compiler.errors import GradientError
 from mosaic_compiler.ir import fake_mode_of, main_device_of
 from mosaic_compiler.ir.notes import STATE, STATIC_INPUTS
+from mosaic_compiler.kept_graphs import kept_or
 from mosaic_compiler.kernels.fused import start_workers
 from mosaic_compiler.methods import watch_methods
 from mosaic_compiler.one_depth import give_one_depth
@@ -84,16 +85,20 @@ def mosaic(
     def compile_graph(graph: fx.GraphModule, aten_inputs: Sequence[Any]) -> CompiledStep:
         return compile_aten(graph, parsed, static_inputs=static_inputs())
 
-    backend = aot_autograd(
-        fw_compiler=_refuse_gradients,
-        inference_compiler=compile_graph,
-        decompositions=_decompositions(),
-        keep_inference_input_mutations=True,
-    )
-    with _without_collections():
-        compiled: Callable[..., Any] = backend(give_one_depth(drop_true_masks(module)), inputs)
+    def compile_module() -> Callable[..., Any]:
+        backend = aot_autograd(
+            fw_compiler=_refuse_gradients,
+            inference_compiler=compile_graph,
+            decompositions=_decompositions(),
+            keep_inference_input_mutations=True,
+        )
+        with _without_collections():
+            compiled: Callable[..., Any] = backend(give_one_depth(drop_true_masks(module)), inputs)
+        return compiled
+
+    found = kept_or(module, inputs, parsed, compile_module, _compiling.tell)
     forget_floats()
-    return compiled
+    return found
 
 
 def compile_aten(module: fx.GraphModule, options: MosaicOptions, static_inputs: Sequence[int] = ()) -> CompiledStep:

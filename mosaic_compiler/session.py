@@ -13,16 +13,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from mosaic_compiler.compat.dynamo import lookup_backend
 from mosaic_compiler.compat.tracing import tree_flatten, tree_map_only
 from mosaic_compiler.errors import MissingStateError, StateError
+from mosaic_compiler.owned.function import Owned
 from mosaic_compiler.planning.budget import parse_budget
 from mosaic_compiler.planning.plan import MemoryPlan
 from mosaic_compiler.runtime.engine import Step, running, within_budget
 from mosaic_compiler.runtime.rows import rows_of
 from mosaic_compiler.runtime.store import Store, stepping
 
-lookup_backend("mosaic")
 logger = logging.getLogger("mosaic_compiler")
 
 
@@ -249,5 +248,5 @@ def compiled_once(function: Callable[..., Any], options: dict[str, Any]) -> Any:
         known = _compiled.setdefault(function, {})
         key = repr(sorted(options.items()))
         if key not in known:
-            known[key] = torch.compile(function, backend="mosaic", dynamic=True, options=options)
+            known[key] = Owned(function, options)
         return known[key]

@@ -15,7 +15,7 @@ from mosaic_compiler.errors import OptionsError
 
 SWITCHES: Mapping[str, str] = MappingProxyType(
     {
-        "MOSAIC_CACHE": "folder where compiled steps and kernels are kept (default: ~/.cache/mosaic_compiler); off: none",
+        "MOSAIC_CACHE": "folder of compiled steps and kernels (default: ~/.cache/mosaic_compiler), or off",
         "MOSAIC_CACHE_SIZE": "how much that folder may take, e.g. 2GiB (default: 4GiB)",
         "MOSAIC_DEBUG": "0-3: 1 prints one line per compiled graph, 2 also one per pass, 3 also every fallback",
         "MOSAIC_DISABLE": "comma-separated pass names to leave out, e.g. canonicalize,in-place",

@@ -15,9 +15,9 @@ from mosaic_compiler.errors import ArenaError, FallbackError
 from mosaic_compiler.ir.clusters import clusters_in
 from mosaic_compiler.kernels import fused
 from mosaic_compiler.kernels.coordinates import Coordinates
-from mosaic_compiler.planning.facts import Source
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes import run_passes, trace
+from mosaic_compiler.planning.facts import Source
 from mosaic_compiler.sampling import DenoisingStep, block_window
 
 pytestmark = pytest.mark.fuse

@@ -9,24 +9,19 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
-import pickle
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mosaic_compiler.ahead.cached import Stateful, stateful
 from mosaic_compiler.ahead.configs import DTYPES, build
+from mosaic_compiler.disk.codec import CodecError, pack, unpack
+from mosaic_compiler.disk.folder import Folder, sources_digest, the_folder
 from mosaic_compiler.errors import BudgetError, CaptureError, ConfigError
 from mosaic_compiler.planning.buffers import lower_bound
 from mosaic_compiler.planning.outline import StepOutline
 from mosaic_compiler.planning.plan import MemoryPlan
-from mosaic_compiler.settings import read_settings
-
-if TYPE_CHECKING:
-    pass
 
 RESERVE = 600 << 20
 """Bytes of a card that CUDA itself takes."""
@@ -78,7 +73,7 @@ def traced(
         device: whose kernels are planned for: ``cuda`` (where torch can use a GPU), ``cpu``, or ``auto``.
         on_trace: called if the model has to be traced.
         with_state: also steps that keep state.
-        cache: folder; ``None``: ``$MOSAIC_CACHE``, or ``mosaic_compiler`` in the user's cache folder.
+        cache: folder; ``None``: what ``MOSAIC_CACHE`` says.
 
     Raises:
         ConfigError: if transformers cannot build such a model, or its forward fails.
@@ -87,19 +82,18 @@ def traced(
         raise ConfigError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     if device not in ("auto", "cuda", "cpu"):
         raise ConfigError(f"device {device!r} is none of auto, cuda, cpu")
-    path = (cache or _cache_folder()) / f"{_key(config, dtype, device, with_state)}.pickle"
-    if path.is_file():
+    folder = the_folder() if cache is None else Folder(cache)
+    key = _key(config, dtype, device, with_state)
+    if folder is not None and (data := folder.read("fit", key)) is not None:
         try:
-            known = pickle.loads(path.read_bytes())
+            known = unpack(data)
             if isinstance(known, Traced):
                 return known
-        except Exception:  # whatever a truncated file raises: traced again, and written again
-            path.unlink(missing_ok=True)
+        except CodecError as error:
+            folder.drop("fit", key, str(error))
     found = _trace(config, dtype, device, on_trace, with_state)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(pickle.dumps(found))
-    os.replace(file.name, path)
+    if folder is not None:
+        folder.write("fit", key, pack(found), str(config.get("model_type", "")))
     return found
 
 
@@ -136,12 +130,6 @@ def _eager_peak(model: Traced, tokens: int) -> int:
     return lower_bound(model.eager.planner.lives.at(model.eager.sizes_for(tokens))) + IN_AND_OUT * tokens
 
 
-def _cache_folder() -> Path:
-    if (given := read_settings().cache) is not None:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mosaic_compiler"
-
-
 def _key(config: Mapping[str, Any], dtype: str, device: str, with_state: bool) -> str:
     """A hash of everything that a trace depends on: config, versions, and this package's sources."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "sympy")}
@@ -150,10 +138,7 @@ def _key(config: Mapping[str, Any], dtype: str, device: str, with_state: bool) -
     except importlib.metadata.PackageNotFoundError:
         versions["transformers"] = ""
     text = json.dumps([dict(config), dtype, device, with_state, versions], sort_keys=True)
-    digest = hashlib.sha256(text.encode())
-    for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:24]
+    return hashlib.sha256(text.encode() + sources_digest().encode()).hexdigest()
 
 
 def _trace(

@@ -21,7 +21,9 @@ from mosaic_compiler.backend import mosaic, observing
 from mosaic_compiler.compat.dynamo import BackendCompilerFailed, TorchDynamoException
 from mosaic_compiler.compat.tracing import FakeTensor, FakeTensorMode
 from mosaic_compiler.errors import CaptureError, MosaicError, OptionsError
+from mosaic_compiler.kept_graphs import not_kept
 from mosaic_compiler.options import MosaicOptions
+from mosaic_compiler.owned.values import kept_on_disk
 from mosaic_compiler.planning.budget import parse_budget
 from mosaic_compiler.runtime.step import CompiledStep
 
@@ -59,6 +61,7 @@ def capture_step(
         with (
             _without_memory(fn, args, kwargs or {}, torch.device(device)) as (traced, named),
             observing(steps.append),
+            not_kept(),
             without_tracebacks(),
             torch.no_grad(),
         ):
@@ -123,8 +126,15 @@ def max_tokens(
     if limit is None:
         raise OptionsError("max_tokens needs a budget: bytes, or a string such as '8GiB'")
     MosaicOptions.parse(options)
-    step = capture_step(fn, example, options, device=device)
-    found = step.outline.longest(limit, row_share)
+    outline = kept_on_disk(
+        "outline",
+        fn,
+        example,
+        options,
+        device,
+        lambda: capture_step(fn, example, options, device=device).outline.data(),
+    )
+    found: int = outline.longest(limit, row_share)
     parts = (part for module in _modules_of(fn) for part in module.modules())
     trained = min(filter(None, (positions(getattr(part, "config", None)) for part in parts)), default=found)
     if trained < found:

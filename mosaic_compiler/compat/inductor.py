@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-_GUARDS = torch._C._dynamo.guards
+_GUARDS: Any = torch._C._dynamo.guards
 _NAMES = (
     "assert_size_stride", "assert_alignment", "_empty_strided_cpu", "_empty_strided_cuda", "_reinterpret_tensor",
 )  # fmt: skip

@@ -39,7 +39,7 @@ def modes() -> tuple[Any, ...] | None:
     c = torch._C
     if c._len_torch_function_stack() or c._len_torch_dispatch_stack():
         return None
-    cuda = torch.backends.cuda
+    cuda: Any = torch.backends.cuda
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),

@@ -33,9 +33,14 @@ _CLASSES: Mapping[str, Sequence[str]] = {
     _PLANNING + "reach": ("Reach",),
     _PLANNING + "plan": ("Fallback",),
     _PLANNING + "facts": (
-        "Bindings", "Constant", "GraphFacts", "KeptKinds", "KernelFacts", "KernelUse", "Layout", "Note", "OrderFacts",
-        "Origin", "PassFacts", "Place", "RowFacts", "Shown", "Source",
+        "Bindings", "Constant", "GraphFacts", "KeptKinds", "KernelFacts", "KernelUse", "Layout", "Note", "Place",
+        "Shown", "Source", "StateShown",
     ),
+    "mosaic_compiler.passes.pipeline": ("PassRecord",),
+    "mosaic_compiler.passes.row_demand": ("RowDecision",),
+    "mosaic_compiler.passes.reorder": ("OrderDecision",),
+    "mosaic_compiler.kernels.gather_logits": ("Choice",),
+    "mosaic_compiler.ir.graphs": ("Provenance",),
     "mosaic_compiler.ahead.cached": ("Stateful", "Work"),
     "mosaic_compiler.ahead.fit": ("Traced",),
 }  # fmt: skip
@@ -62,13 +67,13 @@ def _class_of(name: str) -> type[Any]:
 
 
 @cache
-def _name_of(kind: type[Any]) -> str | None:
+def _name_of(kind: Any) -> str | None:
     is_known = kind.__name__ in _CLASSES.get(kind.__module__, ())
     return f"{kind.__module__}:{kind.__name__}" if is_known else None
 
 
 @cache
-def _fields_of(kind: type[Any]) -> tuple[str, ...]:
+def _fields_of(kind: Any) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(kind))
 
 
@@ -126,7 +131,7 @@ class _Writer:
 
     def add(self, value: Any) -> Any:
         """What stands for a value: itself, or a list with the number of its row."""
-        kind = type(value)
+        kind: Any = type(value)
         if value is None or kind is bool or kind is str or kind is int:
             return value
         if kind is float and math.isfinite(value):
@@ -149,7 +154,7 @@ class _Writer:
         self._alive.append(value)  # so that no other value gets its id
         return [number]
 
-    def _row(self, kind: type[Any], value: Any) -> tuple[list[Any], bool]:
+    def _row(self, kind: Any, value: Any) -> tuple[list[Any], bool]:
         """How a value is written, and whether an equal one may stand for it."""
         add = self.add
         if isinstance(value, sympy.Basic):
@@ -178,7 +183,7 @@ class _Writer:
             if isinstance(value, enum.Enum):
                 return ["e", at, value.name], True
             fields = [add(getattr(value, field)) for field in _fields_of(kind)]
-            return ["c", at, *fields], kind.__eq__ is not object.__eq__
+            return ["c", at, *fields], "__eq__" in vars(kind)
         raise CodecError(f"a {kind.__module__}.{kind.__qualname__} cannot be kept on disk")
 
     def _expression(self, value: Any) -> list[Any]:
@@ -217,7 +222,7 @@ class _Reader:
             "b": lambda row: base64.b85decode(row[1]),
             "f": lambda row: float(row[1]),
             "z": lambda row: complex(float(row[1]), float(row[2])),
-            "e": lambda row: self._classes[row[1]][row[2]],  # type: ignore[index]
+            "e": lambda row: self._classes[row[1]][row[2]],
             "c": self._dataclass,
             "o": lambda row: sympy.true if row[1] else sympy.false,
             "n": lambda row: sympy.Integer(row[1]),

@@ -1,9 +1,9 @@
 """What a function's trace can depend on, as a hash: its code, all it refers to, and the state of its modules.
 
-A walk over Python objects, from the function on: modules with all their attributes and hooks, configs, closures, and the
-functions and classes that their code names, by their bytecode and constants.  Tensors count by layout, not by what is in
-them: they are inputs of a graph.  Packages whose version is part of every key (PyTorch, the standard library, this one)
-are not entered; others are, so a patched function or a changed constant of transformers is another hash.
+A walk over Python objects, from the function on: modules with all their attributes and hooks, configs, closures, and
+the functions and classes that their code names, by their bytecode and constants.  Tensors count by layout, not by what
+is in them: they are inputs of a graph.  Packages whose version is part of every key (PyTorch, the standard library,
+this one) are not entered; others are, so a patched function or a changed constant of transformers is another hash.
 
 Methods of a class count if some code on the way uses their name; a model's classes have hundreds (to load, save and
 quantise) that no forward pass calls.
@@ -26,13 +26,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload, OpOverloadPacket
 
 _VERSIONED = frozenset(
     {*sys.stdlib_module_names, "torch", "numpy", "sympy", "triton", "networkx", "mosaic_compiler", "functorch"}
 )
 _SIMPLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, range)
-_ALWAYS = ("forward", "__call__", "__init__", "__new__", "__post_init__", "__getattr__", "__getattribute__", "__iter__",
-           "__getitem__", "__len__", "__contains__", "__enter__", "__exit__", "__eq__", "__bool__", "__get__")  # fmt: skip
+_ALWAYS = (
+    "forward", "__call__", "__init__", "__new__", "__post_init__", "__getattr__", "__getattribute__", "__iter__",
+    "__getitem__", "__len__", "__contains__", "__enter__", "__exit__", "__eq__", "__bool__", "__get__",
+)  # fmt: skip
 _WHERE_FROM = ("_name_or_path", "_commit_hash", "_original_object_hash")
 """Entries of configs that say where a model was loaded from, and a hash that is another one in each process."""
 
@@ -212,7 +215,8 @@ class _Walk:
                 if name not in _OF_DYNAMO and (name not in _WHERE_FROM or name in self._names):
                     self.emit(name)
                     self.value(item)
-        for slot in _slots(type(given)):
+        kind: Any = type(given)
+        for slot in _slots(kind):
             self.emit(slot)
             self.value(getattr(given, slot, None))
 
@@ -255,7 +259,7 @@ class _Walk:
 
     def _of_pytorch(self, kind: type[Any], given: Any) -> None:
         """Operators and the like are what they are called; nothing that Dynamo traces looks into the others."""
-        named = isinstance(given, (torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch.finfo, torch.iinfo))
+        named = isinstance(given, (OpOverload, OpOverloadPacket, torch.finfo, torch.iinfo))
         self.emit("builtin", _label(kind), str(given) if named else "")
         if kind.__module__.startswith("torch.") and not named:
             for name, item in sorted(getattr(given, "__dict__", {}).items()):
@@ -368,7 +372,7 @@ def _is_versioned_code(code: types.CodeType) -> bool:
 
 
 @functools.cache
-def _slots(kind: type[Any]) -> tuple[str, ...]:
+def _slots(kind: Any) -> tuple[str, ...]:
     found: list[str] = []
     for base in kind.__mro__:
         slots = base.__dict__.get("__slots__", ())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +18,13 @@ from torch import Tensor, nn
 from mosaic_compiler.compat import trees
 from mosaic_compiler.disk.codec import CodecError, pack, unpack
 from mosaic_compiler.disk.folder import Folder, sources_digest, the_folder
-from mosaic_compiler.errors import CacheError, MosaicError
+from mosaic_compiler.errors import CacheError
 from mosaic_compiler.kernels.artifacts import machine_of
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.owned.fingerprint import Fingerprint
-from mosaic_compiler.planning.facts import Bindings, GraphFacts
-from mosaic_compiler.runtime.bindings import Caller, Ran, learn, watching
-from mosaic_compiler.runtime.keeping import facts_of, kinds_facts, kinds_from, step_from
+from mosaic_compiler.runtime.bindings import Ran, learn, watching
 from mosaic_compiler.runtime.named import NamedStep
-from mosaic_compiler.runtime.store import kind_asked_for
-
-if TYPE_CHECKING:
-    from mosaic_compiler.planning.reach import Reach
-    from mosaic_compiler.runtime.kinds import Kinds
+from mosaic_compiler.runtime.served import STEP, Served, keep
 
 logger = logging.getLogger("mosaic_compiler")
 
@@ -42,20 +36,46 @@ class Owned:
         function: a function or module.
         options: of the backend.
         label: what people call it.
+        compiler: compiles the function by Dynamo; ``None``: ``torch.compile`` does.
 
     Raises:
         OptionsError: for an option that makes no sense.
     """
 
-    def __init__(self, function: Callable[..., Any], options: Mapping[str, Any], label: str = "") -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        options: Mapping[str, Any],
+        label: str = "",
+        compiler: Callable[[], Callable[..., Any]] | None = None,
+    ) -> None:
         self.function = function
         self._given = dict(options)
         self._options = MosaicOptions.parse(self._given)
         self._label = label or _label_of(function)
+        self._compiler = compiler or self._by_torch
         self._compiled: Callable[..., Any] | None = None
         self._print: Fingerprint | None = None
-        self._served: dict[str, list[_Served]] = {}
+        self._served: dict[str, list[Served]] = {}
         self._missed: set[str] = set()
+        self._key: str | None = None
+
+    def note(self, name: str, data: Any) -> None:
+        """Keep something more about the graph of the last call, if that is kept."""
+        folder = the_folder()
+        if folder is not None and self._key is not None:
+            folder.write(name, self._key, pack(data), self._label)
+
+    def noted(self, name: str) -> Any:
+        """What :meth:`note` has kept about the graph of the last call; ``None``: nothing."""
+        folder = the_folder()
+        if folder is None or self._key is None or (data := folder.read(name, self._key)) is None:
+            return None
+        try:
+            return unpack(data)
+        except CodecError as error:
+            folder.drop(name, self._key, str(error))
+            return None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         folder = None if self._options.dump is not None else the_folder()
@@ -71,7 +91,9 @@ class Owned:
             served = self._served[prefix] = self._load(folder, prefix)
         for candidate in served:
             if candidate.accepts(leaves) and candidate.can_serve():
+                self._key = candidate.key
                 return candidate(leaves)
+        self._key = None
         return self._compile(folder, prefix, args, kwargs, leaves)
 
     def _prefix(self, leaves: Sequence[Any], spec: Any, modes: tuple[Any, ...]) -> str:
@@ -89,17 +111,12 @@ class Owned:
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:48]
 
     # ------------------------------------------------------------------------------------------- hits
-    def _load(self, folder: Folder, prefix: str) -> list[_Served]:
+    def _load(self, folder: Folder, prefix: str) -> list[Served]:
         """What is kept for such calls."""
-        found = []
         assert self._print is not None
-        for key in folder.keys("step", prefix):
-            if (data := folder.read("step", key)) is None:
-                continue
-            try:
-                found.append(_Served(folder, key, unpack(data), self._options, self._print.tensors))
-            except (CodecError, MosaicError, KeyError, TypeError, IndexError, AttributeError, AssertionError) as error:
-                folder.drop("step", key, f"{type(error).__name__}: {error}")
+        tensors = self._print.tensors
+        read = [Served.read(folder, key, self._options, tensors) for key in folder.keys(STEP, prefix)]
+        found = [served for served in read if served is not None]
         if found:
             logger.info("mosaic: %s: compiled before, taken from %s", self._label, folder.root)
         return found
@@ -107,23 +124,28 @@ class Owned:
     # ------------------------------------------------------------------------------------------ misses
     def _dynamo(self) -> Callable[..., Any]:
         if self._compiled is None:
-            from mosaic_compiler.compat.dynamo import lookup_backend
-
-            lookup_backend("mosaic")
-            self._compiled = torch.compile(self.function, backend="mosaic", dynamic=True, options=self._given)
+            self._compiled = self._compiler()
         return self._compiled
+
+    def _by_torch(self) -> Callable[..., Any]:
+        from mosaic_compiler.compat.dynamo import lookup_backend
+
+        lookup_backend("mosaic")
+        compiled: Callable[..., Any] = torch.compile(self.function, backend="mosaic", dynamic=True, options=self._given)
+        return compiled
 
     def _compile(
         self, folder: Folder, prefix: str, args: Sequence[Any], kwargs: Mapping[str, Any], leaves: Sequence[Any]
     ) -> Any:
         """Call the function that Dynamo compiles; if it has just compiled one graph for this call, keep it."""
         from mosaic_compiler.backend import observing
+        from mosaic_compiler.kept_graphs import not_kept
 
         self._missed.add(prefix)
         compiled: list[NamedStep] = []
         ran: list[Ran] = []
         compile_now = self._dynamo()
-        with observing(compiled.append), watching(ran.append):
+        with observing(compiled.append), watching(ran.append), not_kept():
             result = compile_now(*args, **kwargs)
         if compiled:
             try:
@@ -152,87 +174,9 @@ class Owned:
             raise CacheError("a call changes what the model holds")
         step: Any = compiled[0]
         bindings = learn(ran[0], leaves, self._print.tensors, result, step.conditions)
-        data = pack((facts_of(step), bindings))
-        if pack(unpack(data)) != data:
-            raise CacheError("what is read back is not what was written")
         key = f"{prefix}{hashlib.sha256(pack((step.kept.inputs, bindings))).hexdigest()[:16]}"
-        folder.write("step", key, data, self._label)
-
-        def derived(name: str, made: Any) -> None:
-            try:
-                folder.write(name, key, pack(kinds_facts(made) if name == "kinds" else made), self._label)
-            except CacheError as error:
-                logger.info("mosaic: %s of %s is made again in every process: %s", name, self._label, error)
-
-        for name in ("kinds", "reach"):
-            if name in step.__dict__:
-                derived(name, getattr(step, name))
-        step.on_derived = derived
-
-
-class _Served:
-    """A graph that another process has compiled, for one function."""
-
-    def __init__(
-        self,
-        folder: Folder,
-        key: str,
-        known: tuple[GraphFacts, Bindings],
-        options: MosaicOptions,
-        tensors: Sequence[Tensor],
-    ) -> None:
-        facts, bindings = known
-        self._folder, self._key, self._options = folder, key, options
-        self.step = step_from(facts, options, self._kinds, self._reach)
-        self._caller = Caller(bindings, self.step, facts.kept.inputs, facts.kept.readings, tensors)
-
-    def accepts(self, leaves: Sequence[Any]) -> bool:
-        """It is for arguments of such sizes."""
-        return self._caller.accepts(leaves)
-
-    def can_serve(self) -> bool:
-        """What the step that is asked for needs is kept, too: kinds of steps are made when they are first used."""
-        kind, automatic = kind_asked_for(), self.step.automatic
-        is_exact = kind == "exact" or (automatic is not None and automatic.is_exact)
-        if not kind and automatic is None:
-            return True
-        if is_exact and not self._has("reach"):
-            return False
-        return (is_exact and self.step.reach is None) or self._has("kinds")
-
-    def __call__(self, leaves: Sequence[Any]) -> Any:
-        return self._caller(leaves)
-
-    def _has(self, name: str) -> bool:
-        if name in self.step.__dict__:
-            return True
-        try:
-            getattr(self.step, name)
-        except _MissingError:
-            return False
-        return True
-
-    def _kinds(self) -> Kinds:
-        known: Any = self._read("kinds")
-        return kinds_from(known, self._options)
-
-    def _reach(self) -> Reach | None:
-        known: Any = self._read("reach")
-        return known  # type: ignore[no-any-return]
-
-    def _read(self, name: str) -> Any:
-        data = self._folder.read(name, self._key)
-        if data is None:
-            raise _MissingError
-        try:
-            return unpack(data)
-        except CodecError as error:
-            self._folder.drop(name, self._key, str(error))
-            raise _MissingError from error
-
-
-class _MissingError(Exception):
-    """Something is not kept."""
+        keep(folder, key, step, bindings, self._label)
+        self._key = key
 
 
 def _class_of(leaf: Any, numbers: Mapping[int, int]) -> Any:

@@ -164,6 +164,17 @@ class Bindings:
 
 
 @dataclass(frozen=True)
+class StateShown:
+    """What ``explain()`` says of state: how many values could be kept, and their bytes; or why none can."""
+
+    is_heavy: bool
+    problem: str
+    values: int
+    nbytes: sympy.Expr
+    reach: Reach | None
+
+
+@dataclass(frozen=True)
 class Shown:
     """What ``explain()`` says of a graph besides its plan; see ``report.explain.GraphReport``."""
 
@@ -172,4 +183,4 @@ class Shown:
     projections: tuple[Any, ...]
     unruled: tuple[Any, ...]
     orders: tuple[Any, ...]
-    state: str
+    state: StateShown

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
@@ -18,15 +19,19 @@ from mosaic_compiler.ahead.forecast import capture_step, fresh_caller, unwrap
 from mosaic_compiler.backend import kept_of, mosaic, observing
 from mosaic_compiler.ir import Provenance
 from mosaic_compiler.ir.notes import UNRULED
+from mosaic_compiler.kept_graphs import not_kept
 from mosaic_compiler.kernels.gather_logits import Choice
 from mosaic_compiler.options import MosaicOptions
+from mosaic_compiler.owned.function import Owned
 from mosaic_compiler.passes.gather_logits import GATHER_CHOICES
 from mosaic_compiler.passes.pipeline import PassRecord
 from mosaic_compiler.passes.reorder import NOMINAL, ORDERS, OrderDecision
 from mosaic_compiler.passes.row_demand import ROW_DECISIONS, RowDecision
 from mosaic_compiler.planning.budget import format_bytes
+from mosaic_compiler.planning.facts import Shown, StateShown
 from mosaic_compiler.planning.plan import Fallback, MemoryPlan
 from mosaic_compiler.report import tables
+from mosaic_compiler.runtime.engine import Step, running
 from mosaic_compiler.runtime.step import CompiledStep
 
 
@@ -189,14 +194,26 @@ def explain(
     if tokens is not None:
         step = capture_step(fn, args, options, kwargs=own, device=device)
         return Report((_graph_report(step, step.outline.plan_for(tokens, row_share, parsed.budget).plan),), None)
+
+    def compiler() -> Callable[..., Any]:
+        def backend(module: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+            return mosaic(module, example_inputs, options=options)
+
+        return functools.partial(torch.compile(fresh_caller(), backend=backend, dynamic=True), unwrap(fn))
+
+    owned = Owned(unwrap(fn), options, compiler=compiler)
     steps: list[CompiledStep] = []
-
-    def backend(module: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        return mosaic(module, example_inputs, options=options)
-
-    compiled = torch.compile(fresh_caller(), backend=backend, dynamic=True)
-    with observing(steps.append), torch.no_grad():
-        result = compiled(unwrap(fn), *args, **own)
+    ran: list[Step] = []
+    with observing(steps.append), running(ran.append), torch.no_grad():
+        result = owned(*args, **own)
+    if not steps and len(ran) == 1:  # compiled by another process
+        known = owned.noted("shown")
+        if isinstance(known, Shown):
+            return Report((_report_of(known, ran[0].plan, ran[0].fallbacks),), result)
+        with observing(steps.append), not_kept(), torch.no_grad():  # kept by something else than this
+            result = compiler()(*args, **own)
+    if len(steps) == 1:
+        owned.note("shown", _shown(steps[0]))
     return Report(tuple(_graph_report(step, step.plan) for step in steps), result)
 
 
@@ -213,28 +230,35 @@ def _divided(fn: Callable[..., Any], given: Mapping[str, Any]) -> tuple[dict[str
 
 
 def _graph_report(step: CompiledStep, plan: MemoryPlan | None) -> GraphReport:
-    module = step.module
+    return _report_of(_shown(step), plan, step.fallbacks)
+
+
+def _report_of(shown: Shown, plan: MemoryPlan | None, fallbacks: Sequence[Fallback]) -> GraphReport:
+    return GraphReport(
+        plan, shown.passes, tuple(fallbacks), shown.rows, shown.projections, shown.unruled, shown.orders,
+        _state_line(shown.state, plan),
+    )  # fmt: skip
+
+
+def _shown(step: CompiledStep) -> Shown:
+    """What is said of a graph whatever it is planned for."""
+    module, kept = step.module, kept_of(step.captured, step.options)
+    state = StateShown(kept.is_heavy, kept.cut.problem, len(kept.cut.values), kept.nbytes, kept.reach)
     projections = tuple(GATHER_CHOICES.of(module).items())
-    rows, unruled, orders = ROW_DECISIONS.of(module), UNRULED.of(module), ORDERS.of(module)
-    return GraphReport(plan, step.passes, step.fallbacks, rows, projections, unruled, orders, _state_line(step, plan))
+    return Shown(step.passes, ROW_DECISIONS.of(module), projections, UNRULED.of(module), ORDERS.of(module), state)
 
 
-def _state_line(step: CompiledStep, plan: MemoryPlan | None) -> str:
+def _state_line(state: StateShown, plan: MemoryPlan | None) -> str:
     """What this graph would keep from step to step, with the bytes at a plan's sizes."""
-    kept = kept_of(step.captured, step.options)
-    if not kept.is_heavy:
+    if not state.is_heavy:
         return ""
-    if kept.cut.problem or not kept.cut.values:
-        reason = kept.cut.problem or "each row depends on itself only"
-        return f"state: nothing can be kept from step to step: {reason}"
+    if state.problem or not state.values:
+        return f"state: nothing can be kept from step to step: {state.problem or 'each row depends on itself only'}"
     numbers = dict(plan.symbols) if plan is not None else {}
-    known = {symbol: numbers[str(symbol)] for symbol in kept.nbytes.free_symbols if str(symbol) in numbers}
-    nbytes = kept.nbytes.xreplace(known)
+    known = {symbol: numbers[str(symbol)] for symbol in state.nbytes.free_symbols if str(symbol) in numbers}
+    nbytes = state.nbytes.xreplace(known)
     size = format_bytes(int(nbytes)) if nbytes.is_Integer else f"{nbytes} bytes"
     proof = "only where no row that they see has changed since"
-    if kept.reach is not None:
-        proof += f", and rows do not see all others: {kept.reach.says}"
-    return (
-        f"state: {len(kept.cut.values)} values can be kept from step to step, {size}; steps for some rows are exact "
-        f"{proof}"
-    )
+    if state.reach is not None:
+        proof += f", and rows do not see all others: {state.reach.says}"
+    return f"state: {state.values} values can be kept from step to step, {size}; steps for some rows are exact {proof}"

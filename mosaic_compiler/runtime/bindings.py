@@ -62,8 +62,12 @@ def learn(
     places = {id(tensor): ("tensor", number) for number, tensor in enumerate(tensors)}
     places |= {id(leaf): ("argument", number) for number, leaf in enumerate(arguments) if isinstance(leaf, Tensor)}
     found: list[tuple[str, Any]] = []
-    for given, value in zip(known, inputs, strict=True):
-        found.append(places.get(id(value), ("", None)) if isinstance(value, Tensor) else _number(given, known))
+    is_same_order = len(arguments) == len(inputs)
+    for index, (given, value) in enumerate(zip(known, inputs, strict=True)):
+        if not isinstance(value, Tensor) and is_same_order and type(arguments[index]) is int:
+            found.append(("argument", index))
+        else:
+            found.append(places.get(id(value), ("", None)) if isinstance(value, Tensor) else _number(given, known))
         if not found[-1][0]:
             raise CacheError(f"its input {given.name} is made in front of the graph")
     symbols = {reading.symbol for reading in step.kept.readings}
@@ -206,7 +210,7 @@ class Caller:
         for at, number in self._arguments:
             values[at] = arguments[number]
         for at, what in self._numbers:
-            values[at] = values[what.index].shape[what.dim] if isinstance(what, Reading) else what
+            values[at] = _size(values[what.index], what.dim) if isinstance(what, Reading) else what
         return values
 
     def __call__(self, arguments: Sequence[Any]) -> Any:
@@ -229,3 +233,8 @@ def _is_laid_out(leaf: Tensor, facts: TensorFacts, values: Mapping[sympy.Symbol,
         if wanted.xreplace(values) != size or (size > 1 and stride.xreplace(values) != step):
             return False
     return True
+
+
+def _size(tensor: Any, dim: int) -> int:
+    found: int = tensor.shape[dim]
+    return found

@@ -1,0 +1,141 @@
+"""Steps that another process has compiled: written to the cache on disk, and read from there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from mosaic_compiler.disk.codec import CodecError, pack, unpack
+from mosaic_compiler.disk.folder import Folder
+from mosaic_compiler.errors import CacheError, MosaicError
+from mosaic_compiler.options import MosaicOptions
+from mosaic_compiler.planning.check import check_lowered
+from mosaic_compiler.planning.facts import Bindings, GraphFacts, KeptKinds
+from mosaic_compiler.runtime.bindings import Caller
+from mosaic_compiler.runtime.keeping import facts_of, kinds_facts, kinds_from, step_from
+from mosaic_compiler.runtime.named import NamedStep
+from mosaic_compiler.runtime.store import kind_asked_for
+
+if TYPE_CHECKING:
+    from mosaic_compiler.planning.reach import Reach
+    from mosaic_compiler.runtime.kinds import Kinds
+
+logger = logging.getLogger("mosaic_compiler")
+
+STEP, KINDS, REACH = "step", "kinds", "reach"
+
+
+class MissingError(Exception):
+    """Something is not kept."""
+
+
+def keep(folder: Folder, key: str, step: NamedStep, bindings: Bindings, label: str) -> None:
+    """Write a compiled graph down, and its kinds when they are made.
+
+    Raises:
+        CacheError: if it cannot be.
+    """
+    data = pack((facts_of(step), bindings))
+    if pack(unpack(data)) != data:
+        raise CacheError("what is read back is not what was written")
+    folder.write(STEP, key, data, label)
+
+    def derived(name: str, made: Any) -> None:
+        try:
+            folder.write(name, key, pack(kinds_facts(made) if name == KINDS else made), label)
+        except CacheError as error:
+            logger.info("mosaic: %s of %s: made again in every process: %s", name, label, error)
+
+    for name in (KINDS, REACH):
+        if name in step.__dict__:
+            derived(name, getattr(step, name))
+    step.on_derived = derived
+
+
+class Served:
+    """A graph that another process has compiled, for one function.
+
+    Args:
+        known: what was kept.
+        options: those of running.
+        tensors: what the function refers to.
+
+    Attributes:
+        key: of its entries.
+        step: what runs.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        key: str,
+        known: tuple[GraphFacts, Bindings],
+        options: MosaicOptions,
+        tensors: Sequence[Tensor],
+    ) -> None:
+        facts, bindings = known
+        check_lowered(facts.kept)
+        self._folder, self.key, self._options = folder, key, options
+        self.step = step_from(facts, options, self._kinds, self._reach)
+        self._caller = Caller(bindings, self.step, facts.kept.inputs, facts.kept.readings, tensors)
+
+    @classmethod
+    def read(cls, folder: Folder, key: str, options: MosaicOptions, tensors: Sequence[Tensor]) -> Served | None:
+        """What is kept under a key; ``None`` if there is nothing, or it does not hold together."""
+        if (data := folder.read(STEP, key)) is None:
+            return None
+        try:
+            return cls(folder, key, unpack(data), options, tensors)
+        except (MosaicError, KeyError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
+            if isinstance(error, MosaicError) and not isinstance(error, CacheError):
+                raise  # strict mode, a budget for another machine
+            folder.drop(STEP, key, f"{type(error).__name__}: {error}")
+            return None
+
+    def accepts(self, leaves: Sequence[Any]) -> bool:
+        """It is for arguments of such sizes."""
+        return self._caller.accepts(leaves)
+
+    def can_serve(self) -> bool:
+        """What the step that is asked for needs is kept, too: kinds of steps are made when they are first used."""
+        kind, automatic = kind_asked_for(), self.step.automatic
+        is_exact = kind == "exact" or (automatic is not None and automatic.is_exact)
+        if not kind and automatic is None:
+            return True
+        if is_exact and not self._has(REACH):
+            return False
+        return (is_exact and self.step.reach is None) or self._has(KINDS)
+
+    def __call__(self, leaves: Sequence[Any]) -> Any:
+        return self._caller(leaves)
+
+    def _has(self, name: str) -> bool:
+        try:
+            getattr(self.step, name)
+        except MissingError:
+            return False
+        return True
+
+    def _kinds(self) -> Kinds:
+        known: KeptKinds = self._read(KINDS)
+        for facts in (known.full, known.reuse):
+            if facts is not None:
+                check_lowered(facts.kept)
+        return kinds_from(known, self._options)
+
+    def _reach(self) -> Reach | None:
+        known: Reach | None = self._read(REACH)
+        return known
+
+    def _read(self, name: str) -> Any:
+        data = self._folder.read(name, self.key)
+        if data is None:
+            raise MissingError
+        try:
+            return unpack(data)
+        except CodecError as error:
+            self._folder.drop(name, self.key, str(error))
+            raise MissingError from error
