@@ -19,7 +19,7 @@ from torch import fx
 
 from mosaic_compiler import book, graph_log, ir
 from mosaic_compiler.capture import forget_floats, specialize_floats
-from mosaic_compiler.compat.dynamo import aot_autograd
+from mosaic_compiler.compat.aot import aot_autograd
 from mosaic_compiler.compat.tracing import get_decompositions, static_inputs
 from mosaic_compiler.dump import GraphDump
 from mosaic_compiler.errors import GradientError

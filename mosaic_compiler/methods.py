@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import warnings
 from typing import Any
 
 from torch import nn
 
 from mosaic_compiler.compat.dynamo import OptimizedModule, innermost_backend
-from mosaic_compiler.graph_log import logger
 from mosaic_compiler.runtime.step import running
+
+logger = logging.getLogger("mosaic_compiler")
 
 
 def watch_methods() -> None:

@@ -13,7 +13,6 @@ import torch
 import torch._dynamo
 from torch import nn
 from torch._dynamo import config, external_utils
-from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
 from torch._dynamo.exc import BackendCompilerFailed, ObservedException, TorchDynamoException
@@ -28,7 +27,6 @@ __all__ = [
     "OptimizedModule",
     "TensorifyState",
     "TorchDynamoException",
-    "aot_autograd",
     "code_of_frame",
     "configured",
     "graph_breaks",

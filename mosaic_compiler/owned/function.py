@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,9 @@ from mosaic_compiler.runtime.named import NamedStep
 from mosaic_compiler.runtime.served import STEP, Served, keep
 
 logger = logging.getLogger("mosaic_compiler")
+
+_registering = threading.Lock()
+"""PyTorch registers a backend when it is first used, and not for two threads at once."""
 
 
 class Owned:
@@ -130,7 +134,8 @@ class Owned:
     def _by_torch(self) -> Callable[..., Any]:
         from mosaic_compiler.compat.dynamo import lookup_backend
 
-        lookup_backend("mosaic")
+        with _registering:
+            lookup_backend("mosaic")
         compiled: Callable[..., Any] = torch.compile(self.function, backend="mosaic", dynamic=True, options=self._given)
         return compiled
 

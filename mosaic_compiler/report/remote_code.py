@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-from mosaic_compiler.graph_log import logger
+logger = logging.getLogger("mosaic_compiler")
 
 
 def load(family: str, folder: str, **options: Any) -> Any:

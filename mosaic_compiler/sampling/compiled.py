@@ -12,9 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mosaic_compiler.compat.dynamo import configured, lookup_backend
+from mosaic_compiler.compat.dynamo import configured
 from mosaic_compiler.errors import FallbackError
-from mosaic_compiler.graph_log import logger
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.owned.function import Owned
 from mosaic_compiler.planning.budget import parse_budget
@@ -23,6 +22,8 @@ from mosaic_compiler.runtime.devices import check_machine
 from mosaic_compiler.runtime.engine import Step, running, within_budget
 from mosaic_compiler.sampling.calls import ModelCall
 from mosaic_compiler.sampling.proposal import HeadRows, Proposal
+
+logger = logging.getLogger("mosaic_compiler")
 
 _UNLIMITED = 1 << 30
 
@@ -162,7 +163,6 @@ class _Known:
 
 _known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
 _known_lock = threading.Lock()
-lookup_backend("mosaic")  # PyTorch registers a backend when it is first used, and not for two threads at once
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mosaic_compiler.graph_log import logger
 from mosaic_compiler.planning.caches import policy_of, refresh_of
 from mosaic_compiler.sampling.bidirectional import (
     check_bidirectional,
@@ -28,6 +28,8 @@ from mosaic_compiler.sampling.request import CHECKS, EOS_RULES, EndTokens, Sampl
 from mosaic_compiler.sampling.result import Generation, Streamer, watched
 from mosaic_compiler.sampling.rotary import scaled_rotary
 from mosaic_compiler.sampling.run import Run
+
+logger = logging.getLogger("mosaic_compiler")
 
 
 def generate(

@@ -6,6 +6,7 @@ Written so that the graph shows which rows are read: everything behind the logit
 
 from __future__ import annotations
 
+import logging
 import warnings
 
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 
 from mosaic_compiler.compat.dynamo import has_given_up
 from mosaic_compiler.errors import FallbackError
-from mosaic_compiler.graph_log import logger
 from mosaic_compiler.sampling.bidirectional import form_of
 from mosaic_compiler.sampling.calls import call_for, logits_of, said_to
 from mosaic_compiler.settings import read_settings
+
+logger = logging.getLogger("mosaic_compiler")
 
 
 class DenoisingStep(nn.Module):

@@ -1,0 +1,108 @@
+"""How long a new process takes to its first result: with an empty cache folder, and with a full one.
+
+Each process builds a model of random weights (or loads the shipped one), calls ``generate()``, and says how long it
+took to the first step's ids.  ``--cpu`` takes the shipped tiny-llada; else LLaDA-8B's dims on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+VARIATIONS: dict[str, dict[str, Any]] = {
+    "first": {},
+    "again": {},
+    "temperature": {"temperature": 0.7},
+    "budget": {"memory_budget": "3GiB"},
+    "length": {"gen_length": 96},
+    "dual": {"cache": "dual"},
+}
+
+
+def child(name: str) -> None:
+    """One process: seconds to the first ids of each kind of call, as JSON."""
+    started = time.perf_counter()
+    import torch
+
+    imported = time.perf_counter()
+    if name == "tiny-llada":
+        from transformers import AutoModelForCausalLM
+
+        place = torch.device("cpu")
+        model: Any = AutoModelForCausalLM.from_pretrained("examples/tiny-llada", dtype=torch.float32)
+        model = model.eval().requires_grad_(False)
+    else:
+        from benchmarks.gpu.models import build, device
+
+        place = device()
+        model = build(name).model
+        torch.cuda.synchronize()
+    found: dict[str, Any] = {"import": imported - started, "model": time.perf_counter() - imported}
+    import mosaic_compiler
+
+    for variation, given in VARIATIONS.items():
+        torch.manual_seed(0)
+        ids = torch.randint(200, 1000, (1, 500), device=place)
+        first: list[float] = []
+        began = time.perf_counter()
+
+        def on_step(step: int, ids: torch.Tensor, first: list[float] = first) -> None:
+            if not first:
+                ids.tolist()
+                first.append(time.perf_counter())
+
+        mosaic_compiler.generate(
+            model, ids, **{"gen_length": 64, "steps": 12, "bidirectional": True, "block_length": 32, "mask_token_id": 3, **given},
+            on_step=on_step,
+        )  # fmt: skip
+        found[variation] = first[0] - began
+        found[f"{variation}, all"] = time.perf_counter() - began
+    print(json.dumps(found))
+
+
+def main() -> None:
+    """First and second process, with a cache folder of their own."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="LLaDA-8B")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--child", action="store_true")
+    parser.add_argument("--processes", type=int, default=3)
+    given = parser.parse_args()
+    if given.child:
+        child(given.model)
+        return
+    folder = Path(tempfile.mkdtemp(prefix="startup_"))
+    names = ("MOSAIC_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    environment = {**os.environ, **{name: str(folder / name) for name in names}}
+    rows = []
+    for number in range(given.processes):
+        if number:  # only what is ours helps
+            shutil.rmtree(folder / "TORCHINDUCTOR_CACHE_DIR", ignore_errors=True)
+            shutil.rmtree(folder / "TRITON_CACHE_DIR", ignore_errors=True)
+        began = time.perf_counter()
+        command = [sys.executable, "-m", "benchmarks.startup", "--child", "--model", given.model]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if ran.returncode:
+            print(ran.stdout[-2000:], ran.stderr[-4000:], flush=True)
+            raise SystemExit(1)
+        rows.append({**json.loads(ran.stdout.splitlines()[-1]), "process": time.perf_counter() - began})
+        print(number, json.dumps(rows[-1]), flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    import torch
+
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "2 CPU cores"
+    result = {"device": where, "torch": torch.__version__, "model": given.model, "processes": rows}
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / f"startup_{given.model}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
