@@ -179,6 +179,8 @@ class FusedKernel:
 
         if self.facts.problem:
             raise ValueError(self.facts.problem)
+        if not self.facts.device.startswith("cuda"):
+            _instructions().join()
         with torch.inference_mode(False), torch.no_grad(), config.patch(**_SETTINGS):
             mode, examples = self._form.examples(_WIDE_HINT if wide else None)
             with mode:
@@ -245,11 +247,29 @@ def compile_all(kernels: Iterable[tuple[FusedKernel, int]]) -> None:
 
 
 def start_workers(device: torch.device) -> None:
-    """Start the processes that compile kernels for a GPU, which takes them seconds; a CPU's need none."""
+    """Start what kernels will need, and takes seconds: for a GPU the processes that compile them; for a CPU, find out
+    which instructions it has (Inductor compiles small programs for that)."""
     if device.type == "cuda":
         from torch._inductor.async_compile import maybe_warm_pool
 
         maybe_warm_pool()
+    else:
+        _instructions()
+
+
+@functools.cache
+def _instructions() -> threading.Thread:
+    """Finds out what a CPU's kernels may use; a compiler does it, so whoever has started it goes on meanwhile."""
+
+    def find() -> None:
+        from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+        with contextlib.suppress(Exception):  # whoever compiles a kernel is told
+            pick_vec_isa()
+
+    thread = threading.Thread(target=find, name="mosaic-instructions", daemon=True)
+    thread.start()
+    return thread
 
 
 _compiling = threading.RLock()

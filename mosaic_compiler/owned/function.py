@@ -21,6 +21,7 @@ from mosaic_compiler.disk.codec import CodecError, pack, unpack
 from mosaic_compiler.disk.folder import Folder, sources_digest, the_folder
 from mosaic_compiler.errors import CacheError
 from mosaic_compiler.kernels.artifacts import machine_of
+from mosaic_compiler.kernels.fused import start_workers
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.owned.fingerprint import Fingerprint
 from mosaic_compiler.runtime.bindings import Ran, learn, watching
@@ -106,7 +107,7 @@ class Owned:
             self._print = Fingerprint(self.function)
             self._served = {}
         tensors = self._print.tensors
-        device = next((leaf.device for leaf in (*leaves, *tensors) if isinstance(leaf, Tensor)), torch.device("cpu"))
+        device = _device_of(leaves, self._print)
         numbers = {id(tensor): number for number, tensor in enumerate(tensors)}
         parts = (
             self._print.digest, str(spec), [_class_of(leaf, numbers) for leaf in leaves], modes,
@@ -149,6 +150,8 @@ class Owned:
         self._missed.add(prefix)
         compiled: list[NamedStep] = []
         ran: list[Ran] = []
+        if "fuse" not in self._options.disable:
+            start_workers(_device_of(leaves, self._print))
         compile_now = self._dynamo()
         with observing(compiled.append), watching(ran.append), not_kept():
             result = compile_now(*args, **kwargs)
@@ -182,6 +185,12 @@ class Owned:
         key = f"{prefix}{hashlib.sha256(pack((step.kept.inputs, bindings))).hexdigest()[:16]}"
         keep(folder, key, step, bindings, self._label)
         self._key = key
+
+
+def _device_of(leaves: Sequence[Any], found: Fingerprint | None) -> torch.device:
+    """Where a call runs."""
+    tensors = [] if found is None else found.tensors
+    return next((leaf.device for leaf in (*leaves, *tensors) if isinstance(leaf, Tensor)), torch.device("cpu"))
 
 
 def _class_of(leaf: Any, numbers: Mapping[int, int]) -> Any:
