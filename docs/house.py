@@ -13,7 +13,7 @@ PACKAGE = DOCS.parent / "mosaic_compiler"
 PICTURE = DOCS / "floors.svg"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "recipes", "registration"),
+    ("errors", "recipes", "registration", "waiting"),
     ("settings",),
     ("planning", "compat"),
     ("disk",),

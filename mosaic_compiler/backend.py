@@ -51,6 +51,7 @@ from mosaic_compiler.runtime.sparse import page_bytes
 from mosaic_compiler.runtime.step import CompiledStep
 from mosaic_compiler.settings import read_settings
 from mosaic_compiler.true_masks import drop_true_masks
+from mosaic_compiler.waiting import doing, now
 
 _compiling: Observers[CompiledStep] = Observers()
 watch_methods()
@@ -92,7 +93,8 @@ def mosaic(
             decompositions=_decompositions(),
             keep_inference_input_mutations=True,
         )
-        with _without_collections():
+        with doing("compiling a graph"), _without_collections():
+            now("from the model's operators to those of its kernels")
             compiled: Callable[..., Any] = backend(give_one_depth(drop_true_masks(module)), inputs)
         return compiled
 

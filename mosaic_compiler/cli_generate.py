@@ -14,6 +14,7 @@ from rich.console import Console
 from mosaic_compiler.cli_values import parse_bytes, parse_dtype, parse_factor
 from mosaic_compiler.errors import ConfigError, MosaicError
 from mosaic_compiler.planning.budget import format_bytes
+from mosaic_compiler.waiting import doing
 
 
 def generate(
@@ -109,7 +110,10 @@ def generate(
     with redirect_stdout(sys.stderr):  # what a model's own code prints is not its text
         from mosaic_compiler.report.load import ids_with_masks, load_model
 
-        loaded, tokenizer = load_model(model, parse_dtype(dtype), device=device, trust_remote_code=trust_remote_code)
+        with doing("loading the model"):
+            loaded, tokenizer = load_model(
+                model, parse_dtype(dtype), device=device, trust_remote_code=trust_remote_code
+            )
         import torch
 
         from mosaic_compiler.report.live import LiveText

@@ -26,6 +26,7 @@ from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.owned.values import kept_on_disk
 from mosaic_compiler.planning.budget import parse_budget
 from mosaic_compiler.runtime.step import CompiledStep
+from mosaic_compiler.waiting import doing
 
 
 def capture_step(
@@ -59,6 +60,7 @@ def capture_step(
     compiled = torch.compile(fresh_caller(), backend=backend, dynamic=True, fullgraph=True)
     try:
         with (
+            doing("tracing the model"),
             _without_memory(fn, args, kwargs or {}, torch.device(device)) as (traced, named),
             observing(steps.append),
             not_kept(),

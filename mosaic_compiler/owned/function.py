@@ -27,6 +27,7 @@ from mosaic_compiler.owned.fingerprint import Fingerprint
 from mosaic_compiler.runtime.bindings import Ran, learn, watching
 from mosaic_compiler.runtime.named import NamedStep
 from mosaic_compiler.runtime.served import STEP, Served, keep
+from mosaic_compiler.waiting import doing, now
 
 logger = logging.getLogger("mosaic_compiler")
 
@@ -153,7 +154,8 @@ class Owned:
         if "fuse" not in self._options.disable:
             start_workers(_device_of(leaves, self._print))
         compile_now = self._dynamo()
-        with observing(compiled.append), watching(ran.append), not_kept():
+        with doing(f"compiling {self._label}"), observing(compiled.append), watching(ran.append), not_kept():
+            now("tracing")
             result = compile_now(*args, **kwargs)
         if compiled:
             try:

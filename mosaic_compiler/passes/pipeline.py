@@ -33,6 +33,7 @@ from mosaic_compiler.passes.verifier import Verifier
 from mosaic_compiler.passes.visible_keys import VisibleKeysPass
 from mosaic_compiler.passes.vocabulary_tiles import VocabularyTilesPass
 from mosaic_compiler.recipes import LOOPS, Recipe
+from mosaic_compiler.waiting import now
 
 _KNOWN: tuple[type[Pass], ...] = (
     NeededRowsPass,
@@ -95,9 +96,10 @@ def run_passes(
     """
     verifier = Verifier(module)
     records: list[PassRecord] = []
-    for current in passes:
+    for number, current in enumerate(passes):
         if current.name in disable:
             continue
+        now(f"pass {current.name}", number, len(passes))
         before = len(module.graph.nodes)
         started = time.perf_counter()
         result = current(module)

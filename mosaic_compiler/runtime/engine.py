@@ -33,6 +33,7 @@ from mosaic_compiler.runtime.programs import Bound, Programs, Variant
 from mosaic_compiler.runtime.rehearsal import Rehearsal
 from mosaic_compiler.runtime.symbols import reader_of
 from mosaic_compiler.runtime.weights import Weights
+from mosaic_compiler.waiting import doing
 
 _budget: ContextVar[int | None] = ContextVar("memory_budget", default=None)
 
@@ -263,7 +264,8 @@ class Step:
         key = (budget, *(sizes(symbol) for symbol in self.planner.symbols))
         planned = self._plans.get(key)
         if planned is None:
-            planned = self._plans[key] = self.choose(sizes, limit)
+            with doing("planning"):
+                planned = self._plans[key] = self.choose(sizes, limit)
             if len(self._plans) > 4 * self.options.program_cache:
                 self._plans.pop(next(iter(self._plans)))
             self.planned(planned[1].plan)
