@@ -60,9 +60,14 @@ def child(name: str) -> None:
                 first.append(time.perf_counter())
 
         mosaic_compiler.generate(
-            model, ids, **{"gen_length": 64, "steps": 12, "bidirectional": True, "block_length": 32, "mask_token_id": 3, **given},
+            model,
+            ids,
+            bidirectional=True,
+            block_length=32,
+            mask_token_id=3,
             on_step=on_step,
-        )  # fmt: skip
+            **{"gen_length": 64, "steps": 12, **given},
+        )
         found[variation] = first[0] - began
         found[f"{variation}, all"] = time.perf_counter() - began
     print(json.dumps(found))

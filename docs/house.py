@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("ahead",),
     ("report",),
     ("cli_values",),
-    ("cli_generate",),
+    ("cli_generate", "cli_cache"),
     ("cli", "__init__"),
 )
 """From the ground up."""

@@ -87,7 +87,7 @@ def main(
     )
 
     step = DenoisingStep(model, mask_id)
-    compiled = torch.compile(step, backend="mosaic", dynamic=True)
+    compiled = mosaic_compiler.compile(step)
     window = block_window(ids.shape[1], 0, ids.shape[1])
     arguments = (masked, window, torch.tensor([int(hidden.sum()) // steps]))
     with torch.no_grad():

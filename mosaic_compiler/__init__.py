@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mosaic_compiler.ahead.forecast import max_tokens
     from mosaic_compiler.errors import BudgetError, MosaicError, StateError
     from mosaic_compiler.options import MosaicOptions
+    from mosaic_compiler.owned.function import compile
     from mosaic_compiler.planning import MemoryPlan
     from mosaic_compiler.report.explain import Report, explain
     from mosaic_compiler.runtime.pools import release_memory
@@ -35,6 +36,7 @@ __all__ = [
     "Session",
     "StateError",
     "__version__",
+    "compile",
     "explain",
     "generate",
     "max_tokens",
@@ -49,6 +51,7 @@ _HOME = {
     "MosaicError": "errors",
     "MosaicOptions": "options",
     "Report": "report.explain",
+    "compile": "owned.function",
     "explain": "report.explain",
     "max_tokens": "ahead.forecast",
     "release_memory": "runtime.pools",

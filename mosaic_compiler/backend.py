@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 import functools
-import gc
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,7 +50,7 @@ from mosaic_compiler.runtime.sparse import page_bytes
 from mosaic_compiler.runtime.step import CompiledStep
 from mosaic_compiler.settings import read_settings
 from mosaic_compiler.true_masks import drop_true_masks
-from mosaic_compiler.waiting import doing, now
+from mosaic_compiler.waiting import doing, now, without_collections
 
 _compiling: Observers[CompiledStep] = Observers()
 watch_methods()
@@ -93,7 +92,7 @@ def mosaic(
             decompositions=_decompositions(),
             keep_inference_input_mutations=True,
         )
-        with doing("compiling a graph"), _without_collections():
+        with doing("compiling a graph"), without_collections():
             now("from the model's operators to those of its kernels")
             compiled: Callable[..., Any] = backend(give_one_depth(drop_true_masks(module)), inputs)
         return compiled
@@ -176,7 +175,7 @@ def kept_of(module: fx.GraphModule, options: MosaicOptions) -> Kept:
 
 def _kinds_of(module: fx.GraphModule, options: MosaicOptions, kept: Kept | None = None) -> Kinds:
     """Steps that keep state, and steps for some rows that use it, of one captured graph: nothing is captured again."""
-    with _no_guards(module), _without_collections():
+    with _no_guards(module), without_collections():
         kept = kept or kept_of(module, options)
         canonical, cut = kept.module, kept.cut
         if cut.problem:
@@ -205,19 +204,6 @@ def _kinds_of(module: fx.GraphModule, options: MosaicOptions, kept: Kept | None 
         reach=kept.reach,
         parts=tuple(leading.get(weight) for weight in weights),
     )
-
-
-@contextmanager
-def _without_collections() -> Iterator[None]:
-    """Graphs are many objects that stay: the garbage collector would look at all of them again and again (a tenth of
-    the time of a compilation), and find nothing."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @functools.cache

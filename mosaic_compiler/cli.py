@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mosaic_compiler import cli_cache
 from mosaic_compiler.cli_generate import generate
 from mosaic_compiler.cli_values import parse_bytes, parse_card, parse_dtype, parse_tokens
 from mosaic_compiler.errors import ConfigError, MosaicError, OptionsError, PlanError
@@ -304,6 +305,8 @@ def diff(
 
 
 app.command()(generate)
+app.command("compile")(cli_cache.compile_ahead)
+app.add_typer(cli_cache.app, name="cache")
 
 
 @app.command()

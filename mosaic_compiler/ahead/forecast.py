@@ -26,7 +26,7 @@ from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.owned.values import kept_on_disk
 from mosaic_compiler.planning.budget import parse_budget
 from mosaic_compiler.runtime.step import CompiledStep
-from mosaic_compiler.waiting import doing
+from mosaic_compiler.waiting import doing, without_collections
 
 
 def capture_step(
@@ -61,6 +61,7 @@ def capture_step(
     try:
         with (
             doing("tracing the model"),
+            without_collections(),
             _without_memory(fn, args, kwargs or {}, torch.device(device)) as (traced, named),
             observing(steps.append),
             not_kept(),

@@ -27,12 +27,33 @@ from mosaic_compiler.owned.fingerprint import Fingerprint
 from mosaic_compiler.runtime.bindings import Ran, learn, watching
 from mosaic_compiler.runtime.named import NamedStep
 from mosaic_compiler.runtime.served import STEP, Served, keep
-from mosaic_compiler.waiting import doing, now
+from mosaic_compiler.waiting import doing, now, without_collections
 
 logger = logging.getLogger("mosaic_compiler")
 
 _registering = threading.Lock()
 """PyTorch registers a backend when it is first used, and not for two threads at once."""
+
+
+def compile(function: Callable[..., Any], **options: Any) -> Owned:
+    """``torch.compile(function, backend="mosaic", dynamic=True)`` without guards, for a function that is known as a
+    whole: another process, or another session, runs what was compiled once without tracing it again.
+
+    The function, its modules' attributes, hooks and weights' layouts are looked at in each call; code and constants of
+    Python modules when it is first called, and when something of that has changed.  It is compiled under ``no_grad``.
+
+    Args:
+        function: a function or module; what it calls may be anything that Dynamo traces as one graph (else it is
+            compiled by Dynamo in every process, which the log says).
+        options: of the backend, see :class:`~mosaic_compiler.MosaicOptions`.
+
+    Raises:
+        OptionsError: for an option that makes no sense.
+
+    Example:
+        >>> step = mosaic_compiler.compile(DenoisingStep(model, mask_token_id), memory_budget="2GiB")
+    """
+    return Owned(getattr(function, "_orig_mod", function), options)
 
 
 class Owned:
@@ -84,6 +105,10 @@ class Owned:
             return None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return self._call(*args, **kwargs)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
         folder = None if self._options.dump is not None else the_folder()
         modes = None if folder is None else trees.modes()
         if folder is None or modes is None:
@@ -154,7 +179,13 @@ class Owned:
         if "fuse" not in self._options.disable:
             start_workers(_device_of(leaves, self._print))
         compile_now = self._dynamo()
-        with doing(f"compiling {self._label}"), observing(compiled.append), watching(ran.append), not_kept():
+        with (
+            doing(f"compiling {self._label}"),
+            observing(compiled.append),
+            watching(ran.append),
+            not_kept(),
+            without_collections(),
+        ):
             now("tracing")
             result = compile_now(*args, **kwargs)
         if compiled:

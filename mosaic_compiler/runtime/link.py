@@ -13,6 +13,7 @@ from torch._ops import OpOverload
 
 from mosaic_compiler.book import Call, Emit, inplace_twin, native_out, open_book
 from mosaic_compiler.errors import CaptureError
+from mosaic_compiler.kernels import ops  # noqa: F401  (what is ours is registered)
 from mosaic_compiler.kernels.fused import FusedUse
 from mosaic_compiler.planning.lowered import (
     Kind,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mosaic_compiler.disk.codec import CodecError, pack, unpack
 from mosaic_compiler.disk.folder import Folder
-from mosaic_compiler.errors import CacheError, MosaicError
+from mosaic_compiler.errors import CacheError, CaptureError
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.planning.check import check_lowered
 from mosaic_compiler.planning.facts import Bindings, GraphFacts, KeptKinds
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("mosaic_compiler")
 
 STEP, KINDS, REACH = "step", "kinds", "reach"
+
+_DAMAGED = (CacheError, CaptureError, KeyError, TypeError, IndexError, AttributeError, AssertionError)
+"""What data leads to that does not hold together; a fallback in strict mode, or a budget for another machine, is none
+of these."""
 
 
 class MissingError(Exception):
@@ -89,9 +93,7 @@ class Served:
             return None
         try:
             return cls(folder, key, unpack(data), options, tensors)
-        except (MosaicError, KeyError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
-            if isinstance(error, MosaicError) and not isinstance(error, CacheError):
-                raise  # strict mode, a budget for another machine
+        except _DAMAGED as error:
             folder.drop(STEP, key, f"{type(error).__name__}: {error}")
             return None
 
@@ -121,10 +123,14 @@ class Served:
 
     def _kinds(self) -> Kinds:
         known: KeptKinds = self._read(KINDS)
-        for facts in (known.full, known.reuse):
-            if facts is not None:
-                check_lowered(facts.kept)
-        return kinds_from(known, self._options)
+        try:
+            for facts in (known.full, known.reuse):
+                if facts is not None:
+                    check_lowered(facts.kept)
+            return kinds_from(known, self._options)
+        except _DAMAGED as error:
+            self._folder.drop(KINDS, self.key, f"{type(error).__name__}: {error}")
+            raise MissingError from error
 
     def _reach(self) -> Reach | None:
         known: Reach | None = self._read(REACH)
