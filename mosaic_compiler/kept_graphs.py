@@ -20,29 +20,38 @@ from torch import Tensor, fx
 from mosaic_compiler import graph_log, ir
 from mosaic_compiler.compat import trees
 from mosaic_compiler.compat.symbols import conditions_in
-from mosaic_compiler.compat.tracing import again_in, context_of_trace
 from mosaic_compiler.disk.folder import Folder, sources_digest, the_folder
 from mosaic_compiler.errors import CacheError
 from mosaic_compiler.kernels.artifacts import machine_of
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.runtime.bindings import Ran, learn, watching
-from mosaic_compiler.runtime.served import Served, keep
+from mosaic_compiler.runtime.served import MissingError, Served, keep
 
 logger = logging.getLogger("mosaic_compiler")
 
 _KNOWN = ("torch", "_operator", "operator", "math", "builtins", "")
 
-_is_off: ContextVar[bool] = ContextVar("graphs_are_not_kept", default=False)
+_mode: ContextVar[str] = ContextVar("graphs_are_kept", default="")
 
 
 @contextmanager
 def not_kept() -> Iterator[None]:
     """Graphs that this thread compiles inside of the ``with`` block are compiled, and kept by whoever asks for it."""
-    token = _is_off.set(True)
+    token = _mode.set("off")
     try:
         yield
     finally:
-        _is_off.reset(token)
+        _mode.reset(token)
+
+
+@contextmanager
+def made_anew() -> Iterator[None]:
+    """Graphs that this thread compiles inside of the ``with`` block are compiled, whatever is kept, and kept."""
+    token = _mode.set("anew")
+    try:
+        yield
+    finally:
+        _mode.reset(token)
 
 
 def kept_or(
@@ -58,22 +67,16 @@ def kept_or(
         module, inputs: Dynamo's graph, and its fake inputs.
         tell: called with a step that is served.
     """
-    folder = None if options.dump is not None or _is_off.get() else the_folder()
+    folder = None if options.dump is not None or _mode.get() == "off" else the_folder()
     key = None if folder is None else _key(module, inputs, options)
     if folder is None or key is None:
         return compiler()
-    served = Served.read(folder, key, options, [])
+    served = None if _mode.get() == "anew" else Served.read(folder, key, options, [])
     if served is None or not served.can_serve():
         return _First(folder, key, compiler(), _conditions(module))
     served.step.end_at(graph_log.compiled(served.step.fallbacks))
     tell(served.step)
-    context = context_of_trace()
-
-    def compile_late() -> Callable[..., Any]:
-        with again_in(context), not_kept():
-            return compiler()
-
-    return _Hit(served, compile_late)
+    return _Hit(served)
 
 
 class _First:
@@ -101,18 +104,16 @@ class _First:
 
 
 class _Hit:
-    """A graph that another process has compiled."""
+    """A graph that another process has compiled.  Its kinds of steps are kept if somebody had asked for them; a session
+    that finds none has it compiled again."""
 
-    def __init__(self, served: Served, compiler: Callable[[], Callable[..., Any]]) -> None:
-        self._served, self._compiler = served, compiler
-        self._compiled: Callable[..., Any] | None = None
+    def __init__(self, served: Served) -> None:
+        self._served = served
 
     def __call__(self, *args: Any) -> Any:
-        if self._compiled is None:
-            if self._served.can_serve():
-                return self._served(args)
-            self._compiled = self._compiler()
-        return self._compiled(*args)
+        if not self._served.can_serve():
+            raise MissingError
+        return self._served(args)
 
 
 def _conditions(module: fx.GraphModule) -> list[Any]:

@@ -13,13 +13,16 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from mosaic_compiler.compat.dynamo import forget_compiled
 from mosaic_compiler.compat.tracing import tree_flatten, tree_map_only
 from mosaic_compiler.errors import MissingStateError, StateError
+from mosaic_compiler.kept_graphs import made_anew
 from mosaic_compiler.owned.function import Owned
 from mosaic_compiler.planning.budget import parse_budget
 from mosaic_compiler.planning.plan import MemoryPlan
 from mosaic_compiler.runtime.engine import Step, running, within_budget
 from mosaic_compiler.runtime.rows import rows_of
+from mosaic_compiler.runtime.served import MissingError
 from mosaic_compiler.runtime.store import Store, stepping
 
 logger = logging.getLogger("mosaic_compiler")
@@ -149,6 +152,17 @@ class Session:
         return self._run(store, "reuse", rows, args, named)
 
     def _run(self, store: Store, kind: str, rows: Tensor | None, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
+        try:
+            return self._run_once(store, kind, rows, args, named)
+        except MissingError:  # of a compiled function, another process had kept the graph, but no session was there
+            logger.info("mosaic: the function is compiled again, for its kinds of steps")
+            forget_compiled()
+            with made_anew():
+                return self._run_once(store, kind, rows, args, named)
+
+    def _run_once(
+        self, store: Store, kind: str, rows: Tensor | None, args: Sequence[Any], named: Mapping[str, Any]
+    ) -> Any:
         ran: list[Step] = []
         assert self._shape is not None
         with (

@@ -29,6 +29,7 @@ __all__ = [
     "TorchDynamoException",
     "code_of_frame",
     "configured",
+    "forget_compiled",
     "graph_breaks",
     "has_given_up",
     "innermost_backend",
@@ -120,3 +121,8 @@ def mark_sizes_fixed(tensor: torch.Tensor, dims: Sequence[int]) -> None:
     """Sizes of these dims are numbers, not symbols, where a function that gets the tensor is compiled."""
     for dim in dims:
         torch._dynamo.mark_static(tensor, dim)
+
+
+def forget_compiled() -> None:
+    """Everything is traced again when it is called next."""
+    torch._dynamo.reset()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,8 +19,6 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
-    "again_in",
-    "context_of_trace",
     "enable_python_dispatcher",
     "fake_mode_among",
     "get_decompositions",
@@ -56,15 +53,3 @@ def static_inputs() -> tuple[int, ...]:
     context = torch._guards.TracingContext.try_get()
     metadata = context.fw_metadata if context is not None else None
     return tuple(metadata.static_input_indices) if metadata is not None else ()
-
-
-def context_of_trace() -> Any:
-    """Of the trace that Dynamo makes now."""
-    return torch._guards.TracingContext.try_get()
-
-
-@contextmanager
-def again_in(context: Any) -> Iterator[None]:
-    """Compile as if that trace were still being made."""
-    with torch._guards.tracing(context):
-        yield

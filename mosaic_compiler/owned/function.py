@@ -31,6 +31,14 @@ from mosaic_compiler.waiting import doing, now, without_collections
 
 logger = logging.getLogger("mosaic_compiler")
 
+_UNLIMITED = 1 << 30
+_ANYTHING_MAY_CHANGE = {
+    "skip_nnmodule_hook_guards": False,
+    "recompile_limit": _UNLIMITED,
+    "accumulated_recompile_limit": _UNLIMITED,
+}
+"""Dynamo's configuration: it looks at hooks, and compiles for as many changes as there are."""
+
 _registering = threading.Lock()
 """PyTorch registers a backend when it is first used, and not for two threads at once."""
 
@@ -171,6 +179,7 @@ class Owned:
     ) -> Any:
         """Call the function that Dynamo compiles; if it has just compiled one graph for this call, keep it."""
         from mosaic_compiler.backend import observing
+        from mosaic_compiler.compat.dynamo import configured
         from mosaic_compiler.kept_graphs import not_kept
 
         self._missed.add(prefix)
@@ -181,6 +190,7 @@ class Owned:
         compile_now = self._dynamo()
         with (
             doing(f"compiling {self._label}"),
+            configured(_ANYTHING_MAY_CHANGE),
             observing(compiled.append),
             watching(ran.append),
             not_kept(),

@@ -146,7 +146,8 @@ class Bindings:
 
     Attributes:
         inputs: for each: ``("argument", i)``, the i-th leaf of the arguments; ``("tensor", i)``, the i-th that the
-            function refers to; ``("size", reading)``, what a tensor among the inputs says; ``("value", v)``.
+            function refers to; ``("size", reading)``, what a tensor among the inputs says; ``("value", v)``;
+            ``("float", v)``, a number in a tensor.
         outputs: for each leaf of what the function returns: ``("result", i)``, ``("argument", i)``, ``("value", v)``.
         spec: how the leaves are put together, as ``torch.utils._pytree`` writes it.
         conditions: what has to hold of the sizes.

@@ -66,8 +66,10 @@ def learn(
     for index, (given, value) in enumerate(zip(known, inputs, strict=True)):
         if not isinstance(value, Tensor) and is_same_order and type(arguments[index]) is int:
             found.append(("argument", index))
+        elif isinstance(value, Tensor):
+            found.append(places.get(id(value)) or _float(value))
         else:
-            found.append(places.get(id(value), ("", None)) if isinstance(value, Tensor) else _number(given, known))
+            found.append(_number(given, known))
         if not found[-1][0]:
             raise CacheError(f"its input {given.name} is made in front of the graph")
     symbols = {reading.symbol for reading in step.kept.readings}
@@ -100,6 +102,13 @@ def _looked_at(leaf: Tensor, values: Mapping[sympy.Symbol, int]) -> tuple[Any, .
     to Dynamo, equal sizes are one symbol, and others are at least 2."""
     symbols = {int(value): symbol for symbol, value in values.items()}
     return tuple(size if size < 2 else symbols.get(size) for size in leaf.shape)
+
+
+def _float(value: Tensor) -> tuple[str, Any]:
+    """A Python float, which Dynamo passes in a tensor: it is one of the arguments, or of what the function refers to,
+    so it is the same one wherever this graph is used."""
+    is_float = value.dim() == 0 and value.dtype == torch.float64 and value.device.type == "cpu"
+    return ("float", float(value)) if is_float else ("", None)
 
 
 def _number(given: Input, known: Sequence[Input]) -> tuple[str, Any]:
@@ -155,7 +164,10 @@ class Caller:
     ) -> None:
         self._bindings, self._run = bindings, run
         self._spec = trees.read(bindings.spec)
-        self._given = [tensors[what] if kind == "tensor" else None for kind, what in bindings.inputs]
+        self._given = [
+            tensors[what] if kind == "tensor" else torch.tensor(what, dtype=torch.float64) if kind == "float" else None
+            for kind, what in bindings.inputs
+        ]
         self._arguments = [(at, what) for at, (kind, what) in enumerate(bindings.inputs) if kind == "argument"]
         self._numbers = [(at, what) for at, (kind, what) in enumerate(bindings.inputs) if kind in ("size", "value")]
         self._facts = [(number, inputs[at].tensor) for at, number in self._arguments]

@@ -33,7 +33,7 @@ of these."""
 
 
 class MissingError(Exception):
-    """Something is not kept."""
+    """Something is not kept that a step needs."""
 
 
 def keep(folder: Folder, key: str, step: NamedStep, bindings: Bindings, label: str) -> None:
