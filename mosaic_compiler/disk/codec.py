@@ -78,19 +78,26 @@ def _fields_of(kind: Any) -> tuple[str, ...]:
 
 
 @cache
-def _functions() -> dict[str, Any]:
-    """Functions of expressions by name."""
-    from sympy.functions.elementary.piecewise import ExprCondPair
+def _function_of(name: str) -> Any:
+    """A function of expressions.  PyTorch is imported for its own ones only."""
+    if name.startswith("torch."):
+        from mosaic_compiler.compat.sympy_functions import FUNCTIONS
 
-    from mosaic_compiler.compat.sympy_functions import FUNCTIONS
+        return FUNCTIONS[name]
+    if name not in _SYMPY:
+        raise CodecError(f"{name} is no function that an expression may have")
+    if name == "ExprCondPair":
+        from sympy.functions.elementary.piecewise import ExprCondPair
 
-    own = {name: getattr(sympy, name) for name in _SYMPY if hasattr(sympy, name)}
-    return {**own, "ExprCondPair": ExprCondPair, **FUNCTIONS}
+        return ExprCondPair
+    return getattr(sympy, name)
 
 
 @cache
 def _function_names() -> dict[Any, str]:
-    return {function: name for name, function in _functions().items()}
+    from mosaic_compiler.compat.sympy_functions import FUNCTIONS
+
+    return {**{_function_of(name): name for name in _SYMPY}, **{function: name for name, function in FUNCTIONS.items()}}
 
 
 def pack(value: Any) -> bytes:
@@ -229,7 +236,7 @@ class _Reader:
             "r": lambda row: sympy.Rational(row[1], row[2]),
             "O": lambda row: sympy.oo * row[1],
             "y": _symbol,
-            "x": lambda row: _functions()[row[1]](*[self._of(part) for part in row[2:]]),
+            "x": lambda row: _function_of(row[1])(*[self._of(part) for part in row[2:]]),
         }
 
     def read(self, rows: Sequence[Any], root: Any) -> Any:
