@@ -56,7 +56,7 @@ class Fingerprint:
         state: of what the function and its modules hold, and code that is not installed refers to.  A call that changes
             that has effects besides its result.  (Installed packages remember things in their modules: whether they
             have been compiled, say.)
-        tensors: every tensor that was found, in the order of the walk; the same for equal digests.
+        tensors: every tensor that was found, in the order of the walk; they are the same for equal digests.
     """
 
     def __init__(self, root: Any) -> None:
@@ -69,13 +69,15 @@ class Fingerprint:
         self._modules = [(weakref.ref(module), _state_of(module)) for module in walk.modules]
 
     @property
-    def tensors(self) -> list[Tensor]:
-        found = [place() for place in self._places]
-        assert all(tensor is not None for tensor in found)
-        return found  # type: ignore[return-value]
+    def tensors(self) -> list[Tensor | None]:
+        """Those that were found; ``None`` for one that is gone."""
+        return [place() for place in self._places]
 
     def is_current(self) -> bool:
-        """No module has another attribute, hook, parameter or child since; cheap enough for every step."""
+        """No module has another attribute, hook, parameter or child since, and no tensor is gone; cheap enough for every
+        step."""
+        if any(place() is None for place in self._places):
+            return False
         for place, state in self._modules:
             module = place()
             if module is None or _state_of(module) != state:

@@ -142,7 +142,7 @@ class Owned:
             self._served = {}
         tensors = self._print.tensors
         device = _device_of(leaves, self._print)
-        numbers = {id(tensor): number for number, tensor in enumerate(tensors)}
+        numbers = {id(tensor): number for number, tensor in enumerate(tensors) if tensor is not None}
         parts = (
             self._print.digest, str(spec), [_class_of(leaf, numbers) for leaf in leaves], modes,
             self._options.for_passes, machine_of(device), sources_digest(),

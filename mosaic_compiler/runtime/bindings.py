@@ -44,7 +44,7 @@ def told(step: Any, inputs: Sequence[Any], run: Callable[[], list[Any]]) -> list
 
 
 def learn(
-    ran: Ran, arguments: Sequence[Any], tensors: Sequence[Tensor], result: Any, conditions: Sequence[Any]
+    ran: Ran, arguments: Sequence[Any], tensors: Sequence[Tensor | None], result: Any, conditions: Sequence[Any]
 ) -> Bindings:
     """How one call of a function became one run of a step.
 
@@ -59,7 +59,7 @@ def learn(
     """
     step, inputs, results = ran
     known = step.kept.inputs
-    places = {id(tensor): ("tensor", number) for number, tensor in enumerate(tensors)}
+    places = {id(tensor): ("tensor", number) for number, tensor in enumerate(tensors) if tensor is not None}
     places |= {id(leaf): ("argument", number) for number, leaf in enumerate(arguments) if isinstance(leaf, Tensor)}
     found: list[tuple[str, Any]] = []
     is_same_order = len(arguments) == len(inputs)
@@ -160,10 +160,12 @@ class Caller:
         run: Callable[[Sequence[Any]], list[Any]],
         inputs: Sequence[Input],
         readings: Sequence[Reading],
-        tensors: Sequence[Tensor],
+        tensors: Sequence[Tensor | None],
     ) -> None:
         self._bindings, self._run = bindings, run
         self._spec = trees.read(bindings.spec)
+        if any(tensors[what] is None for kind, what in bindings.inputs if kind == "tensor"):
+            raise CacheError("a tensor that it refers to is gone")
         self._given = [
             tensors[what] if kind == "tensor" else torch.tensor(what, dtype=torch.float64) if kind == "float" else None
             for kind, what in bindings.inputs

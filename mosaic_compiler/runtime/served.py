@@ -78,7 +78,7 @@ class Served:
         key: str,
         known: tuple[GraphFacts, Bindings],
         options: MosaicOptions,
-        tensors: Sequence[Tensor],
+        tensors: Sequence[Tensor | None],
     ) -> None:
         facts, bindings = known
         check_lowered(facts.kept)
@@ -87,7 +87,7 @@ class Served:
         self._caller = Caller(bindings, self.step, facts.kept.inputs, facts.kept.readings, tensors)
 
     @classmethod
-    def read(cls, folder: Folder, key: str, options: MosaicOptions, tensors: Sequence[Tensor]) -> Served | None:
+    def read(cls, folder: Folder, key: str, options: MosaicOptions, tensors: Sequence[Tensor | None]) -> Served | None:
         """What is kept under a key; ``None`` if there is nothing, or it does not hold together."""
         if (data := folder.read(STEP, key)) is None:
             return None
