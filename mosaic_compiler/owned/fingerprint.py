@@ -74,8 +74,8 @@ class Fingerprint:
         return [place() for place in self._places]
 
     def is_current(self) -> bool:
-        """No module has another attribute, hook, parameter or child since, and no tensor is gone; cheap enough for every
-        step."""
+        """No module has another attribute, hook, parameter or child since, and no tensor is gone: cheap enough for
+        every step."""
         if any(place() is None for place in self._places):
             return False
         for place, state in self._modules:
