@@ -102,15 +102,18 @@ def mosaic(
     return found
 
 
-def compile_aten(module: fx.GraphModule, options: MosaicOptions, static_inputs: Sequence[int] = ()) -> CompiledStep:
+def compile_aten(
+    module: fx.GraphModule, options: MosaicOptions, static_inputs: Sequence[int] = (), name: str = ""
+) -> CompiledStep:
     """Passes, lives and the callable for one functional ATen graph with fake-tensor metadata.
 
     Args:
         module: for example from :func:`mosaic_compiler.passes.trace`.
         static_inputs: positions of placeholders (weights) whose memory rarely moves.
+        name: of the function, for the log, where Dynamo does not know it.
     """
     step = _made(module, options, static_inputs)
-    step.end_at(graph_log.compiled(step.fallbacks))
+    step.end_at(graph_log.compiled(step.fallbacks, name))
     _compiling.tell(step)
     return step
 

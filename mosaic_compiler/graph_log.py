@@ -58,12 +58,18 @@ _all: list[list[_Function]] = []
 _open = _Open()
 
 
-def compiled(fallbacks: Sequence[Fallback]) -> tuple[str, ...]:
+def compiled(fallbacks: Sequence[Fallback], given: str = "") -> tuple[str, ...]:
     """Dynamo has just compiled a graph in this thread, with these fallbacks.
+
+    Args:
+        given: what the function is called, where Dynamo has no part in it: it is one graph then.
 
     Returns:
         Why it ends where it does, if Dynamo has cut the function there.
     """
+    if given:
+        _write(_Function(given, 1, [], list(fallbacks)))
+        return ()
     code = code_of_frame()
     found, _open.told = _breaks_since(_open.told, code)
     name = _name_of(code, wrapped_in_frame())

@@ -7,6 +7,7 @@ not needed either: parameters and inputs on the meta device are traced as tensor
 from __future__ import annotations
 
 import itertools
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,16 +18,20 @@ from torch import Tensor, fx, nn
 
 from mosaic_compiler.ahead.causes import is_graph_break, what_and_where, without_tracebacks
 from mosaic_compiler.ahead.configs import positions
-from mosaic_compiler.backend import mosaic, observing
+from mosaic_compiler.backend import compile_aten, mosaic, observing
 from mosaic_compiler.compat.dynamo import BackendCompilerFailed, TorchDynamoException
 from mosaic_compiler.compat.tracing import FakeTensor, FakeTensorMode
-from mosaic_compiler.errors import CaptureError, MosaicError, OptionsError
+from mosaic_compiler.errors import CacheError, CaptureError, MosaicError, OptionsError
 from mosaic_compiler.kept_graphs import not_kept
 from mosaic_compiler.options import MosaicOptions
+from mosaic_compiler.owned.direct import NotDirectError, trace_directly
+from mosaic_compiler.owned.fingerprint import Fingerprint
 from mosaic_compiler.owned.values import kept_on_disk
 from mosaic_compiler.planning.budget import parse_budget
 from mosaic_compiler.runtime.step import CompiledStep
 from mosaic_compiler.waiting import doing, without_collections
+
+logger = logging.getLogger("mosaic_compiler")
 
 
 def capture_step(
@@ -51,6 +56,15 @@ def capture_step(
     if device == "cuda" and not torch.cuda.is_available():
         raise CaptureError("planning with a GPU's kernels needs a GPU that torch can use: leave device out")
     options = {key: value for key, value in options.items() if key != "memory_budget"}  # may be another machine's
+    with doing("tracing the model"), without_collections():
+        own = unwrap(fn)
+        try:
+            direct = trace_directly(own, args, kwargs or {}, Fingerprint(own), torch.device(device))
+        except (NotDirectError, CacheError) as why:
+            logger.debug("mosaic: traced by Dynamo: %s", why)
+        else:
+            parsed = MosaicOptions.parse(options)
+            return compile_aten(direct.module, parsed, direct.static, name=getattr(own, "__name__", type(own).__name__))
     steps: list[CompiledStep] = []
 
     def backend(module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx
 from torch._decomp import get_decompositions
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import LocalSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -19,8 +21,11 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
+    "as_if_compiled",
     "enable_python_dispatcher",
+    "fake_argument",
     "fake_mode_among",
+    "fake_weight",
     "get_decompositions",
     "lazy_graph_module",
     "make_fx",
@@ -53,3 +58,34 @@ def static_inputs() -> tuple[int, ...]:
     context = torch._guards.TracingContext.try_get()
     metadata = context.fw_metadata if context is not None else None
     return tuple(metadata.static_input_indices) if metadata is not None else ()
+
+
+@contextmanager
+def as_if_compiled() -> Iterator[None]:
+    """``torch.compiler.is_compiling()`` says yes, as it does where ``torch.export`` runs a model's code."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
+def fake_argument(mode: FakeTensorMode, tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """A tensor without memory, whose sizes are symbols (0 and 1 are numbers), as Dynamo has it for an argument."""
+    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * tensor.dim())
+    found: torch.Tensor = mode.from_tensor(tensor, symbolic_context=context, source=LocalSource(name))
+    return found
+
+
+def fake_weight(mode: FakeTensorMode, tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
+    """A tensor without memory, whose sizes are numbers.
+
+    Args:
+        device: where one of the meta device is taken to be.
+    """
+    if tensor.is_meta and device is not None:
+        with mode:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    found: torch.Tensor = mode.from_tensor(tensor.detach(), static_shapes=True)
+    return found

@@ -56,6 +56,7 @@ class Fingerprint:
         state: of what the function and its modules hold, and code that is not installed refers to.  A call that changes
             that has effects besides its result.  (Installed packages remember things in their modules: whether they
             have been compiled, say.)
+        asks: modules of Python's own that code which is not installed names.
         tensors: every tensor that was found, in the order of the walk; they are the same for equal digests.
     """
 
@@ -65,6 +66,7 @@ class Fingerprint:
         walk.finish()
         self.digest: str = walk.hash.hexdigest()
         self.state: str = walk.state.hexdigest()
+        self.asks = frozenset(walk.asked)
         self._places = [weakref.ref(tensor) for tensor in walk.tensors]
         self._modules = [(weakref.ref(module), _state_of(module)) for module in walk.modules]
 
@@ -72,6 +74,11 @@ class Fingerprint:
     def tensors(self) -> list[Tensor | None]:
         """Those that were found; ``None`` for one that is gone."""
         return [place() for place in self._places]
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Every module that was found and is there."""
+        return [module for place, _ in self._modules if (module := place()) is not None]
 
     def is_current(self) -> bool:
         """No module has another attribute, hook, parameter or child since, and no tensor is gone: cheap enough for
@@ -103,6 +110,7 @@ class _Walk:
     def __init__(self) -> None:
         self.hash, self.state = hashlib.sha256(), hashlib.sha256()
         self._is_installed = False
+        self.asked: set[str] = set()
         self.tensors: list[Tensor] = []
         self.modules: list[nn.Module] = []
         self._numbers: dict[int, int] = {}
@@ -339,6 +347,8 @@ class _Walk:
 
     def _package(self, given: types.ModuleType) -> None:
         self.emit("package", given.__name__)
+        if not self._is_installed:
+            self.asked.add(given.__name__)
         if not _is_versioned(given.__name__):
             self._packages.append(given)
 

@@ -23,10 +23,11 @@ from mosaic_compiler.errors import CacheError
 from mosaic_compiler.kernels.artifacts import machine_of
 from mosaic_compiler.kernels.fused import start_workers
 from mosaic_compiler.options import MosaicOptions
+from mosaic_compiler.owned.direct import NotDirectError, trace_directly
 from mosaic_compiler.owned.fingerprint import Fingerprint
 from mosaic_compiler.runtime.bindings import Ran, learn, watching
 from mosaic_compiler.runtime.named import NamedStep
-from mosaic_compiler.runtime.served import STEP, Served, keep
+from mosaic_compiler.runtime.served import STEP, Made, Served, keep
 from mosaic_compiler.waiting import doing, now, without_collections
 
 logger = logging.getLogger("mosaic_compiler")
@@ -91,7 +92,7 @@ class Owned:
         self._compiler = compiler or self._by_torch
         self._compiled: Callable[..., Any] | None = None
         self._print: Fingerprint | None = None
-        self._served: dict[str, list[Served]] = {}
+        self._served: dict[str, list[Served | Made]] = {}
         self._missed: set[str] = set()
         self._key: str | None = None
 
@@ -118,21 +119,24 @@ class Owned:
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         folder = None if self._options.dump is not None else the_folder()
-        modes = None if folder is None else trees.modes()
-        if folder is None or modes is None:
+        modes = trees.modes()
+        if modes is None:
             return self._dynamo()(*args, **kwargs)
         leaves, spec = trees.flatten((args, kwargs))
         prefix = self._prefix(leaves, spec, modes)
         served = self._served.get(prefix)
-        if served is None and prefix in self._missed:
-            return self._dynamo()(*args, **kwargs)
         if served is None:
-            served = self._served[prefix] = self._load(folder, prefix)
+            served = self._served[prefix] = [] if folder is None else self._load(folder, prefix)
         for candidate in served:
             if candidate.accepts(leaves) and candidate.can_serve():
                 self._key = candidate.key
                 return candidate(leaves)
         self._key = None
+        if prefix not in self._missed:
+            made = self._make(folder, prefix, args, kwargs, leaves)
+            if made is not None:
+                served.append(made)
+                return made(leaves)
         return self._compile(folder, prefix, args, kwargs, leaves)
 
     def _prefix(self, leaves: Sequence[Any], spec: Any, modes: tuple[Any, ...]) -> str:
@@ -150,17 +154,51 @@ class Owned:
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:48]
 
     # ------------------------------------------------------------------------------------------- hits
-    def _load(self, folder: Folder, prefix: str) -> list[Served]:
+    def _load(self, folder: Folder, prefix: str) -> list[Served | Made]:
         """What is kept for such calls."""
         assert self._print is not None
         tensors = self._print.tensors
         read = [Served.read(folder, key, self._options, tensors) for key in folder.keys(STEP, prefix)]
-        found = [served for served in read if served is not None]
+        found: list[Served | Made] = [served for served in read if served is not None]
         if found:
             logger.info("mosaic: %s: compiled before, taken from %s", self._label, folder.root)
         return found
 
     # ------------------------------------------------------------------------------------------ misses
+    def _make(
+        self,
+        folder: Folder | None,
+        prefix: str,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        leaves: Sequence[Any],
+    ) -> Made | None:
+        """Trace the function by running it, and compile that; ``None``: it is left to Dynamo."""
+        from mosaic_compiler.backend import compile_aten
+
+        assert self._print is not None
+        if "fuse" not in self._options.disable:
+            start_workers(_device_of(leaves, self._print))
+        with doing(f"compiling {self._label}"), without_collections():
+            now("tracing")
+            try:
+                direct = trace_directly(self.function, args, kwargs, self._print)
+            except (NotDirectError, CacheError) as why:
+                logger.debug("mosaic: %s is traced by Dynamo: %s", self._label, why)
+                return None
+            step = compile_aten(direct.module, self._options, direct.static, name=self._label)
+        tensors = self._print.tensors
+        values = [leaves[what] if kind == "argument" else tensors[what] for kind, what in direct.inputs]
+        bindings = direct.bindings(step, leaves, values)
+        key = f"{prefix}{hashlib.sha256(pack((step.kept.inputs, bindings))).hexdigest()[:16]}"
+        if folder is not None:
+            try:
+                keep(folder, key, step, bindings, self._label)
+                self._key = key
+            except CacheError as error:
+                logger.info("mosaic: %s is compiled again in every process: %s", self._label, error)
+        return Made(key, step, bindings, tensors)
+
     def _dynamo(self) -> Callable[..., Any]:
         if self._compiled is None:
             self._compiled = self._compiler()
@@ -175,7 +213,7 @@ class Owned:
         return compiled
 
     def _compile(
-        self, folder: Folder, prefix: str, args: Sequence[Any], kwargs: Mapping[str, Any], leaves: Sequence[Any]
+        self, folder: Folder | None, prefix: str, args: Sequence[Any], kwargs: Mapping[str, Any], leaves: Sequence[Any]
     ) -> Any:
         """Call the function that Dynamo compiles; if it has just compiled one graph for this call, keep it."""
         from mosaic_compiler.backend import observing
@@ -198,7 +236,7 @@ class Owned:
         ):
             now("tracing")
             result = compile_now(*args, **kwargs)
-        if compiled:
+        if compiled and folder is not None:
             try:
                 self._keep(folder, prefix, compiled, ran, leaves, trees.flatten((args, kwargs))[0], result)
             except CacheError as error:

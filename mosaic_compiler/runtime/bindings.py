@@ -81,11 +81,11 @@ def learn(
     return Bindings(
         inputs=tuple(found),
         outputs=tuple(_outputs(result, arguments, results)),
-        spec=_spec_of(result),
+        spec=spec_of(result),
         conditions=tuple(condition for condition in wanted if condition.free_symbols <= symbols),
         arguments=len(arguments),
         unread=tuple(
-            (number, _looked_at(leaf, step.numbers(inputs).symbols), leaf.is_contiguous())
+            (number, looked_at(leaf, step.numbers(inputs).symbols), leaf.is_contiguous())
             for number, leaf in enumerate(arguments)
             if isinstance(leaf, Tensor) and number not in bound
         ),
@@ -97,7 +97,7 @@ def _is_range(condition: Any) -> bool:
     return isinstance(condition, (sympy.Ge, sympy.Le)) and condition.lhs.is_Symbol and condition.rhs.is_Integer
 
 
-def _looked_at(leaf: Tensor, values: Mapping[sympy.Symbol, int]) -> tuple[Any, ...]:
+def looked_at(leaf: Tensor, values: Mapping[sympy.Symbol, int]) -> tuple[Any, ...]:
     """What a trace may have found out about the sizes of a tensor that its graph does not get: 0 and 1 are numbers
     to Dynamo, equal sizes are one symbol, and others are at least 2."""
     symbols = {int(value): symbol for symbol, value in values.items()}
@@ -123,7 +123,12 @@ def _number(given: Input, known: Sequence[Input]) -> tuple[str, Any]:
     return "", None
 
 
-def _spec_of(result: Any) -> str:
+def spec_of(result: Any) -> str:
+    """How the leaves of a result are put together, as text.
+
+    Raises:
+        CacheError: if that cannot be written down.
+    """
     try:
         return trees.written(trees.flatten(result)[1])
     except Exception as error:  # whatever a container raises that cannot be named

@@ -59,6 +59,34 @@ def keep(folder: Folder, key: str, step: NamedStep, bindings: Bindings, label: s
     step.on_derived = derived
 
 
+def caller_of(step: NamedStep, bindings: Bindings, tensors: Sequence[Tensor | None]) -> Caller:
+    """Calls a step as its function would be called."""
+    return Caller(bindings, step, step.kept.inputs, step.kept.readings, tensors)
+
+
+class Made:
+    """A graph that this process has compiled, for one function; see :class:`Served`."""
+
+    def __init__(self, key: str | None, step: NamedStep, bindings: Bindings, tensors: Sequence[Tensor | None]) -> None:
+        self.key, self.step = key, step
+        self._caller = caller_of(step, bindings, tensors)
+
+    def accepts(self, leaves: Sequence[Any]) -> bool:
+        """It is for arguments of such sizes."""
+        return self._caller.accepts(leaves)
+
+    def can_serve(self) -> bool:
+        """Whatever a step needs is made when it is first asked for."""
+        return True
+
+    def inputs(self, leaves: Sequence[Any]) -> list[Any]:
+        """The step's inputs."""
+        return self._caller.inputs(leaves)
+
+    def __call__(self, leaves: Sequence[Any]) -> Any:
+        return self._caller(leaves)
+
+
 class Served:
     """A graph that another process has compiled, for one function.
 
@@ -84,7 +112,7 @@ class Served:
         check_lowered(facts.kept)
         self._folder, self.key, self._options = folder, key, options
         self.step = step_from(facts, options, self._kinds, self._reach)
-        self._caller = Caller(bindings, self.step, facts.kept.inputs, facts.kept.readings, tensors)
+        self._caller = caller_of(self.step, bindings, tensors)
 
     @classmethod
     def read(cls, folder: Folder, key: str, options: MosaicOptions, tensors: Sequence[Tensor | None]) -> Served | None:

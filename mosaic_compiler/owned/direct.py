@@ -1,0 +1,358 @@
+"""A function traced by running it: its own Python, on tensors without memory, once.
+
+Dynamo reads bytecode and guards what it has looked at, and AOTAutograd traces twice what Dynamo has found.  A call that
+owns its inputs needs none of that: a third of a second for each layer becomes a twentieth.  What cannot be traced in
+this way is left to Dynamo, see :class:`NotDirectError`; most of all whatever has an effect besides its result, and
+attention with masks, of which Dynamo's graph says more (``true_masks.py``).
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx import traceback
+from torch.overrides import TorchFunctionMode
+
+from mosaic_compiler import ir
+from mosaic_compiler.compat import trees
+from mosaic_compiler.compat.symbols import ShapeEnv
+from mosaic_compiler.compat.tensors import scaled_dot_product_attention
+from mosaic_compiler.compat.tracing import (
+    FakeTensorMode,
+    as_if_compiled,
+    enable_python_dispatcher,
+    fake_argument,
+    fake_weight,
+    get_decompositions,
+    make_fx,
+)
+from mosaic_compiler.owned.fingerprint import Fingerprint
+from mosaic_compiler.planning.facts import Bindings
+from mosaic_compiler.runtime.bindings import looked_at, spec_of
+
+_UNKNOWN_TO_HASHES = frozenset({"time", "datetime", "uuid", "secrets", "socket", "os", "random"})
+"""Modules whose functions say something else in each call; what a user's own code asks them, a trace does not know."""
+
+
+class NotDirectError(Exception):
+    """Why a function is left to Dynamo."""
+
+
+@dataclass(frozen=True)
+class Direct:
+    """A traced function.
+
+    Attributes:
+        module: the functional ATen graph, with fake-tensor metadata.
+        inputs: for each placeholder what it is, see :class:`~mosaic_compiler.planning.facts.Bindings`.
+        outputs, spec: likewise.
+        static: positions of weights.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[tuple[str, Any], ...]
+    outputs: tuple[tuple[str, Any], ...]
+    spec: str
+    static: tuple[int, ...]
+
+    def bindings(self, step: Any, leaves: Sequence[Any], values: Sequence[Any]) -> Bindings:
+        """How calls of the function become calls of a step that was made of the graph.
+
+        Args:
+            leaves: of the arguments that it was traced with.
+            values: the step's inputs in that call.
+        """
+        bound = {what for kind, what in self.inputs if kind == "argument"}
+        symbols = step.numbers(values).symbols
+        return Bindings(
+            inputs=self.inputs,
+            outputs=self.outputs,
+            spec=self.spec,
+            conditions=tuple(c for c in step.conditions if getattr(c, "free_symbols", set()) <= symbols.keys()),
+            arguments=len(leaves),
+            unread=tuple(
+                (number, looked_at(leaf, symbols), leaf.is_contiguous())
+                for number, leaf in enumerate(leaves)
+                if isinstance(leaf, Tensor) and number not in bound
+            ),
+        )
+
+
+def trace_directly(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    known: Fingerprint,
+    device: torch.device | None = None,
+) -> Direct:
+    """Run a function on tensors without memory, and write down what it does.
+
+    Args:
+        known: what it refers to.
+        device: what tensors of the meta device are planned for.
+
+    Raises:
+        NotDirectError: if it is left to Dynamo; whatever it raises itself is one, too.
+    """
+    leaves, spec = trees.flatten((tuple(args), dict(kwargs)))
+    if known.asks & _UNKNOWN_TO_HASHES:
+        raise NotDirectError(f"its code asks {', '.join(sorted(known.asks & _UNKNOWN_TO_HASHES))}")
+    tensors = known.tensors
+    if any(tensor is None for tensor in tensors) or any(_is_strange(t) for t in (*tensors, *leaves)):
+        raise NotDirectError("it has tensors of other kinds")
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    names = _names_of(function, args, kwargs)
+    numbers = [number for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    fakes = [fake_argument(mode, _on(leaves[number], device), names[number]) for number in numbers]
+    weights = {id(tensor): fake_weight(mode, tensor, device) for tensor in tensors if tensor is not None}
+    given = [*fakes, *weights.values()]
+    written: list[Any] = []
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        mine = list(leaves)
+        for number, value in zip(numbers, inputs, strict=False):
+            mine[number] = value
+        own_args, own_kwargs = trees.unflatten(mine, spec)
+        result = function(*own_args, **own_kwargs)
+        written.append(result)
+        return [leaf for leaf in trees.flatten(result)[0] if isinstance(leaf, Tensor)]
+
+    before = random.getstate()
+    try:
+        with (
+            _replaced(known.modules, weights),
+            torch.no_grad(),
+            as_if_compiled(),
+            mode,
+            traceback.preserve_node_meta(),
+            _Places(known.modules),
+            enable_python_dispatcher(),
+        ):
+            table: Any = get_decompositions([torch.ops.aten.rsub, torch.ops.aten._safe_softmax])
+            traced = make_fx(run, table, tracing_mode="real", _allow_non_fake_inputs=True)(*given)
+    except NotDirectError:
+        raise
+    except Exception as error:  # whatever a model's code does that such tensors do not do
+        raise NotDirectError(f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}") from error
+    if random.getstate() != before:
+        raise NotDirectError("it draws random numbers in Python")
+    if Fingerprint(function).state != known.state:
+        raise NotDirectError("it changes what the model holds")
+    return _finished(traced, written[0], given, numbers, [t for t in tensors if t is not None])
+
+
+def _finished(
+    module: fx.GraphModule, result: Any, given: Sequence[Tensor], numbers: Sequence[int], tensors: Sequence[Tensor]
+) -> Direct:
+    """The graph without inputs that it does not read, and what its inputs and results are."""
+    graph = module.graph
+    real = {id(tensor) for tensor in tensors}
+    for node in graph.nodes:
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            if node.target._schema.is_mutable:
+                raise NotDirectError(f"{node.target} writes to its operands")
+        elif node.op == "get_attr" and id(getattr(module, str(node.target), None)) in real:
+            raise NotDirectError("it reads a tensor that is no parameter or buffer")
+        elif node.op == "call_module":
+            raise NotDirectError("it has graphs inside")
+    storages = {tensor.untyped_storage()._cdata for tensor in given}
+    arguments = {id(tensor): numbers[at] for at, tensor in enumerate(given[: len(numbers)])}
+    outputs: list[tuple[str, Any]] = []
+    results: list[fx.Node] = []
+    returned: Any = graph.output_node().args[0]
+    produced = iter(returned)
+    for leaf in trees.flatten(result)[0]:
+        if isinstance(leaf, Tensor):
+            node = next(produced)
+            if id(leaf) in arguments:
+                outputs.append(("argument", arguments[id(leaf)]))
+                continue
+            if leaf.untyped_storage()._cdata in storages:
+                raise NotDirectError("it returns a view of an input")
+            outputs.append(("result", len(results)))
+            results.append(node)
+        elif leaf is None or isinstance(leaf, (bool, str)):
+            outputs.append(("value", leaf))
+        else:
+            raise NotDirectError(f"it returns a {type(leaf).__name__}")
+    if len({id(node) for node in results}) != len(results):
+        raise NotDirectError("it returns a value twice")
+    spec = spec_of(result)
+    graph.output_node().args = (tuple(results),)
+    ir.remove_dead_code(graph)
+    inputs: list[tuple[str, Any]] = []
+    for at, node in enumerate(graph.find_nodes(op="placeholder")):
+        if not node.users:
+            graph.erase_node(node)
+        elif at < len(numbers):
+            inputs.append(("argument", numbers[at]))
+        else:
+            inputs.append(("tensor", at - len(numbers)))
+    module.recompile()
+    static = tuple(position for position, (kind, _) in enumerate(inputs) if kind == "tensor")
+    return Direct(module, tuple(inputs), tuple(outputs), spec, static)
+
+
+@contextmanager
+def _replaced(modules: Sequence[nn.Module], weights: Mapping[int, Tensor]) -> Iterator[None]:
+    """Parameters and buffers without memory; afterwards modules have what they had.
+
+    Raises:
+        NotDirectError: if a module has got something else meanwhile.
+    """
+    held = [(module, dict(module.__dict__)) for module in modules]
+    inner: list[tuple[Any, dict[str, Any]]] = [
+        (owner, dict(owner)) for module in modules for owner in (module._parameters, module._buffers, module._modules)
+    ]
+    try:
+        for owner, values in inner:
+            for name, value in values.items():
+                if isinstance(value, Tensor):
+                    owner[name] = weights[id(value)]
+        yield
+        for owner, values in inner:
+            if owner.keys() != values.keys() or any(
+                owner[name] is not weights.get(id(value), value) for name, value in values.items()
+            ):
+                raise NotDirectError("it sets parameters, buffers or children")
+        for module, values in held:
+            now = module.__dict__
+            if now.keys() != values.keys() or any(now[name] is not value for name, value in values.items()):
+                raise NotDirectError("it sets attributes of modules")
+    finally:
+        for owner, values in inner:
+            owner.clear()
+            owner.update(values)
+        for module, values in held:
+            module.__dict__.clear()
+            module.__dict__.update(values)
+
+
+class _Places(TorchFunctionMode):
+    """Notes for each operator which module and which line of the model's code calls it; refuses attention that Dynamo's
+    graph says more of."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self._paths = _paths_of(modules)
+        self._stack: list[str] = []
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> _Places:
+        from torch.nn.modules import module as hooks
+
+        self._hooks = [
+            hooks.register_module_forward_pre_hook(self._begin),
+            hooks.register_module_forward_hook(self._end, always_call=True),
+        ]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for hook in self._hooks:
+            hook.remove()
+
+    def __torch_function__(
+        self, function: Any, kinds: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if function is scaled_dot_product_attention:
+            _check_attention(args, given)
+        meta = traceback.current_meta
+        if (line := _line_of(sys._getframe(1))) is not None:
+            meta["stack_trace"] = line
+        if self._stack:
+            meta["nn_module_stack"] = {path: (path, nn.Module) for path in self._stack}
+        return function(*args, **given)
+
+    def _begin(self, module: nn.Module, inputs: Any) -> None:
+        self._stack.append(self._paths.get(id(module), self._stack[-1] if self._stack else ""))
+
+    def _end(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        if self._stack:
+            self._stack.pop()
+
+
+def _check_attention(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+    if mask is not None:
+        raise NotDirectError("its attention has a mask")
+    query, key, value = (*args[:3], *[kwargs[name] for name in ("query", "key", "value")[len(args) :]])
+    if query.shape[-1] != value.shape[-1] or key.shape[-1] != value.shape[-1]:
+        raise NotDirectError("its attention has values of another depth than keys")
+
+
+def _line_of(frame: types.FrameType | None) -> str | None:
+    """The innermost line that is no code of PyTorch's or ours."""
+    while frame is not None:
+        code = frame.f_code
+        if not code.co_filename.startswith(_OWN) and not code.co_filename.startswith("<"):
+            return f'  File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}'
+        frame = frame.f_back
+    return None
+
+
+def _folder_of(module: types.ModuleType) -> str:
+    return str(module.__file__).rpartition("/")[0]
+
+
+_OWN = (
+    _folder_of(torch) + "/",
+    _folder_of(sys.modules["mosaic_compiler"]) + "/",
+    _folder_of(inspect) + "/contextlib",
+)
+
+
+def _paths_of(modules: Sequence[nn.Module]) -> dict[int, str]:
+    """What modules are called in the one that has them all."""
+    children = {id(child) for module in modules for child in module.children()}
+    found: dict[int, str] = {}
+    for module in modules:
+        if id(module) not in children:
+            for path, part in module.named_modules():
+                found.setdefault(id(part), path)
+    return found
+
+
+def _names_of(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+    """What a function calls each leaf of its arguments."""
+    called: Any = function.forward if isinstance(function, nn.Module) else function
+    try:
+        formal = list(inspect.signature(called).parameters.values())
+    except (TypeError, ValueError):
+        formal = []
+    names = [p.name for p in formal if p.kind is not inspect.Parameter.VAR_POSITIONAL]
+    found: list[str] = []
+    for position, value in enumerate(args):
+        name = names[position] if position < len(names) else f"args{position}"
+        found += _numbered(name, len(trees.flatten(value)[0]))
+    for name, value in kwargs.items():
+        found += _numbered(name, len(trees.flatten(value)[0]))
+    return found
+
+
+def _numbered(name: str, count: int) -> list[str]:
+    return [name] if count == 1 else [f"{name}_{number}" for number in range(count)]
+
+
+def _on(tensor: Tensor, device: torch.device | None) -> Tensor:
+    if tensor.is_meta and device is not None:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    return tensor
+
+
+def _is_strange(leaf: Any) -> bool:
+    if not isinstance(leaf, Tensor):
+        return False
+    plain = type(leaf) in (Tensor, nn.Parameter, nn.Buffer) and leaf.layout is torch.strided
+    return not plain or leaf.is_conj() or leaf.is_neg() or (leaf.requires_grad and torch.is_grad_enabled())
