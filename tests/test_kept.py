@@ -311,8 +311,7 @@ def test_graph_breaks_are_not_kept(kept, caplog):
 
         def forward(self, ids):
             x = self.inner(ids)
-            torch._dynamo.graph_break()
-            return x.relu()
+            return x.relu() if x.sum().item() > 0 else x * 2
 
     with caplog.at_level("INFO", "mosaic_compiler"):
         torch.testing.assert_close(mosaic_compiler.compile(Broken())(IDS), Broken()(IDS))

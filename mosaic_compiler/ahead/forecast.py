@@ -60,8 +60,8 @@ def capture_step(
         own = unwrap(fn)
         try:
             direct = trace_directly(own, args, kwargs or {}, Fingerprint(own), torch.device(device))
-        except (NotDirectError, CacheError) as why:
-            logger.debug("mosaic: traced by Dynamo: %s", why)
+        except (NotDirectError, CacheError) as reason:
+            logger.debug("mosaic: traced by Dynamo: %s", reason)
         else:
             parsed = MosaicOptions.parse(options)
             return compile_aten(direct.module, parsed, direct.static, name=getattr(own, "__name__", type(own).__name__))

@@ -35,7 +35,7 @@ from mosaic_compiler.compat.tracing import (
     get_decompositions,
     make_fx,
 )
-from mosaic_compiler.owned.fingerprint import Fingerprint
+from mosaic_compiler.owned.fingerprint import Fingerprint, holders_of
 from mosaic_compiler.planning.facts import Bindings
 from mosaic_compiler.runtime.bindings import looked_at, spec_of
 
@@ -129,6 +129,7 @@ def trace_directly(
     before = random.getstate()
     try:
         with (
+            _left_alone(holders_of(function)),
             _replaced(known.modules, weights),
             torch.no_grad(),
             as_if_compiled(),
@@ -164,6 +165,7 @@ def _finished(
             raise NotDirectError("it reads a tensor that is no parameter or buffer")
         elif node.op == "call_module":
             raise NotDirectError("it has graphs inside")
+    _read_sizes_off_inputs(graph)
     storages = {tensor.untyped_storage()._cdata for tensor in given}
     arguments = {id(tensor): numbers[at] for at, tensor in enumerate(given[: len(numbers)])}
     outputs: list[tuple[str, Any]] = []
@@ -200,6 +202,65 @@ def _finished(
     module.recompile()
     static = tuple(position for position, (kind, _) in enumerate(inputs) if kind == "tensor")
     return Direct(module, tuple(inputs), tuple(outputs), spec, static)
+
+
+def _read_sizes_off_inputs(graph: fx.Graph) -> None:
+    """A size that an input has is read there: a value need not live for its size."""
+    known: dict[Any, fx.Node] = {}
+    placeholders = graph.find_nodes(op="placeholder")
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    wanted = graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int)
+    with graph.inserting_before(first):
+        for node in placeholders:
+            tensor = ir.tensor_of(node)
+            for dim, size in enumerate(() if tensor is None else tensor.shape):
+                expr = ir.expr_of(size)
+                if expr.is_Symbol and expr not in known:
+                    known[expr] = graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
+                    known[expr].meta = {"val": size}
+    for node in wanted:
+        place = known.get(ir.expr_of(node.meta["val"]))
+        if place is not None:
+            node.replace_all_uses_with(place)
+            graph.erase_node(node)
+
+
+@contextmanager
+def _left_alone(holders: Sequence[Any]) -> Iterator[None]:
+    """Lists, dicts and objects hold afterwards what they did before: a model may remember tensors without memory.
+
+    Raises:
+        NotDirectError: if one held something else.
+    """
+    held = [(holder, _contents(holder)) for holder in holders]
+    try:
+        yield
+    finally:
+        changed = [(holder, before) for holder, before in held if not _is_same(_contents(holder), before)]
+        for holder, before in changed:
+            if isinstance(holder, list):
+                holder[:] = before
+            else:
+                owner = holder if isinstance(holder, (dict, set)) else holder.__dict__
+                owner.clear()
+                owner.update(before)
+    if changed:
+        raise NotDirectError(f"it remembers something in a {type(changed[0][0]).__name__}")
+
+
+def _contents(holder: Any) -> Any:
+    """A copy of what it holds."""
+    if isinstance(holder, (list, set)):
+        return holder.copy()
+    return dict(holder if isinstance(holder, dict) else holder.__dict__)
+
+
+def _is_same(now: Any, before: Any) -> bool:
+    if isinstance(now, list):
+        return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
+    if isinstance(now, set):
+        return len(now) == len(before) and now == before
+    return now.keys() == before.keys() and all(now[key] is value for key, value in before.items())
 
 
 @contextmanager
@@ -308,7 +369,7 @@ def _folder_of(module: types.ModuleType) -> str:
 
 _OWN = (
     _folder_of(torch) + "/",
-    _folder_of(sys.modules["mosaic_compiler"]) + "/",
+    _folder_of(sys.modules["mosaic_compiler"]) + "/owned/",
     _folder_of(inspect) + "/contextlib",
 )
 

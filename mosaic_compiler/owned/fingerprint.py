@@ -92,6 +92,14 @@ class Fingerprint:
         return True
 
 
+def holders_of(root: Any) -> list[Any]:
+    """Lists, dicts, sets and objects that a function and its modules hold, and what they hold; no modules."""
+    walk = _Walk()
+    walk.value(root)
+    walk.finish()
+    return walk.holders
+
+
 def _state_of(module: nn.Module) -> tuple[Any, ...]:
     own = module.__dict__
     return (
@@ -113,6 +121,7 @@ class _Walk:
         self.asked: set[str] = set()
         self.tensors: list[Tensor] = []
         self.modules: list[nn.Module] = []
+        self.holders: list[Any] = []
         self._numbers: dict[int, int] = {}
         self._alive: list[Any] = []
         self._later: deque[Callable[[], None]] = deque()
@@ -167,6 +176,8 @@ class _Walk:
             return
         self._numbers[id(given)] = len(self._numbers)
         self._alive.append(given)  # so that no other object gets its id
+        if not self._is_installed and _is_holder(given):
+            self.holders.append(given)
         if isinstance(given, Tensor):
             self._tensor(given)
         elif isinstance(given, nn.Module):
@@ -351,6 +362,12 @@ class _Walk:
             self.asked.add(given.__name__)
         if not _is_versioned(given.__name__):
             self._packages.append(given)
+
+
+def _is_holder(given: Any) -> bool:
+    if isinstance(given, (type, types.ModuleType, types.FunctionType, nn.Module, Tensor, enum.Enum)):
+        return False
+    return isinstance(given, (dict, list, set)) or isinstance(getattr(given, "__dict__", None), dict)
 
 
 def _label(kind: type[Any]) -> str:

@@ -73,6 +73,7 @@ class Owned:
         options: of the backend.
         label: what people call it.
         compiler: compiles the function by Dynamo; ``None``: ``torch.compile`` does.
+        is_direct: trace the function by running it, where that can be.
 
     Raises:
         OptionsError: for an option that makes no sense.
@@ -84,12 +85,14 @@ class Owned:
         options: Mapping[str, Any],
         label: str = "",
         compiler: Callable[[], Callable[..., Any]] | None = None,
+        *,
+        is_direct: bool = True,
     ) -> None:
         self.function = function
         self._given = dict(options)
         self._options = MosaicOptions.parse(self._given)
         self._label = label or _label_of(function)
-        self._compiler = compiler or self._by_torch
+        self._compiler, self._is_direct = compiler or self._by_torch, is_direct
         self._compiled: Callable[..., Any] | None = None
         self._print: Fingerprint | None = None
         self._served: dict[str, list[Served | Made]] = {}
@@ -132,7 +135,7 @@ class Owned:
                 self._key = candidate.key
                 return candidate(leaves)
         self._key = None
-        if prefix not in self._missed:
+        if self._is_direct and prefix not in self._missed:
             made = self._make(folder, prefix, args, kwargs, leaves)
             if made is not None:
                 served.append(made)

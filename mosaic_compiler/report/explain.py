@@ -201,7 +201,7 @@ def explain(
 
         return functools.partial(torch.compile(fresh_caller(), backend=backend, dynamic=True), unwrap(fn))
 
-    owned = Owned(unwrap(fn), options, compiler=compiler)
+    owned = Owned(unwrap(fn), options, compiler=compiler, is_direct=False)  # it says what Dynamo makes of it
     steps: list[CompiledStep] = []
     ran: list[Step] = []
     with observing(steps.append), running(ran.append), torch.no_grad():
