@@ -18,7 +18,6 @@ from torch import fx
 
 from mosaic_compiler import book, graph_log, ir
 from mosaic_compiler.capture import forget_floats, specialize_floats
-from mosaic_compiler.compat.aot import aot_autograd
 from mosaic_compiler.compat.tracing import get_decompositions, static_inputs
 from mosaic_compiler.dump import GraphDump
 from mosaic_compiler.errors import GradientError
@@ -86,6 +85,8 @@ def mosaic(
         return compile_aten(graph, parsed, static_inputs=static_inputs())
 
     def compile_module() -> Callable[..., Any]:
+        from mosaic_compiler.compat.aot import aot_autograd  # which takes a while, and is not always needed
+
         backend = aot_autograd(
             fw_compiler=_refuse_gradients,
             inference_compiler=compile_graph,

@@ -72,3 +72,32 @@ def caches_in(folder: Path | None) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def best_instructions() -> Any:
+    """The vector instructions that Inductor takes on this CPU: the first of its list that a program can be built and
+    run with.  It tries all of them (two seconds for each); ``None``: it has to."""
+    from torch._inductor import config, cpu_vec_isa
+
+    if sys.platform != "linux" or config.cpp.simdlen is not None or os.getenv("ATEN_CPU_CAPABILITY"):
+        return None
+    if not hasattr(cpu_vec_isa, "x86_isa_checker") or not hasattr(cpu_vec_isa, "supported_vec_isa_list"):
+        return None
+    flags = cpu_vec_isa.x86_isa_checker()
+    known = [isa for isa in cpu_vec_isa.supported_vec_isa_list if all(flag in flags for flag in str(isa).split())]
+    return next((isa for isa in known if isa), None)
+
+
+@contextlib.contextmanager
+def with_instructions(found: Any) -> Iterator[None]:
+    """Kernels that this thread generates meanwhile have these; ``None``: those that Inductor finds."""
+    from torch._inductor import cpu_vec_isa as names
+
+    cpu_vec_isa: Any = names
+    before = cpu_vec_isa.valid_vec_isa_list
+    if found is not None and not before.cache_info().currsize:
+        cpu_vec_isa.valid_vec_isa_list = lambda: [found]
+    try:
+        yield
+    finally:
+        cpu_vec_isa.valid_vec_isa_list = before

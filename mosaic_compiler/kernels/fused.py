@@ -25,7 +25,7 @@ import torch
 from torch._ops import OpOverload
 
 from mosaic_compiler.book import MOST_ADDED
-from mosaic_compiler.compat.inductor import caches_in
+from mosaic_compiler.compat.inductor import best_instructions, caches_in, with_instructions
 from mosaic_compiler.compat.tracing import make_fx
 from mosaic_compiler.disk.folder import the_folder
 from mosaic_compiler.ir.clusters import Cluster
@@ -180,9 +180,8 @@ class FusedKernel:
 
         if self.facts.problem:
             raise ValueError(self.facts.problem)
-        if not self.facts.device.startswith("cuda"):
-            _instructions().join()
-        with torch.inference_mode(False), torch.no_grad(), config.patch(**_SETTINGS):
+        found = None if self.facts.device.startswith("cuda") else _instructions().found()
+        with torch.inference_mode(False), torch.no_grad(), config.patch(**_SETTINGS), with_instructions(found):
             mode, examples = self._form.examples(_WIDE_HINT if wide else None)
             with mode:
                 graph = make_fx(self._form.function(), _decompositions(), tracing_mode="real")(*examples)
@@ -260,19 +259,27 @@ def start_workers(device: torch.device) -> None:
         _instructions()
 
 
-@functools.cache
-def _instructions() -> threading.Thread:
+class _Instructions(threading.Thread):
     """Finds out what a CPU's kernels may use; a compiler does it, so whoever has started it goes on meanwhile."""
 
-    def find() -> None:
-        from torch._inductor.cpu_vec_isa import pick_vec_isa
+    def __init__(self) -> None:
+        super().__init__(name="mosaic-instructions", daemon=True)
+        self._found: Any = None
+        self.start()
 
+    def run(self) -> None:
         with contextlib.suppress(Exception):  # whoever compiles a kernel is told
-            pick_vec_isa()
+            self._found = best_instructions()
 
-    thread = threading.Thread(target=find, name="mosaic-instructions", daemon=True)
-    thread.start()
-    return thread
+    def found(self) -> Any:
+        """What there is, see ``compat.inductor.best_instructions``."""
+        self.join()
+        return self._found
+
+
+@functools.cache
+def _instructions() -> _Instructions:
+    return _Instructions()
 
 
 _compiling = threading.RLock()
