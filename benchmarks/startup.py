@@ -70,6 +70,7 @@ def child(name: str) -> None:
         )
         found[variation] = first[0] - began
         found[f"{variation}, all"] = time.perf_counter() - began
+        print(variation, found[variation], file=sys.stderr, flush=True)
     print(json.dumps(found))
 
 
@@ -94,10 +95,9 @@ def main() -> None:
             shutil.rmtree(folder / "TRITON_CACHE_DIR", ignore_errors=True)
         began = time.perf_counter()
         command = [sys.executable, "-m", "benchmarks.startup", "--child", "--model", given.model]
-        ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        ran = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
         if ran.returncode:
-            print(ran.stdout[-2000:], ran.stderr[-4000:], flush=True)
-            raise SystemExit(1)
+            raise SystemExit(ran.stdout[-2000:])
         rows.append({**json.loads(ran.stdout.splitlines()[-1]), "process": time.perf_counter() - began})
         print(number, json.dumps(rows[-1]), flush=True)
     shutil.rmtree(folder, ignore_errors=True)

@@ -46,11 +46,13 @@ def load_library(path: Path, name: str) -> Callable[..., Any]:
 
 def load_triton(sources: dict[str, str]) -> dict[str, Any]:
     """Triton kernels by name, of the sources that Inductor has written; what is compiled lies in its cache."""
+    from torch._inductor import config
     from torch._inductor.async_compile import AsyncCompile
 
-    compiler = AsyncCompile()
-    scope = {name: compiler.triton(name, source, device_str="cuda") for name, source in sources.items()}
-    compiler.wait(scope)
+    with config.patch(compile_threads=1):  # nothing is compiled, so no worker processes are started
+        compiler = AsyncCompile()
+        scope = {name: compiler.triton(name, source, device_str="cuda") for name, source in sources.items()}
+        compiler.wait(scope)
     return scope
 
 
@@ -63,7 +65,9 @@ def caches_in(folder: Path | None) -> Iterator[None]:
     names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     before = {name: os.environ.get(name) for name in names}
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-    os.environ.pop("TRITON_CACHE_DIR", None)
+    os.environ["TRITON_CACHE_DIR"] = str(
+        folder / "triton"
+    )  # said to workers, too, which else stay with their first one
     try:
         yield
     finally:

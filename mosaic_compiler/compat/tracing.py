@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
-    "as_if_compiled",
     "enable_python_dispatcher",
     "fake_argument",
     "fake_mode_among",
@@ -58,17 +56,6 @@ def static_inputs() -> tuple[int, ...]:
     context = torch._guards.TracingContext.try_get()
     metadata = context.fw_metadata if context is not None else None
     return tuple(metadata.static_input_indices) if metadata is not None else ()
-
-
-@contextmanager
-def as_if_compiled() -> Iterator[None]:
-    """``torch.compiler.is_compiling()`` says yes, as it does where ``torch.export`` runs a model's code."""
-    before = torch.compiler._is_compiling_flag
-    torch.compiler._is_compiling_flag = True
-    try:
-        yield
-    finally:
-        torch.compiler._is_compiling_flag = before
 
 
 def fake_argument(mode: FakeTensorMode, tensor: torch.Tensor, name: str) -> torch.Tensor:

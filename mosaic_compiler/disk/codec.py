@@ -178,7 +178,7 @@ class _Writer:
         if kind is slice:
             return ["i", *map(add, (value.start, value.stop, value.step))], True
         if kind is bytes:
-            return ["b", base64.b85encode(value).decode()], True
+            return ["b", base64.b64encode(value).decode()], True
         if kind is float:
             return ["f", repr(value)], True
         if kind is complex:
@@ -226,7 +226,7 @@ class _Reader:
             "S": lambda row: {self._of(part) for part in row[1:]},
             "d": lambda row: {self._of(row[i]): self._of(row[i + 1]) for i in range(1, len(row), 2)},
             "i": lambda row: slice(*(self._of(part) for part in row[1:])),
-            "b": lambda row: base64.b85decode(row[1]),
+            "b": lambda row: base64.b64decode(row[1], validate=True),
             "f": lambda row: float(row[1]),
             "z": lambda row: complex(float(row[1]), float(row[2])),
             "e": lambda row: self._classes[row[1]][row[2]],

@@ -28,7 +28,6 @@ from mosaic_compiler.compat.symbols import ShapeEnv
 from mosaic_compiler.compat.tensors import scaled_dot_product_attention
 from mosaic_compiler.compat.tracing import (
     FakeTensorMode,
-    as_if_compiled,
     enable_python_dispatcher,
     fake_argument,
     fake_weight,
@@ -132,7 +131,6 @@ def trace_directly(
             _left_alone(holders_of(function)),
             _replaced(known.modules, weights),
             torch.no_grad(),
-            as_if_compiled(),
             mode,
             traceback.preserve_node_meta(),
             _Places(known.modules),

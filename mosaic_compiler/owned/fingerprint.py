@@ -189,7 +189,8 @@ class _Walk:
             self._mapping(given)
         elif isinstance(given, (list, tuple, deque)):
             self.emit(_label(kind), len(given))
-            for item in given:
+            is_loose = self._is_installed and all(type(item) in _SIMPLE for item in given)
+            for item in sorted(given, key=repr) if is_loose else given:
                 self.value(item)
         elif isinstance(given, (set, frozenset)):
             self._set(given)
@@ -213,7 +214,10 @@ class _Walk:
             self.emit("weak mapping")  # something remembered about objects, not of them
             return
         self.emit(_label(type(given)), len(given))
-        for key, item in list(given.items()):
+        items = list(given.items())
+        if self._is_installed and all(isinstance(key, str) for key, _ in items):
+            items.sort(key=lambda pair: pair[0])  # tables of what is installed come in any order
+        for key, item in items:
             self.value(key)
             self.value(item)
 
