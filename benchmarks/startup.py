@@ -1,7 +1,8 @@
 """How long a new process takes to its first result: with an empty cache folder, and with a full one.
 
 Each process builds a model of random weights (or loads the shipped one), calls ``generate()``, and says how long it
-took to the first step's ids.  ``--cpu`` takes the shipped tiny-llada; else LLaDA-8B's dims on a GPU.
+took to the first step's ids: LLaDA-8B's dims on a GPU, or ``--model tiny-llada``, the shipped one, and with it what
+commands take.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,6 +28,9 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "length": {"gen_length": 96},
     "dual": {"cache": "dual"},
 }
+
+
+FOLDERS = ("MOSAIC_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
 def child(name: str) -> None:
@@ -74,6 +80,48 @@ def child(name: str) -> None:
     print(json.dumps(found))
 
 
+LOAD = """
+import torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained("examples/tiny-llada", dtype=torch.float32).eval()
+tokenizer = transformers.AutoTokenizer.from_pretrained("examples/tiny-llada")
+"""
+
+
+def commands(rounds: int) -> dict[str, Any]:
+    """Seconds of what people type, first and again, medians; each round with folders of its own."""
+    found: dict[str, list[float]] = {}
+    mosaic = [sys.executable, "-c", "from mosaic_compiler.cli import main; main()"]
+    for _ in range(rounds):
+        folder = Path(tempfile.mkdtemp(prefix="startup_"))
+        environment = {**os.environ, **{name: str(folder / name) for name in FOLDERS}}
+
+        def run(name: str, command: list[str], told: str = "", environment: Any = environment) -> None:
+            began = time.perf_counter()
+            ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            seconds = time.perf_counter() - began
+            if told:
+                match = re.search(told, ran.stdout)
+                assert match is not None, ran.stdout
+                seconds = float(match[1])
+            found.setdefault(name, []).append(seconds)
+            print(name, f"{seconds:.2f}", flush=True)
+
+        generate = [*mosaic, "generate", "--prompt", "hi", "--gen-length", "16"]
+        demo = [sys.executable, "examples/demo.py", "--out", str(folder / "demo")]
+        fit = [*mosaic, "fit", "--config", "LLaDA-8B", "--tokens", "4k", "--gpu", "24GiB"]
+        run("load the model only", [sys.executable, "-c", LOAD])
+        run("mosaic generate, first process ever", generate)
+        run("mosaic generate, second process", generate)
+        shutil.rmtree(folder)
+        run("demo's compilation, cold", demo, r"compiled and planned in ([\d.]+) s")
+        run("demo's compilation, warm", demo, r"compiled and planned in ([\d.]+) s")
+        run("mosaic fit of 32 layers, first", fit)
+        run("mosaic fit of 32 layers, second", fit)
+        run("mosaic --help", [*mosaic, "--help"])
+        shutil.rmtree(folder, ignore_errors=True)
+    return {name: {"median": statistics.median(seconds), "all": seconds} for name, seconds in found.items()}
+
+
 def main() -> None:
     """First and second process, with a cache folder of their own."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -86,8 +134,7 @@ def main() -> None:
         child(given.model)
         return
     folder = Path(tempfile.mkdtemp(prefix="startup_"))
-    names = ("MOSAIC_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-    environment = {**os.environ, **{name: str(folder / name) for name in names}}
+    environment = {**os.environ, **{name: str(folder / name) for name in FOLDERS}}
     rows = []
     for number in range(given.processes):
         if number:  # only what is ours helps
@@ -105,6 +152,8 @@ def main() -> None:
 
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "2 CPU cores"
     result = {"device": where, "torch": torch.__version__, "model": given.model, "processes": rows}
+    if given.model == "tiny-llada":
+        result["commands"] = commands(3)
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / f"startup_{given.model}.json").write_text(json.dumps(result, indent=1) + "\n")
 

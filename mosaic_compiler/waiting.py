@@ -29,7 +29,7 @@ class _Line(threading.Thread):
 
     def __init__(self, stream: TextIO, what: str) -> None:
         super().__init__(name="mosaic-waiting", daemon=True)
-        self._stream, self._started = stream, time.monotonic()
+        self._stream, self._since = stream, time.monotonic()
         self._what, self._step = what, ""
         self._ended = threading.Event()
         self._is_shown = False
@@ -40,7 +40,7 @@ class _Line(threading.Thread):
 
     def run(self) -> None:
         while not self._ended.wait(_PERIOD):
-            seconds = time.monotonic() - self._started
+            seconds = time.monotonic() - self._since
             if seconds >= AFTER:
                 self._is_shown = True
                 step = f": {self._step}" if self._step else ""
