@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import mosaic_compiler
+from mosaic_compiler.owned.function import forget_made
 from mosaic_compiler.settings import SWITCHES
 
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
@@ -27,6 +28,7 @@ def _fresh_dynamo(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("MOSAIC_CACHE", "off")
     if request.node.get_closest_marker("fuse") is None:
         monkeypatch.setenv("MOSAIC_DISABLE", "fuse")
+    forget_made()
     yield
     torch._dynamo.reset()
 

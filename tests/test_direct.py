@@ -19,9 +19,9 @@ from mosaic_compiler import waiting
 from mosaic_compiler.ahead import forecast
 from mosaic_compiler.backend import compile_aten
 from mosaic_compiler.options import MosaicOptions
-from mosaic_compiler.owned import direct
-from mosaic_compiler.owned.direct import NotDirectError, trace_directly
+from mosaic_compiler.owned.direct import trace_directly
 from mosaic_compiler.owned.fingerprint import Fingerprint
+from mosaic_compiler.owned.put_back import NotDirectError
 from mosaic_compiler.sampling import DenoisingStep, block_window
 from tests.test_kept import IDS, counting, toy
 from tests.toy_models import toys
@@ -52,15 +52,10 @@ def test_results_are_those_of_eager(model, seed, shape):
             torch.testing.assert_close(got, want)
 
 
-def test_the_plan_is_that_of_dynamos_graph(tiny_llada, monkeypatch):
+def test_the_plan_is_that_of_dynamos_graph(tiny_llada):
     step = DenoisingStep(tiny_llada, 3)
     example = torch.full((1, 64), 3), block_window(64, 0, 64), torch.tensor([4])
-    ours = forecast.capture_step(step, example, {})
-
-    def refuse(*args):
-        raise NotDirectError("asked for")
-
-    monkeypatch.setattr(forecast, "trace_directly", refuse)
+    ours = forecast.capture_step(step, example, {}, is_direct=True)
     dynamos = forecast.capture_step(step, example, {})
     for tokens in (100, 3000):
         plans = [found.outline.plan_for(tokens, 0.5).plan for found in (ours, dynamos)]
@@ -284,4 +279,3 @@ def test_the_reason_is_in_the_log(caplog):
     with caplog.at_level("DEBUG", "mosaic_compiler"):
         mosaic_compiler.compile(written)(torch.randn(3, 4))
     assert any("traced by Dynamo" in record.message for record in caplog.records)
-    assert direct.NotDirectError.__doc__

@@ -27,6 +27,7 @@ from mosaic_compiler.errors import CacheError
 from mosaic_compiler.kernels import artifacts
 from mosaic_compiler.owned import function as owned
 from mosaic_compiler.owned.fingerprint import Fingerprint
+from mosaic_compiler.owned.function import forget_made
 from mosaic_compiler.planning.check import check_lowered
 from mosaic_compiler.runtime.step import CompiledStep
 
@@ -96,9 +97,16 @@ def kept(monkeypatch, tmp_path):
     return tmp_path / "cache"
 
 
+def as_elsewhere():
+    """What this process has compiled is forgotten, as if it were another one."""
+    torch._dynamo.reset()
+    forget_made()
+
+
 @contextmanager
 def nothing_is_compiled():
-    """Inside of the block, a graph that reaches AOTAutograd is an error."""
+    """Inside of the block, compiling a graph is an error."""
+    forget_made()
 
     def refuse(*args, **kwargs):
         raise AssertionError("a graph was compiled")
@@ -127,7 +135,7 @@ def test_another_process_runs_what_one_has_compiled(kept):
     want = toy()(IDS)
     got = mosaic_compiler.compile(toy())(IDS)
     torch.testing.assert_close(got, want)
-    torch._dynamo.reset()
+    as_elsewhere()
     with nothing_is_compiled():
         again = mosaic_compiler.compile(toy())(IDS)
         torch.testing.assert_close(again, got, rtol=0, atol=0)
@@ -173,7 +181,7 @@ class Plain(nn.Module):
 def test_torch_compile_skips_what_is_behind_dynamo(kept, make):
     with torch.no_grad(), counting() as steps:
         first = torch.compile(make(), backend="mosaic", dynamic=True)(IDS)
-        torch._dynamo.reset()
+        as_elsewhere()
         again = torch.compile(make(), backend="mosaic", dynamic=True)
         torch.testing.assert_close(again(IDS), first, rtol=0, atol=0)
         torch.testing.assert_close(again(torch.arange(9)[None]), make()(torch.arange(9)[None]))
@@ -186,14 +194,14 @@ def test_torch_compile_compiles_late_what_a_session_needs(kept):
     """No session was there when the graph was kept: its kinds of steps are not."""
     with torch.no_grad():
         torch.compile(Plain(), backend="mosaic", dynamic=True)(IDS)
-        torch._dynamo.reset()
+        as_elsewhere()
         compiled = torch.compile(Plain(), backend="mosaic", dynamic=True)
         with nothing_is_compiled():
             want = compiled(IDS)
     with mosaic_compiler.Session(compiled) as session:
         torch.testing.assert_close(session.full(IDS), want)
         torch.testing.assert_close(session.reuse(IDS, range(4, 9))[:, 4:9], want[:, 4:9])
-    torch._dynamo.reset()
+    as_elsewhere()
     with nothing_is_compiled(), mosaic_compiler.Session(compiled) as session:
         torch.testing.assert_close(session.full(IDS), want)
 
@@ -211,7 +219,7 @@ def test_plans_ahead_and_reports(kept):
     ids = IDS.clone()
     most = mosaic_compiler.max_tokens(toy(), (ids,), "1MiB")
     report = mosaic_compiler.explain(toy(), ids, memory_budget="1MiB")
-    torch._dynamo.reset()
+    as_elsewhere()
     with nothing_is_compiled():
         assert mosaic_compiler.max_tokens(toy(), (ids,), "1MiB") == most
         again = mosaic_compiler.explain(toy(), ids, memory_budget="1MiB")
@@ -233,7 +241,7 @@ def test_generate(kept, tiny_llada):
     given = {"gen_length": 6, "steps": 2}
     want = mosaic_compiler.generate(tiny_llada, prompt, **given).sequences
     dual = mosaic_compiler.generate(tiny_llada, prompt, cache="dual", **given).sequences
-    torch._dynamo.reset()
+    as_elsewhere()
     from mosaic_compiler.sampling import compiled
 
     compiled._known.clear()
@@ -248,10 +256,12 @@ def test_generate(kept, tiny_llada):
 
 @pytest.mark.fuse
 def test_kernels(kept):
-    want = mosaic_compiler.compile(toy())(IDS)
-    assert [entry for entry in the_folder().entries() if entry.kind == "kernel"]
     from mosaic_compiler.kernels import fused
 
+    fused.kernel_for.cache_clear()
+    fused._kernels.clear()
+    want = mosaic_compiler.compile(toy())(IDS)
+    assert [entry for entry in the_folder().entries() if entry.kind == "kernel"]
     fused.kernel_for.cache_clear()
     fused._kernels.clear()
     generated, fused.FusedKernel._generated = fused.FusedKernel._generated, None
@@ -317,7 +327,7 @@ def test_graph_breaks_are_not_kept(kept, caplog):
         torch.testing.assert_close(mosaic_compiler.compile(Broken())(IDS), Broken()(IDS))
     assert any("compiled again in every process" in record.message for record in caplog.records)
     with counting() as steps:
-        torch._dynamo.reset()
+        as_elsewhere()
         torch.testing.assert_close(mosaic_compiler.compile(Broken())(IDS), Broken()(IDS))
     assert steps
 
@@ -366,7 +376,7 @@ def test_damaged_entries_are_made_again(kept):
         raw = entry.path.read_bytes()
         entry.path.write_bytes(raw[: len(raw) // 2] + b"?" + raw[len(raw) // 2 + 1 :])
     with counting() as steps:
-        torch._dynamo.reset()
+        as_elsewhere()
         torch.testing.assert_close(mosaic_compiler.compile(toy())(IDS), want)
     assert len(steps) == 1
     with nothing_is_compiled():
@@ -417,7 +427,7 @@ def test_what_does_not_hold_together_is_not_run(kept, caplog):
     facts, bindings = unpack(folder.read("step", entry.path.name))
     folder.write("step", entry.path.name, pack((dataclasses.replace(facts, kept=wrong), bindings)))
     with counting() as steps:
-        torch._dynamo.reset()
+        as_elsewhere()
         torch.testing.assert_close(mosaic_compiler.compile(toy())(IDS), toy()(IDS))
     assert len(steps) == 1, "it was compiled again"
     assert any("thrown away" in record.message for record in caplog.records)
@@ -573,7 +583,7 @@ def perturbed(edits, options, batch, folder):
             edit(model, monkeypatch, n)
         ids = IDS.reshape(-1)[: batch[0] * batch[1]].reshape(batch)
         want = model(ids)
-        torch._dynamo.reset()
+        as_elsewhere()
         with counting() as steps:
             got = mosaic_compiler.compile(model, **options)(ids)
             again = mosaic_compiler.compile(model, **options)(ids)
@@ -674,7 +684,7 @@ def test_a_module_that_changes_between_calls_is_looked_at_again(kept):
 def test_two_folders_do_not_know_of_each_other(tmp_path, monkeypatch):
     for name in ("one", "two"):
         monkeypatch.setenv("MOSAIC_CACHE", str(tmp_path / name))
-        torch._dynamo.reset()
+        as_elsewhere()
         with counting() as steps:
             mosaic_compiler.compile(toy())(IDS)
         assert len(steps) == 1

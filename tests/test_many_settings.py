@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
+import time
 import warnings
 
 import pytest
@@ -66,7 +67,7 @@ def test_another_number_compiles_nothing_and_gives_what_eager_gives():
     assert all(count >= 1 for count in compiled.values())
 
 
-@pytest.mark.parametrize(("settings", "models"), [(60, 5)])
+@pytest.mark.parametrize(("settings", "models"), [pytest.param(60, 5, marks=pytest.mark.slow), (12, 3)])
 def test_settings_and_models_all_have_a_plan_and_keep_their_budget(settings, models):
     made, count = [model(seed) for seed in range(models)], []
     temperatures = itertools.cycle((0.0, 0.0, 0.4, 1.3))
@@ -138,6 +139,7 @@ def test_options_are_looked_at_without_compiling_too():
 
 def test_where_nothing_ran_it_is_said():
     made = model(3)
+    made.register_forward_hook(lambda module, args, output: time.time() and output)  # which is left to Dynamo
     with torch._dynamo.config.patch(disable=True), pytest.warns(UserWarning, match="eager PyTorch"):
         result = generated(made, prompt(), **LLADA)
     assert result.plan is None

@@ -402,7 +402,7 @@ class AliasingDriver(FakeDriver):
         return torch.from_numpy(np.asarray(Memory()))
 
 
-@settings(max_examples=25)
+@settings(max_examples=8)
 @given(
     total=st.integers(1, 90), features=st.integers(1, 3000), data=st.data(),
 )  # fmt: skip

@@ -164,7 +164,7 @@ def _trace(
         torch.empty(1, dtype=torch.int64, device="meta"),
     )
     try:
-        captured = capture_step(step, example, {}, device=device)
+        captured = capture_step(step, example, {}, device=device, is_direct=True)
     except CaptureError as error:
         raise ConfigError(
             f"{config['model_type']}: {error}, or look for a value of the config that is missing or wrong"

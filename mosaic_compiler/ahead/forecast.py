@@ -24,8 +24,9 @@ from mosaic_compiler.compat.tracing import FakeTensor, FakeTensorMode
 from mosaic_compiler.errors import CacheError, CaptureError, MosaicError, OptionsError
 from mosaic_compiler.kept_graphs import not_kept
 from mosaic_compiler.options import MosaicOptions
-from mosaic_compiler.owned.direct import NotDirectError, trace_directly
+from mosaic_compiler.owned.direct import trace_directly
 from mosaic_compiler.owned.fingerprint import Fingerprint
+from mosaic_compiler.owned.put_back import NotDirectError
 from mosaic_compiler.owned.values import kept_on_disk
 from mosaic_compiler.planning.budget import parse_budget
 from mosaic_compiler.runtime.step import CompiledStep
@@ -41,6 +42,7 @@ def capture_step(
     *,
     kwargs: Mapping[str, Any] | None = None,
     device: str = "cpu",
+    is_direct: bool = False,
 ) -> CompiledStep:
     """Compile ``fn`` for ``args`` (and ``kwargs``) without running it.
 
@@ -49,6 +51,7 @@ def capture_step(
         args: an example; tensors may be on the meta device.
         options: of the backend; nothing runs, so the memory budget does not matter here.
         device: what meta tensors are planned for.
+        is_direct: trace it by running it, where that can be: for models that nobody compiles by Dynamo.
 
     Raises:
         CaptureError: if the function is not one graph, or fails.
@@ -56,15 +59,8 @@ def capture_step(
     if device == "cuda" and not torch.cuda.is_available():
         raise CaptureError("planning with a GPU's kernels needs a GPU that torch can use: leave device out")
     options = {key: value for key, value in options.items() if key != "memory_budget"}  # may be another machine's
-    with doing("tracing the model"), without_collections():
-        own = unwrap(fn)
-        try:
-            direct = trace_directly(own, args, kwargs or {}, Fingerprint(own), torch.device(device))
-        except (NotDirectError, CacheError) as reason:
-            logger.debug("mosaic: traced by Dynamo: %s", reason)
-        else:
-            parsed = MosaicOptions.parse(options)
-            return compile_aten(direct.module, parsed, direct.static, name=getattr(own, "__name__", type(own).__name__))
+    if is_direct and (step := _traced_directly(unwrap(fn), args, kwargs or {}, options, device)) is not None:
+        return step
     steps: list[CompiledStep] = []
 
     def backend(module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -102,6 +98,20 @@ def capture_step(
     if not steps:
         raise CaptureError("nothing was compiled: the function runs no tensor operation")
     return steps[0]
+
+
+def _traced_directly(
+    fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], options: dict[str, Any], device: str
+) -> CompiledStep | None:
+    """What running the function once says; ``None``: it is left to Dynamo."""
+    with doing("tracing the model"), without_collections():
+        try:
+            found = trace_directly(fn, args, kwargs, Fingerprint(fn), torch.device(device))
+        except (NotDirectError, CacheError) as why:
+            logger.debug("mosaic: traced by Dynamo: %s", why)
+            return None
+        name = getattr(fn, "__name__", type(fn).__name__)
+        return compile_aten(found.module, MosaicOptions.parse(options), found.static, name=name)
 
 
 class _Stopped(BaseException):

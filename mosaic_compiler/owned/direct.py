@@ -12,19 +12,19 @@ import inspect
 import random
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch.fx import traceback
 from torch.overrides import TorchFunctionMode
 
 from mosaic_compiler import ir
 from mosaic_compiler.compat import trees
-from mosaic_compiler.compat.symbols import ShapeEnv
+from mosaic_compiler.compat.symbols import ShapeEnv, new_number
 from mosaic_compiler.compat.tensors import scaled_dot_product_attention
 from mosaic_compiler.compat.tracing import (
     FakeTensorMode,
@@ -34,16 +34,14 @@ from mosaic_compiler.compat.tracing import (
     get_decompositions,
     make_fx,
 )
+from mosaic_compiler.errors import CacheError
 from mosaic_compiler.owned.fingerprint import Fingerprint, holders_of
+from mosaic_compiler.owned.put_back import NotDirectError, left_alone, replaced
 from mosaic_compiler.planning.facts import Bindings
-from mosaic_compiler.runtime.bindings import looked_at, spec_of
+from mosaic_compiler.runtime.bindings import is_range, is_symbolic, spec_of
 
 _UNKNOWN_TO_HASHES = frozenset({"time", "datetime", "uuid", "secrets", "socket", "os", "random"})
 """Modules whose functions say something else in each call; what a user's own code asks them, a trace does not know."""
-
-
-class NotDirectError(Exception):
-    """Why a function is left to Dynamo."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,7 @@ class Direct:
         inputs: for each placeholder what it is, see :class:`~mosaic_compiler.planning.facts.Bindings`.
         outputs, spec: likewise.
         static: positions of weights.
+        sizes: sizes of tensors among the arguments, and whole numbers, by number: what the trace has made of them.
     """
 
     module: fx.GraphModule
@@ -62,6 +61,8 @@ class Direct:
     outputs: tuple[tuple[str, Any], ...]
     spec: str
     static: tuple[int, ...]
+
+    sizes: tuple[tuple[int, tuple[Any, ...]], ...]
 
     def bindings(self, step: Any, leaves: Sequence[Any], values: Sequence[Any]) -> Bindings:
         """How calls of the function become calls of a step that was made of the graph.
@@ -72,17 +73,22 @@ class Direct:
         """
         bound = {what for kind, what in self.inputs if kind == "argument"}
         symbols = step.numbers(values).symbols
+        unread = {number: found for number, found in self.sizes if number not in bound}
+        conditions = [c for c in step.conditions if getattr(c, "free_symbols", set())]
+        if any(not c.free_symbols <= symbols.keys() and not is_range(c) for c in conditions):
+            raise CacheError("it was compiled for sizes that no input says")
         return Bindings(
             inputs=self.inputs,
             outputs=self.outputs,
             spec=self.spec,
-            conditions=tuple(c for c in step.conditions if getattr(c, "free_symbols", set()) <= symbols.keys()),
+            conditions=tuple(c for c in conditions if c.free_symbols <= symbols.keys()),
             arguments=len(leaves),
             unread=tuple(
-                (number, looked_at(leaf, symbols), leaf.is_contiguous())
-                for number, leaf in enumerate(leaves)
-                if isinstance(leaf, Tensor) and number not in bound
+                (number, _told(found, symbols), leaves[number].is_contiguous())
+                for number, found in unread.items()
+                if isinstance(leaves[number], Tensor)
             ),
+            exact=tuple((number, leaves[number]) for number in unread if not isinstance(leaves[number], Tensor)),
         )
 
 
@@ -108,10 +114,17 @@ def trace_directly(
     tensors = known.tensors
     if any(tensor is None for tensor in tensors) or any(_is_strange(t) for t in (*tensors, *leaves)):
         raise NotDirectError("it has tensors of other kinds")
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    environment = ShapeEnv()
+    mode = FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True)
     names = _names_of(function, args, kwargs)
-    numbers = [number for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    fakes = [fake_argument(mode, _on(leaves[number], device), names[number]) for number in numbers]
+    numbers = [number for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor) or is_symbolic(leaf)]
+    fakes: list[Any] = [
+        fake_argument(mode, _on(leaf, device), names[number])
+        if isinstance(leaf := leaves[number], Tensor)
+        else new_number(environment, names[number], leaf)[1]
+        for number in numbers
+    ]
+    given_sizes = [list(fake.shape) if isinstance(fake, Tensor) else [fake] for fake in fakes]
     weights = {id(tensor): fake_weight(mode, tensor, device) for tensor in tensors if tensor is not None}
     given = [*fakes, *weights.values()]
     written: list[Any] = []
@@ -128,8 +141,8 @@ def trace_directly(
     before = random.getstate()
     try:
         with (
-            _left_alone(holders_of(function)),
-            _replaced(known.modules, weights),
+            left_alone(holders_of(function)),
+            replaced(known.modules, weights),
             torch.no_grad(),
             mode,
             traceback.preserve_node_meta(),
@@ -146,17 +159,23 @@ def trace_directly(
         raise NotDirectError("it draws random numbers in Python")
     if Fingerprint(function).state != known.state:
         raise NotDirectError("it changes what the model holds")
-    return _finished(traced, written[0], given, numbers, [t for t in tensors if t is not None])
+    sizes = tuple((number, tuple(map(ir.expr_of, found))) for number, found in zip(numbers, given_sizes, strict=True))
+    return _finished(traced, written[0], given, numbers, [t for t in tensors if t is not None], sizes)
 
 
 def _finished(
-    module: fx.GraphModule, result: Any, given: Sequence[Tensor], numbers: Sequence[int], tensors: Sequence[Tensor]
+    module: fx.GraphModule,
+    result: Any,
+    given: Sequence[Any],
+    numbers: Sequence[int],
+    tensors: Sequence[Tensor],
+    sizes: tuple[tuple[int, tuple[Any, ...]], ...],
 ) -> Direct:
     """The graph without inputs that it does not read, and what its inputs and results are."""
     graph = module.graph
     real = {id(tensor) for tensor in tensors}
     for node in graph.nodes:
-        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+        if node.op == "call_function" and isinstance(node.target, OpOverload):
             if node.target._schema.is_mutable:
                 raise NotDirectError(f"{node.target} writes to its operands")
         elif node.op == "get_attr" and id(getattr(module, str(node.target), None)) in real:
@@ -164,7 +183,7 @@ def _finished(
         elif node.op == "call_module":
             raise NotDirectError("it has graphs inside")
     _read_sizes_off_inputs(graph)
-    storages = {tensor.untyped_storage()._cdata for tensor in given}
+    storages = {tensor.untyped_storage()._cdata for tensor in given if isinstance(tensor, Tensor)}
     arguments = {id(tensor): numbers[at] for at, tensor in enumerate(given[: len(numbers)])}
     outputs: list[tuple[str, Any]] = []
     results: list[fx.Node] = []
@@ -199,7 +218,7 @@ def _finished(
             inputs.append(("tensor", at - len(numbers)))
     module.recompile()
     static = tuple(position for position, (kind, _) in enumerate(inputs) if kind == "tensor")
-    return Direct(module, tuple(inputs), tuple(outputs), spec, static)
+    return Direct(module, tuple(inputs), tuple(outputs), spec, static, sizes)
 
 
 def _read_sizes_off_inputs(graph: fx.Graph) -> None:
@@ -221,79 +240,6 @@ def _read_sizes_off_inputs(graph: fx.Graph) -> None:
         if place is not None:
             node.replace_all_uses_with(place)
             graph.erase_node(node)
-
-
-@contextmanager
-def _left_alone(holders: Sequence[Any]) -> Iterator[None]:
-    """Lists, dicts and objects hold afterwards what they did before: a model may remember tensors without memory.
-
-    Raises:
-        NotDirectError: if one held something else.
-    """
-    held = [(holder, _contents(holder)) for holder in holders]
-    try:
-        yield
-    finally:
-        changed = [(holder, before) for holder, before in held if not _is_same(_contents(holder), before)]
-        for holder, before in changed:
-            if isinstance(holder, list):
-                holder[:] = before
-            else:
-                owner = holder if isinstance(holder, (dict, set)) else holder.__dict__
-                owner.clear()
-                owner.update(before)
-    if changed:
-        raise NotDirectError(f"it remembers something in a {type(changed[0][0]).__name__}")
-
-
-def _contents(holder: Any) -> Any:
-    """A copy of what it holds."""
-    if isinstance(holder, (list, set)):
-        return holder.copy()
-    return dict(holder if isinstance(holder, dict) else holder.__dict__)
-
-
-def _is_same(now: Any, before: Any) -> bool:
-    if isinstance(now, list):
-        return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
-    if isinstance(now, set):
-        return len(now) == len(before) and now == before
-    return now.keys() == before.keys() and all(now[key] is value for key, value in before.items())
-
-
-@contextmanager
-def _replaced(modules: Sequence[nn.Module], weights: Mapping[int, Tensor]) -> Iterator[None]:
-    """Parameters and buffers without memory; afterwards modules have what they had.
-
-    Raises:
-        NotDirectError: if a module has got something else meanwhile.
-    """
-    held = [(module, dict(module.__dict__)) for module in modules]
-    inner: list[tuple[Any, dict[str, Any]]] = [
-        (owner, dict(owner)) for module in modules for owner in (module._parameters, module._buffers, module._modules)
-    ]
-    try:
-        for owner, values in inner:
-            for name, value in values.items():
-                if isinstance(value, Tensor):
-                    owner[name] = weights[id(value)]
-        yield
-        for owner, values in inner:
-            if owner.keys() != values.keys() or any(
-                owner[name] is not weights.get(id(value), value) for name, value in values.items()
-            ):
-                raise NotDirectError("it sets parameters, buffers or children")
-        for module, values in held:
-            now = module.__dict__
-            if now.keys() != values.keys() or any(now[name] is not value for name, value in values.items()):
-                raise NotDirectError("it sets attributes of modules")
-    finally:
-        for owner, values in inner:
-            owner.clear()
-            owner.update(values)
-        for module, values in held:
-            module.__dict__.clear()
-            module.__dict__.update(values)
 
 
 class _Places(TorchFunctionMode):
@@ -398,6 +344,11 @@ def _names_of(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
     for name, value in kwargs.items():
         found += _numbered(name, len(trees.flatten(value)[0]))
     return found
+
+
+def _told(sizes: Sequence[Any], symbols: Any) -> tuple[Any, ...]:
+    """What a trace says of the sizes of a tensor that its graph does not get: a number, another size, or nothing."""
+    return tuple(int(size) if size.is_Integer else size if size in symbols else None for size in sizes)
 
 
 def _numbered(name: str, count: int) -> list[str]:

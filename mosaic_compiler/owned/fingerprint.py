@@ -28,9 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload, OpOverloadPacket
 
-_VERSIONED = frozenset(
-    {*sys.stdlib_module_names, "torch", "numpy", "sympy", "triton", "networkx", "mosaic_compiler", "functorch"}
-)
+from mosaic_compiler.owned.objects import is_holder, is_installed, is_versioned, is_versioned_code, label_of, slots_of
+
 _SIMPLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, range)
 _ALWAYS = (
     "forward", "__call__", "__init__", "__new__", "__post_init__", "__getattr__", "__getattribute__", "__iter__",
@@ -144,10 +143,10 @@ class _Walk:
                 self._later.popleft()()
             known = len(self._looked)
             for number, owner in enumerate(self._classes):
-                self._is_installed = _is_installed(getattr(sys.modules.get(owner.__module__), "__file__", None))
+                self._is_installed = is_installed(getattr(sys.modules.get(owner.__module__), "__file__", None))
                 self._look(number, owner.__qualname__, owner.__dict__)
             for number, package in enumerate(self._packages):
-                self._is_installed = _is_installed(getattr(package, "__file__", None))
+                self._is_installed = is_installed(getattr(package, "__file__", None))
                 self._look(-1 - number, package.__name__, vars(package))
             if len(self._looked) == known and not self._later:
                 break
@@ -176,7 +175,7 @@ class _Walk:
             return
         self._numbers[id(given)] = len(self._numbers)
         self._alive.append(given)  # so that no other object gets its id
-        if not self._is_installed and _is_holder(given):
+        if not self._is_installed and is_holder(given):
             self.holders.append(given)
         if isinstance(given, Tensor):
             self._tensor(given)
@@ -184,11 +183,11 @@ class _Walk:
             self.modules.append(given)
             self._object(given)
         elif isinstance(given, enum.Enum):
-            self.emit("enum", _label(kind), given.name)
+            self.emit("enum", label_of(kind), given.name)
         elif isinstance(given, Mapping):
             self._mapping(given)
         elif isinstance(given, (list, tuple, deque)):
-            self.emit(_label(kind), len(given))
+            self.emit(label_of(kind), len(given))
             is_loose = self._is_installed and all(type(item) in _SIMPLE for item in given)
             for item in sorted(given, key=repr) if is_loose else given:
                 self.value(item)
@@ -207,13 +206,13 @@ class _Walk:
     def _tensor(self, given: Tensor) -> None:
         self.tensors.append(given)
         layout = (tuple(given.shape), tuple(given.stride())) if given.layout is torch.strided else tuple(given.shape)
-        self.emit("tensor", _label(type(given)), str(given.dtype), str(given.device), layout, given.requires_grad)
+        self.emit("tensor", label_of(type(given)), str(given.dtype), str(given.device), layout, given.requires_grad)
 
     def _mapping(self, given: Mapping[Any, Any]) -> None:
         if isinstance(given, (weakref.WeakKeyDictionary, weakref.WeakValueDictionary)):
             self.emit("weak mapping")  # something remembered about objects, not of them
             return
-        self.emit(_label(type(given)), len(given))
+        self.emit(label_of(type(given)), len(given))
         items = list(given.items())
         if self._is_installed and all(isinstance(key, str) for key, _ in items):
             items.sort(key=lambda pair: pair[0])  # tables of what is installed come in any order
@@ -226,8 +225,8 @@ class _Walk:
         if all(type(item) in _SIMPLE for item in items):
             self.emit("set", sorted(map(repr, items)))
         else:
-            self.emit("set", sorted(_label(item if isinstance(item, type) else type(item)) for item in items))
-            for item in sorted(items, key=lambda item: (_label(type(item)), str(getattr(item, "__qualname__", "")))):
+            self.emit("set", sorted(label_of(item if isinstance(item, type) else type(item)) for item in items))
+            for item in sorted(items, key=lambda item: (label_of(type(item)), str(getattr(item, "__qualname__", "")))):
                 self.value(item)
 
     def _object(self, given: Any) -> None:
@@ -241,7 +240,7 @@ class _Walk:
                     self.emit(name)
                     self.value(item)
         kind: Any = type(given)
-        for slot in _slots(kind):
+        for slot in slots_of(kind):
             self.emit(slot)
             self.value(getattr(given, slot, None))
 
@@ -285,7 +284,7 @@ class _Walk:
     def _of_pytorch(self, kind: type[Any], given: Any) -> None:
         """Operators and the like are what they are called; nothing that Dynamo traces looks into the others."""
         named = isinstance(given, (OpOverload, OpOverloadPacket, torch.finfo, torch.iinfo))
-        self.emit("builtin", _label(kind), str(given) if named else "")
+        self.emit("builtin", label_of(kind), str(given) if named else "")
         if kind.__module__.startswith("torch.") and not named:
             for name, item in sorted(getattr(given, "__dict__", {}).items()):
                 if type(item) in _SIMPLE or isinstance(item, (types.FunctionType, Tensor)):
@@ -294,7 +293,7 @@ class _Walk:
 
     def _function(self, given: types.FunctionType) -> None:
         self.emit("function", given.__module__, given.__qualname__)
-        if _is_versioned(given.__module__) and _is_versioned_code(given.__code__):
+        if is_versioned(given.__module__) and is_versioned_code(given.__code__):
             for cell in given.__closure__ or ():
                 self._cell(cell)
             return
@@ -302,7 +301,7 @@ class _Walk:
 
     def _body(self, given: types.FunctionType) -> None:
         """Its code, and what that refers to."""
-        self._is_installed = _is_installed(given.__code__.co_filename)
+        self._is_installed = is_installed(given.__code__.co_filename)
         names: dict[str, None] = {}
         self._code(given.__code__, names)
         for part in (given.__defaults__, given.__kwdefaults__):
@@ -351,8 +350,8 @@ class _Walk:
                 self.emit(type(constant).__name__, repr(constant))
 
     def _class(self, given: type[Any]) -> None:
-        self.emit("class", _label(given))
-        if not _is_versioned(given.__module__):
+        self.emit("class", label_of(given))
+        if not is_versioned(given.__module__):
             self._classes.append(given)
             for base in given.__bases__:
                 self._class_of(base)
@@ -364,50 +363,5 @@ class _Walk:
         self.emit("package", given.__name__)
         if not self._is_installed:
             self.asked.add(given.__name__)
-        if not _is_versioned(given.__name__):
+        if not is_versioned(given.__name__):
             self._packages.append(given)
-
-
-def _is_holder(given: Any) -> bool:
-    if isinstance(given, (type, types.ModuleType, types.FunctionType, nn.Module, Tensor, enum.Enum)):
-        return False
-    return isinstance(given, (dict, list, set)) or isinstance(getattr(given, "__dict__", None), dict)
-
-
-def _label(kind: type[Any]) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _is_versioned(module: str | None) -> bool:
-    return module is None or module.partition(".")[0] in _VERSIONED
-
-
-_OWN_FOLDERS = tuple(
-    str(PurePath(found).parent)
-    for name in ("torch", "numpy", "functools", "mosaic_compiler")
-    if (found := getattr(sys.modules.get(name), "__file__", None)) is not None
-)
-
-
-@functools.cache
-def _is_installed(file: str | None) -> bool:
-    return file is not None and ("site-packages" in file or "dist-packages" in file)
-
-
-@functools.cache
-def _is_versioned_file(name: str) -> bool:
-    return name.startswith(_OWN_FOLDERS) or name.startswith("<")
-
-
-def _is_versioned_code(code: types.CodeType) -> bool:
-    """It stands where its module says: somebody may have put a function of his own there."""
-    return _is_versioned_file(code.co_filename)
-
-
-@functools.cache
-def _slots(kind: Any) -> tuple[str, ...]:
-    found: list[str] = []
-    for base in kind.__mro__:
-        slots = base.__dict__.get("__slots__", ())
-        found += [slots] if isinstance(slots, str) else list(slots)
-    return tuple(name for name in found if name not in ("__dict__", "__weakref__"))

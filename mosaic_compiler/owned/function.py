@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,9 +24,11 @@ from mosaic_compiler.errors import CacheError
 from mosaic_compiler.kernels.artifacts import machine_of
 from mosaic_compiler.kernels.fused import start_workers
 from mosaic_compiler.options import MosaicOptions
-from mosaic_compiler.owned.direct import NotDirectError, trace_directly
+from mosaic_compiler.owned.direct import trace_directly
 from mosaic_compiler.owned.fingerprint import Fingerprint
-from mosaic_compiler.runtime.bindings import Ran, learn, watching
+from mosaic_compiler.owned.put_back import NotDirectError
+from mosaic_compiler.planning.facts import Bindings
+from mosaic_compiler.runtime.bindings import Ran, is_symbolic, learn, watching
 from mosaic_compiler.runtime.named import NamedStep
 from mosaic_compiler.runtime.served import STEP, Made, Served, keep
 from mosaic_compiler.waiting import doing, now, without_collections
@@ -39,6 +42,9 @@ _ANYTHING_MAY_CHANGE = {
     "accumulated_recompile_limit": _UNLIMITED,
 }
 """Dynamo's configuration: it looks at hooks, and compiles for as many changes as there are."""
+
+_steps: dict[str, list[tuple[str, weakref.ref[NamedStep], Bindings]]] = {}
+"""What was compiled in this process, by the beginning of its keys."""
 
 _registering = threading.Lock()
 """PyTorch registers a backend when it is first used, and not for two threads at once."""
@@ -129,7 +135,9 @@ class Owned:
         prefix = self._prefix(leaves, spec, modes)
         served = self._served.get(prefix)
         if served is None:
-            served = self._served[prefix] = [] if folder is None else self._load(folder, prefix)
+            served = self._served[prefix] = self._shared(prefix) if self._is_direct else []
+            if not served and folder is not None:
+                served += self._load(folder, prefix)
         for candidate in served:
             if candidate.accepts(leaves) and candidate.can_serve():
                 self._key = candidate.key
@@ -192,7 +200,11 @@ class Owned:
             step = compile_aten(direct.module, self._options, direct.static, name=self._label)
         tensors = self._print.tensors
         values = [leaves[what] if kind == "argument" else tensors[what] for kind, what in direct.inputs]
-        bindings = direct.bindings(step, leaves, values)
+        try:
+            bindings = direct.bindings(step, leaves, values)
+        except CacheError as why:
+            logger.debug("mosaic: %s is traced by Dynamo: %s", self._label, why)
+            return None
         key = f"{prefix}{hashlib.sha256(pack((step.kept.inputs, bindings))).hexdigest()[:16]}"
         if folder is not None:
             try:
@@ -200,7 +212,16 @@ class Owned:
                 self._key = key
             except CacheError as error:
                 logger.info("mosaic: %s is compiled again in every process: %s", self._label, error)
+        _steps.setdefault(prefix, []).append((key, weakref.ref(step), bindings))
         return Made(key, step, bindings, tensors)
+
+    def _shared(self, prefix: str) -> list[Served | Made]:
+        """What this process has compiled for an equal function (another model of the same code), as long as that is
+        there."""
+        assert self._print is not None
+        alive = [(key, step, bindings) for key, place, bindings in _steps.get(prefix, ()) if (step := place())]
+        mine = [given for given in alive if given[1].options == self._options]
+        return [Made(key, step, bindings, self._print.tensors) for key, step, bindings in mine]
 
     def _dynamo(self) -> Callable[..., Any]:
         if self._compiled is None:
@@ -271,6 +292,11 @@ class Owned:
         self._key = key
 
 
+def forget_made() -> None:
+    """Functions that are compiled from now on share nothing with those before."""
+    _steps.clear()
+
+
 def _device_of(leaves: Sequence[Any], found: Fingerprint | None) -> torch.device:
     """Where a call runs."""
     tensors = [] if found is None else found.tensors
@@ -283,6 +309,8 @@ def _class_of(leaf: Any, numbers: Mapping[int, int]) -> Any:
         same = numbers.get(id(leaf), -1)
         bits = (leaf.is_conj(), leaf.is_neg()) if leaf.layout is torch.strided else ()
         return type(leaf).__qualname__, str(leaf.dtype), str(leaf.device), leaf.dim(), leaf.requires_grad, same, bits
+    if is_symbolic(leaf):
+        return "a whole number"
     if leaf is None or isinstance(leaf, (bool, int, float, str, torch.dtype, torch.device)):
         return type(leaf).__name__, repr(leaf)
     return Fingerprint(leaf).digest

@@ -154,6 +154,7 @@ class Bindings:
         arguments: how many leaves of the arguments there are.
         unread: (number, sizes, whether it is contiguous) of tensors among them that the graph does not get, but its
             trace may have looked at; a size is a number, a symbol, or ``None``: any from 2 on.
+        exact: (number, value) of whole numbers among them of which that is so.
     """
 
     inputs: tuple[tuple[str, Any], ...]
@@ -162,6 +163,7 @@ class Bindings:
     conditions: tuple[Any, ...]
     arguments: int
     unread: tuple[tuple[int, tuple[Any, ...], bool], ...] = ()
+    exact: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def learn(
     symbols = {reading.symbol for reading in step.kept.readings}
     wanted = [condition for condition in conditions if condition not in (True, sympy.true)]
     for condition in wanted:
-        if not condition.free_symbols <= symbols and not _is_range(condition):
+        if not condition.free_symbols <= symbols and not is_range(condition):
             raise CacheError(f"it was compiled for {condition}, which no input says")
     bound = {number for what, number in found if what == "argument"}
     return Bindings(
@@ -85,23 +85,22 @@ def learn(
         conditions=tuple(condition for condition in wanted if condition.free_symbols <= symbols),
         arguments=len(arguments),
         unread=tuple(
-            (number, looked_at(leaf, step.numbers(inputs).symbols), leaf.is_contiguous())
+            (number, tuple(leaf.shape), leaf.is_contiguous())
             for number, leaf in enumerate(arguments)
             if isinstance(leaf, Tensor) and number not in bound
         ),
+        exact=tuple((number, leaf) for number, leaf in enumerate(arguments) if is_symbolic(leaf)),
     )
 
 
-def _is_range(condition: Any) -> bool:
+def is_symbolic(leaf: Any) -> bool:
+    """A whole number among the arguments that a graph has as a symbol: 0 and 1 are numbers, as sizes are."""
+    return type(leaf) is int and leaf >= 2
+
+
+def is_range(condition: Any) -> bool:
     """It says what one symbol is at least, or at most."""
     return isinstance(condition, (sympy.Ge, sympy.Le)) and condition.lhs.is_Symbol and condition.rhs.is_Integer
-
-
-def looked_at(leaf: Tensor, values: Mapping[sympy.Symbol, int]) -> tuple[Any, ...]:
-    """What a trace may have found out about the sizes of a tensor that its graph does not get: 0 and 1 are numbers
-    to Dynamo, equal sizes are one symbol, and others are at least 2."""
-    symbols = {int(value): symbol for symbol, value in values.items()}
-    return tuple(size if size < 2 else symbols.get(size) for size in leaf.shape)
 
 
 def _float(value: Tensor) -> tuple[str, Any]:
@@ -177,7 +176,7 @@ class Caller:
         ]
         self._arguments = [(at, what) for at, (kind, what) in enumerate(bindings.inputs) if kind == "argument"]
         self._numbers = [(at, what) for at, (kind, what) in enumerate(bindings.inputs) if kind in ("size", "value")]
-        self._facts = [(number, inputs[at].tensor) for at, number in self._arguments]
+        self._facts = [(number, inputs[at].tensor, inputs[at].number) for at, number in self._arguments]
         self._readings = list(readings)
         self._known: dict[Any, bool] = {}
 
@@ -185,7 +184,11 @@ class Caller:
         """It was compiled for arguments of such sizes."""
         if len(arguments) != self._bindings.arguments:
             return False
-        key = tuple((leaf.shape, leaf.stride()) for leaf in arguments if isinstance(leaf, Tensor))
+        key = tuple(
+            (leaf.shape, leaf.stride()) if isinstance(leaf, Tensor) else leaf
+            for leaf in arguments
+            if isinstance(leaf, (Tensor, int))
+        )
         known = self._known.get(key)
         if known is None:
             known = self._known[key] = self._fits(arguments)
@@ -203,9 +206,14 @@ class Caller:
             for size, known in zip(leaf.shape, sizes, strict=True):
                 if size < 2 if known is None else size != (known if isinstance(known, int) else values[known]):
                     return False
-        for number, facts in self._facts:
+        if any(arguments[number] != value for number, value in self._bindings.exact):
+            return False
+        for number, facts, counted in self._facts:
             leaf = arguments[number]
-            if not isinstance(leaf, Tensor) or facts is None or not _is_laid_out(leaf, facts, values):
+            if isinstance(leaf, Tensor) and facts is not None:
+                if not _is_laid_out(leaf, facts, values):
+                    return False
+            elif counted is None or counted.xreplace(values) != leaf:
                 return False
         return all(bool(condition.xreplace(values)) for condition in self._bindings.conditions)
 
