@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--child", action="store_true")
     parser.add_argument("--processes", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     if given.child:
         child(given.model)
@@ -153,7 +154,7 @@ def main() -> None:
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "2 CPU cores"
     result = {"device": where, "torch": torch.__version__, "model": given.model, "processes": rows}
     if given.model == "tiny-llada":
-        result["commands"] = commands(3)
+        result["commands"] = commands(given.rounds)
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / f"startup_{given.model}.json").write_text(json.dumps(result, indent=1) + "\n")
 
