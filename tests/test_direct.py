@@ -6,6 +6,9 @@ import io
 import random
 import sys
 import time
+from datetime import datetime
+from random import random as roll
+from time import perf_counter
 
 import pytest
 import torch
@@ -169,7 +172,25 @@ def draws_from_numpy(x):
     return x + float(numpy.random.rand())
 
 
-@pytest.mark.parametrize("function", [clock, dice, branch, written, view_of_it, masked, counted, reads_a_global_tensor])
+def clock_by_name(x):
+    return x + perf_counter()
+
+
+def day_of_the_year(x):
+    return x + datetime.now().microsecond
+
+
+def dice_by_name(x):
+    return x + roll()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        clock, clock_by_name, day_of_the_year, dice, dice_by_name, draws_from_numpy, branch, written, view_of_it,
+        masked, counted, reads_a_global_tensor,
+    ],
+)  # fmt: skip
 def test_what_is_left_to_dynamo(function):
     with pytest.raises(NotDirectError):
         traced(function, torch.randn(5, 4))

@@ -40,7 +40,7 @@ from mosaic_compiler.owned.put_back import NotDirectError, left_alone, replaced
 from mosaic_compiler.planning.facts import Bindings
 from mosaic_compiler.runtime.bindings import is_range, is_symbolic, spec_of
 
-_UNKNOWN_TO_HASHES = frozenset({"time", "datetime", "uuid", "secrets", "socket", "os", "random"})
+_UNKNOWN_TO_HASHES = frozenset({"time", "datetime", "uuid", "secrets", "socket", "os", "random", "numpy"})
 """Modules whose functions say something else in each call; what a user's own code asks them, a trace does not know."""
 
 

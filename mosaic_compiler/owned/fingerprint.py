@@ -11,6 +11,7 @@ quantise) that no forward pass calls.
 
 from __future__ import annotations
 
+import dis
 import enum
 import functools
 import hashlib
@@ -276,6 +277,8 @@ class _Walk:
             self.emit("numpy", str(getattr(given, "dtype", "")), getattr(given, "shape", ()), bytes(given.tobytes()))
         elif hasattr(given, "__qualname__") and not hasattr(given, "__dict__"):
             self.emit("builtin", getattr(given, "__module__", ""), given.__qualname__)
+            self._ask(getattr(given, "__module__", None))
+            self._ask(type(getattr(given, "__self__", None)).__module__)
         elif kind.__module__.partition(".")[0] in ("torch", "typing", "types", "builtins", "_thread", "threading"):
             self._of_pytorch(kind, given)
         else:
@@ -291,9 +294,15 @@ class _Walk:
                     self.emit(name)
                     self.value(item)
 
+    def _ask(self, module: str | None) -> None:
+        """Code that is not installed names something of this module's."""
+        if module and not self._is_installed:
+            self.asked.add(module.partition(".")[0])
+
     def _function(self, given: types.FunctionType) -> None:
         self.emit("function", given.__module__, given.__qualname__)
         if is_versioned(given.__module__) and is_versioned_code(given.__code__):
+            self._ask(given.__module__)
             for cell in given.__closure__ or ():
                 self._cell(cell)
             return
@@ -329,6 +338,10 @@ class _Walk:
 
     def _code(self, code: types.CodeType, names: dict[str, None]) -> None:
         names.update(dict.fromkeys(code.co_names))
+        if not self._is_installed:
+            for step in dis.get_instructions(code):
+                if step.opname == "IMPORT_NAME":
+                    self._ask(step.argval)
         self.emit(
             code.co_code, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, code.co_flags,
             code.co_argcount, code.co_kwonlyargcount, code.co_posonlyargcount, code.co_exceptiontable,
@@ -355,13 +368,14 @@ class _Walk:
             self._classes.append(given)
             for base in given.__bases__:
                 self._class_of(base)
+        else:
+            self._ask(given.__module__)
 
     def _class_of(self, kind: type[Any]) -> None:
         self.value(kind)
 
     def _package(self, given: types.ModuleType) -> None:
         self.emit("package", given.__name__)
-        if not self._is_installed:
-            self.asked.add(given.__name__)
+        self._ask(given.__name__)
         if not is_versioned(given.__name__):
             self._packages.append(given)
