@@ -171,8 +171,8 @@ class _Writer:
         if kind is list:
             return ["l", *map(add, value)], False
         if kind is frozenset or kind is set:
-            parts = sorted((add(item) for item in value), key=json.dumps)
-            return ["s" if kind is frozenset else "S", *parts], kind is frozenset
+            items = sorted(value, key=lambda item: (type(item).__name__, str(item)))  # in any order, but one
+            return ["s" if kind is frozenset else "S", *map(add, items)], kind is frozenset
         if isinstance(value, Mapping):
             return ["d", *(add(part) for item in value.items() for part in item)], False
         if kind is slice:
