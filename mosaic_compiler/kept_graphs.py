@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -20,8 +20,10 @@ from torch import Tensor, fx
 from mosaic_compiler import graph_log, ir
 from mosaic_compiler.compat import trees
 from mosaic_compiler.compat.symbols import conditions_in
+from mosaic_compiler.compat.tracing import fake_mode_among
 from mosaic_compiler.disk.folder import Folder, sources_digest, the_folder
 from mosaic_compiler.errors import CacheError
+from mosaic_compiler.ir.keys import structural_key
 from mosaic_compiler.kernels.artifacts import machine_of
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.runtime.bindings import Ran, learn, watching
@@ -35,23 +37,22 @@ _mode: ContextVar[str] = ContextVar("graphs_are_kept", default="")
 
 
 @contextmanager
-def not_kept() -> Iterator[None]:
+def _in_mode(mode: str) -> Iterator[None]:
+    token = _mode.set(mode)
+    try:
+        yield
+    finally:
+        _mode.reset(token)
+
+
+def not_kept() -> AbstractContextManager[None]:
     """Graphs that this thread compiles inside of the ``with`` block are compiled, and kept by whoever asks for it."""
-    token = _mode.set("off")
-    try:
-        yield
-    finally:
-        _mode.reset(token)
+    return _in_mode("off")
 
 
-@contextmanager
-def made_anew() -> Iterator[None]:
+def made_anew() -> AbstractContextManager[None]:
     """Graphs that this thread compiles inside of the ``with`` block are compiled, whatever is kept, and kept."""
-    token = _mode.set("anew")
-    try:
-        yield
-    finally:
-        _mode.reset(token)
+    return _in_mode("anew")
 
 
 def kept_or(
@@ -73,7 +74,7 @@ def kept_or(
         return compiler()
     served = None if _mode.get() == "anew" else Served.read(folder, key, options, [])
     if served is None or not served.can_serve():
-        return _First(folder, key, compiler(), _conditions(module))
+        return _First(folder, key, compiler(), _conditions(inputs))
     served.step.end_at(graph_log.compiled(served.step.fallbacks))
     tell(served.step)
     return _Hit(served)
@@ -116,16 +117,9 @@ class _Hit:
         return self._served(args)
 
 
-def _conditions(module: fx.GraphModule) -> list[Any]:
-    mode = ir.fake_mode_of(module) or _mode_of(module)
+def _conditions(inputs: Sequence[Any]) -> list[Any]:
+    mode = fake_mode_among(inputs)
     return conditions_in(None if mode is None else mode.shape_env)
-
-
-def _mode_of(module: fx.GraphModule) -> Any:
-    for node in module.graph.find_nodes(op="placeholder"):
-        if (mode := getattr(node.meta.get("example_value"), "fake_mode", None)) is not None:
-            return mode
-    return None
 
 
 def _key(module: fx.GraphModule, inputs: Sequence[Any], options: MosaicOptions) -> str | None:
@@ -135,22 +129,20 @@ def _key(module: fx.GraphModule, inputs: Sequence[Any], options: MosaicOptions) 
         return None
     numbers = {node: number for number, node in enumerate(module.graph.nodes)}
     device = torch.device("cpu")
-    parts: list[Any] = []
     for node in module.graph.nodes:
         if node.op in ("call_module", "get_attr") or (node.op == "call_function" and not _is_known(node.target)):
             return None
-        target = node.target if isinstance(node.target, str) else _name_of(node.target)
-        given = fx.node.map_arg((node.args, dict(node.kwargs)), lambda operand: _named(numbers[operand]))
-        parts.append((node.op, target, repr(given)))
+    nodes = structural_key(module.graph.nodes, lambda _: numbers.__getitem__, lambda _: None, _name_of)
+    parts: list[Any] = []
     for value in inputs:
         if isinstance(value, Tensor):
             device = value.device if device.type == "cpu" else device
             if value.layout is not torch.strided:
                 return None
         parts.append(_described(value))
-    conditions = sorted(map(str, _conditions(module)))
+    conditions = sorted(map(str, _conditions(inputs)))
     more = (modes, options.for_passes, machine_of(device), sources_digest())
-    return hashlib.sha256(repr((parts, conditions, more)).encode()).hexdigest()
+    return hashlib.sha256(repr((nodes, parts, conditions, more)).encode()).hexdigest()
 
 
 def _described(value: Any) -> Any:
@@ -165,21 +157,13 @@ def _described(value: Any) -> Any:
     return type(value).__name__, repr(value)
 
 
-class _Operand:
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __repr__(self) -> str:
-        return f"%{self.number}"
-
-
-def _named(number: int) -> Any:
-    return _Operand(number)
-
-
 def _is_known(target: Any) -> bool:
     return (getattr(target, "__module__", "") or "").partition(".")[0] in _KNOWN
 
 
-def _name_of(target: Any) -> str:
+def _name_of(node: fx.Node) -> str:
+    """What a node calls, without addresses."""
+    target: Any = node.target
+    if isinstance(target, str):
+        return target
     return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}.{target}".partition(" at 0x")[0]

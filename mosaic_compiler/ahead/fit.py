@@ -16,8 +16,8 @@ from typing import Any
 
 from mosaic_compiler.ahead.cached import Stateful, stateful
 from mosaic_compiler.ahead.configs import DTYPES, build
-from mosaic_compiler.disk.codec import CodecError, pack, unpack
 from mosaic_compiler.disk.folder import Folder, sources_digest, the_folder
+from mosaic_compiler.disk.values import read, write
 from mosaic_compiler.errors import BudgetError, CaptureError, ConfigError
 from mosaic_compiler.planning.buffers import lower_bound
 from mosaic_compiler.planning.outline import StepOutline
@@ -84,16 +84,11 @@ def traced(
         raise ConfigError(f"device {device!r} is none of auto, cuda, cpu")
     folder = the_folder() if cache is None else Folder(cache)
     key = _key(config, dtype, device, with_state)
-    if folder is not None and (data := folder.read("fit", key)) is not None:
-        try:
-            known = unpack(data)
-            if isinstance(known, Traced):
-                return known
-        except CodecError as error:
-            folder.drop("fit", key, str(error))
+    known = read(folder, "fit", key)
+    if isinstance(known, Traced):
+        return known
     found = _trace(config, dtype, device, on_trace, with_state)
-    if folder is not None:
-        folder.write("fit", key, pack(found), str(config.get("model_type", "")))
+    write(folder, "fit", key, found, str(config.get("model_type", "")))
     return found
 
 

@@ -21,7 +21,7 @@ from mosaic_compiler.ahead.configs import positions
 from mosaic_compiler.backend import compile_aten, mosaic, observing
 from mosaic_compiler.compat.dynamo import BackendCompilerFailed, TorchDynamoException
 from mosaic_compiler.compat.tracing import FakeTensor, FakeTensorMode
-from mosaic_compiler.errors import CacheError, CaptureError, MosaicError, OptionsError
+from mosaic_compiler.errors import CaptureError, MosaicError, OptionsError
 from mosaic_compiler.kept_graphs import not_kept
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.owned.direct import trace_directly
@@ -107,7 +107,7 @@ def _traced_directly(
     with doing("tracing the model"), without_collections():
         try:
             found = trace_directly(fn, args, kwargs, Fingerprint(fn), torch.device(device))
-        except (NotDirectError, CacheError) as why:
+        except NotDirectError as why:
             logger.debug("mosaic: traced by Dynamo: %s", why)
             return None
         name = getattr(fn, "__name__", type(fn).__name__)

@@ -21,6 +21,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
 from torch._dynamo.utils import graph_break_reasons
 
 __all__ = [
+    "ANYTHING_MAY_CHANGE",
     "RESUMED",
     "BackendCompilerFailed",
     "ObservedException",
@@ -40,6 +41,15 @@ __all__ = [
     "raised_by_the_model",
     "wrapped_in_frame",
 ]
+
+_UNLIMITED = 1 << 30
+ANYTHING_MAY_CHANGE: Mapping[str, Any] = {
+    "skip_nnmodule_hook_guards": False,
+    "recompile_limit": _UNLIMITED,
+    "accumulated_recompile_limit": _UNLIMITED,
+}
+"""Configuration with which hooks are looked at, and no number of models or settings is too many: Dynamo counts
+compilations per function, and runs the ninth in eager PyTorch."""
 
 RESUMED = "torch_dynamo_resume_in_"
 """What Dynamo calls the rest of a function that it has cut."""

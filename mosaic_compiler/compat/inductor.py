@@ -65,9 +65,8 @@ def caches_in(folder: Path | None) -> Iterator[None]:
     names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     before = {name: os.environ.get(name) for name in names}
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-    os.environ["TRITON_CACHE_DIR"] = str(
-        folder / "triton"
-    )  # said to workers, too, which else stay with their first one
+    # said to worker processes, too, which else stay with their first one
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
     try:
         yield
     finally:

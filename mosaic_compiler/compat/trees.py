@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
-TreeSpec = _pytree.TreeSpec
-
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
     """The leaves of nested containers, and how they are put together."""

@@ -15,12 +15,14 @@ def structural_key(
     nodes: Iterable[fx.Node],
     reference: Callable[[fx.Node], Callable[[fx.Node], Any]],
     description: Callable[[fx.Node], Any],
+    target: Callable[[fx.Node], str] = lambda node: str(node.target),
 ) -> tuple[Any, ...]:
     """What these nodes compute, as one comparable value.
 
     Args:
         reference: for a node, how each of its operands (in the order of its arguments) is named.
         description: what else has to be equal for a node, such as its layout.
+        target: what it calls.
     """
     parts = []
     for node in nodes:
@@ -30,7 +32,7 @@ def structural_key(
             return _Token(named(operand))
 
         arguments = fx.node.map_arg((node.args, dict(node.kwargs)), token)
-        parts.append((node.op, str(node.target), repr(arguments), description(node)))
+        parts.append((node.op, target(node), repr(arguments), description(node)))
     return tuple(parts)
 
 

@@ -38,7 +38,7 @@ from mosaic_compiler.errors import CacheError
 from mosaic_compiler.owned.fingerprint import Fingerprint, holders_of
 from mosaic_compiler.owned.put_back import NotDirectError, left_alone, replaced
 from mosaic_compiler.planning.facts import Bindings
-from mosaic_compiler.runtime.bindings import is_range, is_symbolic, spec_of
+from mosaic_compiler.runtime.bindings import conditions_on, is_symbolic, outputs_of, spec_of
 
 _UNKNOWN_TO_HASHES = frozenset({"time", "datetime", "uuid", "secrets", "socket", "os", "random", "numpy"})
 """Modules whose functions say something else in each call; what a user's own code asks them, a trace does not know."""
@@ -61,7 +61,6 @@ class Direct:
     outputs: tuple[tuple[str, Any], ...]
     spec: str
     static: tuple[int, ...]
-
     sizes: tuple[tuple[int, tuple[Any, ...]], ...]
 
     def bindings(self, step: Any, leaves: Sequence[Any], values: Sequence[Any]) -> Bindings:
@@ -70,18 +69,22 @@ class Direct:
         Args:
             leaves: of the arguments that it was traced with.
             values: the step's inputs in that call.
+
+        Raises:
+            NotDirectError: if something was taken for granted of sizes that no input says.
         """
         bound = {what for kind, what in self.inputs if kind == "argument"}
         symbols = step.numbers(values).symbols
         unread = {number: found for number, found in self.sizes if number not in bound}
-        conditions = [c for c in step.conditions if getattr(c, "free_symbols", set())]
-        if any(not c.free_symbols <= symbols.keys() and not is_range(c) for c in conditions):
-            raise CacheError("it was compiled for sizes that no input says")
+        try:
+            conditions = conditions_on(symbols.keys(), step.conditions)
+        except CacheError as error:
+            raise NotDirectError(str(error)) from None
         return Bindings(
             inputs=self.inputs,
             outputs=self.outputs,
             spec=self.spec,
-            conditions=tuple(c for c in conditions if c.free_symbols <= symbols.keys()),
+            conditions=conditions,
             arguments=len(leaves),
             unread=tuple(
                 (number, _told(found, symbols), leaves[number].is_contiguous())
@@ -135,7 +138,7 @@ def trace_directly(
             mine[number] = value
         own_args, own_kwargs = trees.unflatten(mine, spec)
         result = function(*own_args, **own_kwargs)
-        written.append(result)
+        written.append((result, mine))
         return [leaf for leaf in trees.flatten(result)[0] if isinstance(leaf, Tensor)]
 
     before = random.getstate()
@@ -160,12 +163,14 @@ def trace_directly(
     if Fingerprint(function).state != known.state:
         raise NotDirectError("it changes what the model holds")
     sizes = tuple((number, tuple(map(ir.expr_of, found))) for number, found in zip(numbers, given_sizes, strict=True))
-    return _finished(traced, written[0], given, numbers, [t for t in tensors if t is not None], sizes)
+    result, arguments = written[0]
+    return _finished(traced, result, arguments, given, numbers, [t for t in tensors if t is not None], sizes)
 
 
 def _finished(
     module: fx.GraphModule,
     result: Any,
+    arguments: Sequence[Any],
     given: Sequence[Any],
     numbers: Sequence[int],
     tensors: Sequence[Tensor],
@@ -184,29 +189,20 @@ def _finished(
             raise NotDirectError("it has graphs inside")
     _read_sizes_off_inputs(graph)
     storages = {tensor.untyped_storage()._cdata for tensor in given if isinstance(tensor, Tensor)}
-    arguments = {id(tensor): numbers[at] for at, tensor in enumerate(given[: len(numbers)])}
-    outputs: list[tuple[str, Any]] = []
-    results: list[fx.Node] = []
     returned: Any = graph.output_node().args[0]
-    produced = iter(returned)
-    for leaf in trees.flatten(result)[0]:
-        if isinstance(leaf, Tensor):
-            node = next(produced)
-            if id(leaf) in arguments:
-                outputs.append(("argument", arguments[id(leaf)]))
-                continue
-            if leaf.untyped_storage()._cdata in storages:
-                raise NotDirectError("it returns a view of an input")
-            outputs.append(("result", len(results)))
-            results.append(node)
-        elif leaf is None or isinstance(leaf, (bool, str)):
-            outputs.append(("value", leaf))
-        else:
-            raise NotDirectError(f"it returns a {type(leaf).__name__}")
-    if len({id(node) for node in results}) != len(results):
+    leaves = [leaf for leaf in trees.flatten(result)[0] if isinstance(leaf, Tensor)]
+    own = {id(leaf) for leaf in arguments}
+    made = [(leaf, node) for leaf, node in zip(leaves, returned, strict=True) if id(leaf) not in own]
+    if any(leaf.untyped_storage()._cdata in storages for leaf, _ in made):
+        raise NotDirectError("it returns a view of an input")
+    results = tuple(node for _, node in made)
+    if len(set(results)) != len(results):
         raise NotDirectError("it returns a value twice")
-    spec = spec_of(result)
-    graph.output_node().args = (tuple(results),)
+    try:
+        outputs, spec = tuple(outputs_of(result, arguments, [leaf for leaf, _ in made])), spec_of(result)
+    except CacheError as error:
+        raise NotDirectError(str(error)) from None
+    graph.output_node().args = (results,)
     ir.remove_dead_code(graph)
     inputs: list[tuple[str, Any]] = []
     for at, node in enumerate(graph.find_nodes(op="placeholder")):
@@ -218,7 +214,7 @@ def _finished(
             inputs.append(("tensor", at - len(numbers)))
     module.recompile()
     static = tuple(position for position, (kind, _) in enumerate(inputs) if kind == "tensor")
-    return Direct(module, tuple(inputs), tuple(outputs), spec, static, sizes)
+    return Direct(module, tuple(inputs), outputs, spec, static, sizes)
 
 
 def _read_sizes_off_inputs(graph: fx.Graph) -> None:

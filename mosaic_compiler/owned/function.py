@@ -1,8 +1,9 @@
 """``Owned``: a function whose compiled graphs are kept on disk, and run without being traced in other processes.
 
 What a trace depends on is known here by hash (:mod:`~mosaic_compiler.owned.fingerprint`), so there are no guards to
-look at: either everything is as it was, or it is another entry.  A call that finds nothing is compiled by Dynamo, as
-ever; what it became is learned from that call, and kept.
+look at: either everything is as it was, or it is another entry.  For a call that finds nothing the function is traced
+by running it (:mod:`~mosaic_compiler.owned.direct`), or, where that cannot be, compiled by Dynamo; what it became is
+then learned from that call.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from mosaic_compiler.compat import trees
-from mosaic_compiler.disk.codec import CodecError, pack, unpack
+from mosaic_compiler.disk.codec import pack
 from mosaic_compiler.disk.folder import Folder, sources_digest, the_folder
+from mosaic_compiler.disk.values import MISSING, read, write
 from mosaic_compiler.errors import CacheError
 from mosaic_compiler.kernels.artifacts import machine_of
 from mosaic_compiler.kernels.fused import start_workers
@@ -34,14 +36,6 @@ from mosaic_compiler.runtime.served import STEP, Made, Served, keep
 from mosaic_compiler.waiting import doing, now, without_collections
 
 logger = logging.getLogger("mosaic_compiler")
-
-_UNLIMITED = 1 << 30
-_ANYTHING_MAY_CHANGE = {
-    "skip_nnmodule_hook_guards": False,
-    "recompile_limit": _UNLIMITED,
-    "accumulated_recompile_limit": _UNLIMITED,
-}
-"""Dynamo's configuration: it looks at hooks, and compiles for as many changes as there are."""
 
 _steps: dict[str, list[tuple[str, weakref.ref[NamedStep], Bindings]]] = {}
 """What was compiled in this process, by the beginning of its keys."""
@@ -101,33 +95,25 @@ class Owned:
         self._compiler, self._is_direct = compiler or self._by_torch, is_direct
         self._compiled: Callable[..., Any] | None = None
         self._print: Fingerprint | None = None
-        self._served: dict[str, list[Served | Made]] = {}
+        self._served: dict[str, list[Made]] = {}
         self._missed: set[str] = set()
         self._key: str | None = None
 
     def note(self, name: str, data: Any) -> None:
         """Keep something more about the graph of the last call, if that is kept."""
-        folder = the_folder()
-        if folder is not None and self._key is not None:
-            folder.write(name, self._key, pack(data), self._label)
+        if self._key is not None:
+            write(the_folder(), name, self._key, data, self._label)
 
     def noted(self, name: str) -> Any:
         """What :meth:`note` has kept about the graph of the last call; ``None``: nothing."""
-        folder = the_folder()
-        if folder is None or self._key is None or (data := folder.read(name, self._key)) is None:
-            return None
-        try:
-            return unpack(data)
-        except CodecError as error:
-            folder.drop(name, self._key, str(error))
-            return None
+        known = MISSING if self._key is None else read(the_folder(), name, self._key)
+        return None if known is MISSING else known
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
             return self._call(*args, **kwargs)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        folder = None if self._options.dump is not None else the_folder()
         modes = trees.modes()
         if modes is None:
             return self._dynamo()(*args, **kwargs)
@@ -135,20 +121,23 @@ class Owned:
         prefix = self._prefix(leaves, spec, modes)
         served = self._served.get(prefix)
         if served is None:
-            served = self._served[prefix] = self._shared(prefix) if self._is_direct else []
-            if not served and folder is not None:
-                served += self._load(folder, prefix)
+            served = self._served[prefix] = (self._shared(prefix) if self._is_direct else []) or self._load(prefix)
         for candidate in served:
             if candidate.accepts(leaves) and candidate.can_serve():
                 self._key = candidate.key
                 return candidate(leaves)
         self._key = None
         if self._is_direct and prefix not in self._missed:
-            made = self._make(folder, prefix, args, kwargs, leaves)
+            made = self._make(prefix, args, kwargs, leaves)
             if made is not None:
                 served.append(made)
                 return made(leaves)
-        return self._compile(folder, prefix, args, kwargs, leaves)
+        return self._compile(prefix, args, kwargs, leaves)
+
+    @property
+    def _folder(self) -> Folder | None:
+        """Where entries are; a dump is made of graphs, of which entries have none."""
+        return None if self._options.dump is not None else the_folder()
 
     def _prefix(self, leaves: Sequence[Any], spec: Any, modes: tuple[Any, ...]) -> str:
         """The beginning of the keys of what may serve a call."""
@@ -165,25 +154,20 @@ class Owned:
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:48]
 
     # ------------------------------------------------------------------------------------------- hits
-    def _load(self, folder: Folder, prefix: str) -> list[Served | Made]:
+    def _load(self, prefix: str) -> list[Made]:
         """What is kept for such calls."""
         assert self._print is not None
+        if (folder := self._folder) is None:
+            return []
         tensors = self._print.tensors
         read = [Served.read(folder, key, self._options, tensors) for key in folder.keys(STEP, prefix)]
-        found: list[Served | Made] = [served for served in read if served is not None]
+        found: list[Made] = [served for served in read if served is not None]
         if found:
             logger.info("mosaic: %s: compiled before, taken from %s", self._label, folder.root)
         return found
 
     # ------------------------------------------------------------------------------------------ misses
-    def _make(
-        self,
-        folder: Folder | None,
-        prefix: str,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        leaves: Sequence[Any],
-    ) -> Made | None:
+    def _make(self, prefix: str, args: Sequence[Any], kwargs: Mapping[str, Any], leaves: Sequence[Any]) -> Made | None:
         """Trace the function by running it, and compile that; ``None``: it is left to Dynamo."""
         from mosaic_compiler.backend import compile_aten
 
@@ -194,28 +178,33 @@ class Owned:
             now("tracing")
             try:
                 direct = trace_directly(self.function, args, kwargs, self._print)
-            except (NotDirectError, CacheError) as why:
+                step = compile_aten(direct.module, self._options, direct.static, name=self._label)
+                tensors = self._print.tensors
+                values = [leaves[what] if kind == "argument" else tensors[what] for kind, what in direct.inputs]
+                bindings = direct.bindings(step, leaves, values)
+            except NotDirectError as why:
                 logger.debug("mosaic: %s is traced by Dynamo: %s", self._label, why)
                 return None
-            step = compile_aten(direct.module, self._options, direct.static, name=self._label)
-        tensors = self._print.tensors
-        values = [leaves[what] if kind == "argument" else tensors[what] for kind, what in direct.inputs]
-        try:
-            bindings = direct.bindings(step, leaves, values)
-        except CacheError as why:
-            logger.debug("mosaic: %s is traced by Dynamo: %s", self._label, why)
-            return None
-        key = f"{prefix}{hashlib.sha256(pack((step.kept.inputs, bindings))).hexdigest()[:16]}"
-        if folder is not None:
-            try:
-                keep(folder, key, step, bindings, self._label)
-                self._key = key
-            except CacheError as error:
-                logger.info("mosaic: %s is compiled again in every process: %s", self._label, error)
-        _steps.setdefault(prefix, []).append((key, weakref.ref(step), bindings))
+        key = _key_of(prefix, step, bindings)
+        self._keep(key, step, bindings)
+        alive = [known for known in _steps.get(prefix, ()) if known[1]() is not None]
+        _steps[prefix] = [*alive, (key, weakref.ref(step), bindings)]
         return Made(key, step, bindings, tensors)
 
-    def _shared(self, prefix: str) -> list[Served | Made]:
+    def _keep(self, key: str, step: NamedStep, bindings: Bindings) -> None:
+        """Write a compiled graph down, or say why not."""
+        if (folder := self._folder) is None:
+            return
+        try:
+            keep(folder, key, step, bindings, self._label)
+            self._key = key
+        except CacheError as error:
+            self._say(error)
+
+    def _say(self, why: CacheError) -> None:
+        logger.info("mosaic: %s is compiled again in every process: %s", self._label, why)
+
+    def _shared(self, prefix: str) -> list[Made]:
         """What this process has compiled for an equal function (another model of the same code), as long as that is
         there."""
         assert self._print is not None
@@ -236,12 +225,10 @@ class Owned:
         compiled: Callable[..., Any] = torch.compile(self.function, backend="mosaic", dynamic=True, options=self._given)
         return compiled
 
-    def _compile(
-        self, folder: Folder | None, prefix: str, args: Sequence[Any], kwargs: Mapping[str, Any], leaves: Sequence[Any]
-    ) -> Any:
+    def _compile(self, prefix: str, args: Sequence[Any], kwargs: Mapping[str, Any], leaves: Sequence[Any]) -> Any:
         """Call the function that Dynamo compiles; if it has just compiled one graph for this call, keep it."""
         from mosaic_compiler.backend import observing
-        from mosaic_compiler.compat.dynamo import configured
+        from mosaic_compiler.compat.dynamo import ANYTHING_MAY_CHANGE, configured
         from mosaic_compiler.kept_graphs import not_kept
 
         self._missed.add(prefix)
@@ -252,7 +239,7 @@ class Owned:
         compile_now = self._dynamo()
         with (
             doing(f"compiling {self._label}"),
-            configured(_ANYTHING_MAY_CHANGE),
+            configured(ANYTHING_MAY_CHANGE),
             observing(compiled.append),
             watching(ran.append),
             not_kept(),
@@ -260,24 +247,28 @@ class Owned:
         ):
             now("tracing")
             result = compile_now(*args, **kwargs)
-        if compiled and folder is not None:
+        if compiled and self._folder is not None:
             try:
-                self._keep(folder, prefix, compiled, ran, leaves, trees.flatten((args, kwargs))[0], result)
+                bindings = self._learned(compiled, ran, leaves, trees.flatten((args, kwargs))[0], result)
             except CacheError as error:
-                logger.info("mosaic: %s is compiled again in every process: %s", self._label, error)
+                self._say(error)
+            else:
+                self._keep(_key_of(prefix, compiled[0], bindings), compiled[0], bindings)
         return result
 
-    def _keep(
+    def _learned(
         self,
-        folder: Folder,
-        prefix: str,
         compiled: Sequence[NamedStep],
         ran: Sequence[Ran],
         before: Sequence[Any],
         leaves: Sequence[Any],
         result: Any,
-    ) -> None:
-        """Write down what one call became."""
+    ) -> Bindings:
+        """What one call became.
+
+        Raises:
+            CacheError: if that is not one run of one graph, and nothing else.
+        """
         if len(ran) != 1 or len(compiled) != 1 or ran[0][0] is not compiled[0]:
             raise CacheError("it is several graphs, with Python between them")
         if len(before) != len(leaves) or any(a is not b for a, b in zip(before, leaves, strict=True)):
@@ -286,15 +277,17 @@ class Owned:
         if Fingerprint(self.function).state != self._print.state:
             raise CacheError("a call changes what the model holds")
         step: Any = compiled[0]
-        bindings = learn(ran[0], leaves, self._print.tensors, result, step.conditions)
-        key = f"{prefix}{hashlib.sha256(pack((step.kept.inputs, bindings))).hexdigest()[:16]}"
-        keep(folder, key, step, bindings, self._label)
-        self._key = key
+        return learn(ran[0], leaves, self._print.tensors, result, step.conditions)
 
 
 def forget_made() -> None:
     """Functions that are compiled from now on share nothing with those before."""
     _steps.clear()
+
+
+def _key_of(prefix: str, step: NamedStep, bindings: Bindings) -> str:
+    """Graphs of one function, options and kind of arguments differ in what they take for granted of sizes."""
+    return f"{prefix}{hashlib.sha256(pack((step.kept.inputs, bindings))).hexdigest()[:16]}"
 
 
 def _device_of(leaves: Sequence[Any], found: Fingerprint | None) -> torch.device:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from mosaic_compiler.compat import trees
-from mosaic_compiler.disk.codec import CodecError, pack, unpack
 from mosaic_compiler.disk.folder import sources_digest, the_folder
+from mosaic_compiler.disk.values import MISSING, read, write
 from mosaic_compiler.kernels.artifacts import machine_of
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.owned.fingerprint import Fingerprint
@@ -38,11 +38,9 @@ def kept_on_disk(
     machine = machine_of(torch.device(device))
     parts = (found.digest, modes, given.for_passes, given, device, machine, sources_digest())
     key = hashlib.sha256(repr(parts).encode()).hexdigest()
-    if (data := folder.read(kind, key)) is not None:
-        try:
-            return unpack(data)
-        except CodecError as error:
-            folder.drop(kind, key, str(error))
+    known = read(folder, kind, key)
+    if known is not MISSING:
+        return known
     made = make()
-    folder.write(kind, key, pack(made), getattr(fn, "__qualname__", type(fn).__name__))
+    write(folder, kind, key, made, getattr(fn, "__qualname__", type(fn).__name__))
     return made

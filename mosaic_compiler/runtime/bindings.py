@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeAlias
@@ -73,16 +73,12 @@ def learn(
         if not found[-1][0]:
             raise CacheError(f"its input {given.name} is made in front of the graph")
     symbols = {reading.symbol for reading in step.kept.readings}
-    wanted = [condition for condition in conditions if condition not in (True, sympy.true)]
-    for condition in wanted:
-        if not condition.free_symbols <= symbols and not is_range(condition):
-            raise CacheError(f"it was compiled for {condition}, which no input says")
     bound = {number for what, number in found if what == "argument"}
     return Bindings(
         inputs=tuple(found),
-        outputs=tuple(_outputs(result, arguments, results)),
+        outputs=tuple(outputs_of(result, arguments, results)),
         spec=spec_of(result),
-        conditions=tuple(condition for condition in wanted if condition.free_symbols <= symbols),
+        conditions=conditions_on(symbols, conditions),
         arguments=len(arguments),
         unread=tuple(
             (number, tuple(leaf.shape), leaf.is_contiguous())
@@ -98,7 +94,21 @@ def is_symbolic(leaf: Any) -> bool:
     return type(leaf) is int and leaf >= 2
 
 
-def is_range(condition: Any) -> bool:
+def conditions_on(symbols: Set[sympy.Symbol], conditions: Sequence[Any]) -> tuple[Any, ...]:
+    """What is to be looked at, of what was taken for granted of sizes.
+
+    Raises:
+        CacheError: for a condition on something else than these symbols, but for what one of those others is at least
+            or at most: what no input says can be any size.
+    """
+    wanted = [condition for condition in conditions if condition not in (True, sympy.true)]
+    for condition in wanted:
+        if not condition.free_symbols <= symbols and not _is_range(condition):
+            raise CacheError(f"it was compiled for {condition}, which no input says")
+    return tuple(condition for condition in wanted if condition.free_symbols <= symbols)
+
+
+def _is_range(condition: Any) -> bool:
     """It says what one symbol is at least, or at most."""
     return isinstance(condition, (sympy.Ge, sympy.Le)) and condition.lhs.is_Symbol and condition.rhs.is_Integer
 
@@ -134,7 +144,12 @@ def spec_of(result: Any) -> str:
         raise CacheError(f"what it returns cannot be put together again: {error}") from None
 
 
-def _outputs(result: Any, arguments: Sequence[Any], results: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+def outputs_of(result: Any, arguments: Sequence[Any], results: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """What the leaves of a result are, see :class:`~mosaic_compiler.planning.facts.Bindings`.
+
+    Raises:
+        CacheError: for one that is neither an argument nor a result of the graph, or is no tensor and may vary.
+    """
     places = {id(leaf): ("argument", number) for number, leaf in enumerate(arguments) if isinstance(leaf, Tensor)}
     places |= {id(value): ("result", number) for number, value in enumerate(results) if isinstance(value, Tensor)}
     for leaf in trees.flatten(result)[0]:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from mosaic_compiler.disk.codec import CodecError, pack, unpack
+from mosaic_compiler.disk.codec import pack, unpack
 from mosaic_compiler.disk.folder import Folder
+from mosaic_compiler.disk.values import MISSING, read, write
 from mosaic_compiler.errors import CacheError, CaptureError
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.planning.check import check_lowered
@@ -49,7 +50,7 @@ def keep(folder: Folder, key: str, step: NamedStep, bindings: Bindings, label: s
 
     def derived(name: str, made: Any) -> None:
         try:
-            folder.write(name, key, pack(kinds_facts(made) if name == KINDS else made), label)
+            write(folder, name, key, kinds_facts(made) if name == KINDS else made, label)
         except CacheError as error:
             logger.info("mosaic: %s of %s: made again in every process: %s", name, label, error)
 
@@ -59,45 +60,39 @@ def keep(folder: Folder, key: str, step: NamedStep, bindings: Bindings, label: s
     step.on_derived = derived
 
 
-def caller_of(step: NamedStep, bindings: Bindings, tensors: Sequence[Tensor | None]) -> Caller:
-    """Calls a step as its function would be called."""
-    return Caller(bindings, step, step.kept.inputs, step.kept.readings, tensors)
-
-
 class Made:
-    """A graph that this process has compiled, for one function; see :class:`Served`."""
+    """A graph that this process has compiled, for one function.
 
-    def __init__(self, key: str | None, step: NamedStep, bindings: Bindings, tensors: Sequence[Tensor | None]) -> None:
+    Args:
+        tensors: what the function refers to.
+
+    Attributes:
+        key: of its entries, if it has any.
+        step: what runs.
+    """
+
+    def __init__(self, key: str, step: NamedStep, bindings: Bindings, tensors: Sequence[Tensor | None]) -> None:
         self.key, self.step = key, step
-        self._caller = caller_of(step, bindings, tensors)
+        self._caller = Caller(bindings, step, step.kept.inputs, step.kept.readings, tensors)
 
     def accepts(self, leaves: Sequence[Any]) -> bool:
         """It is for arguments of such sizes."""
         return self._caller.accepts(leaves)
 
     def can_serve(self) -> bool:
-        """Whatever a step needs is made when it is first asked for."""
+        """The step that is asked for is there, or can be made."""
         return True
-
-    def inputs(self, leaves: Sequence[Any]) -> list[Any]:
-        """The step's inputs."""
-        return self._caller.inputs(leaves)
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
         return self._caller(leaves)
 
 
-class Served:
+class Served(Made):
     """A graph that another process has compiled, for one function.
 
     Args:
         known: what was kept.
         options: those of running.
-        tensors: what the function refers to.
-
-    Attributes:
-        key: of its entries.
-        step: what runs.
     """
 
     def __init__(
@@ -110,9 +105,8 @@ class Served:
     ) -> None:
         facts, bindings = known
         check_lowered(facts.kept)
-        self._folder, self.key, self._options = folder, key, options
-        self.step = step_from(facts, options, self._kinds, self._reach)
-        self._caller = caller_of(self.step, bindings, tensors)
+        self._folder, self._options = folder, options
+        super().__init__(key, step_from(facts, options, self._kinds, self._reach), bindings, tensors)
 
     @classmethod
     def read(cls, folder: Folder, key: str, options: MosaicOptions, tensors: Sequence[Tensor | None]) -> Served | None:
@@ -125,10 +119,6 @@ class Served:
             folder.drop(STEP, key, f"{type(error).__name__}: {error}")
             return None
 
-    def accepts(self, leaves: Sequence[Any]) -> bool:
-        """It is for arguments of such sizes."""
-        return self._caller.accepts(leaves)
-
     def can_serve(self) -> bool:
         """What the step that is asked for needs is kept, too: kinds of steps are made when they are first used."""
         kind, automatic = kind_asked_for(), self.step.automatic
@@ -138,9 +128,6 @@ class Served:
         if is_exact and not self._has(REACH):
             return False
         return (is_exact and self.step.reach is None) or self._has(KINDS)
-
-    def __call__(self, leaves: Sequence[Any]) -> Any:
-        return self._caller(leaves)
 
     def _has(self, name: str) -> bool:
         try:
@@ -165,11 +152,7 @@ class Served:
         return known
 
     def _read(self, name: str) -> Any:
-        data = self._folder.read(name, self.key)
-        if data is None:
+        known = read(self._folder, name, self.key)
+        if known is MISSING:
             raise MissingError
-        try:
-            return unpack(data)
-        except CodecError as error:
-            self._folder.drop(name, self.key, str(error))
-            raise MissingError from error
+        return known

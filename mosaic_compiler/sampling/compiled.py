@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mosaic_compiler.compat.dynamo import configured
+from mosaic_compiler.compat.dynamo import ANYTHING_MAY_CHANGE, configured
 from mosaic_compiler.errors import FallbackError
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.owned.function import Owned
@@ -24,8 +24,6 @@ from mosaic_compiler.sampling.calls import ModelCall
 from mosaic_compiler.sampling.proposal import HeadRows, Proposal
 
 logger = logging.getLogger("mosaic_compiler")
-
-_UNLIMITED = 1 << 30
 
 _EAGER = Fallback(
     "eager",
@@ -175,9 +173,7 @@ def dynamo_as_needed() -> Iterator[None]:
     known = {
         "reorderable_logging_functions": {print},
         "ignore_logging_functions": functions | methods,
-        "skip_nnmodule_hook_guards": False,  # HeadRows is a hook that comes and goes
-        "recompile_limit": _UNLIMITED,
-        "accumulated_recompile_limit": _UNLIMITED,
+        **ANYTHING_MAY_CHANGE,  # HeadRows is a hook that comes and goes
     }
     # Dynamo cannot write functions of its own configuration into its metrics, and says so each time
     metrics = logging.getLogger("torch._dynamo.metrics_context")
