@@ -23,8 +23,8 @@ demo: setup ## Fill in a masked passage with a real dLLM: eager and mosaic side 
 test: setup ## Run the tests (no network, no GPU)
 	$(BIN)/python -m pytest -n $(WORKERS)
 
-test-all: setup ## Run the tests and the slow ones
-	$(BIN)/python -m pytest -n $(WORKERS) -m 'not gpu'
+test-all: setup ## Run the tests and the slow ones, with more examples
+	TEST_ALL=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not gpu'
 
 test-gpu: setup ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

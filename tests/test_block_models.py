@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 from block_models import MASK, VOCABULARY, FastLike, LLaDA2Like, SDARLike
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -115,7 +116,7 @@ def published_sub_blocks(model, prompt, new, block, part, threshold):
         forwards += 1
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(10, 25), deadline=None)
 @given(
     st.integers(1, 20),
     st.integers(1, 30),
@@ -141,7 +142,7 @@ def test_joint_threshold_is_what_is_published(length, new, block, fill, edit, mo
     assert torch.equal(both.sequences, torch.cat([ids for ids, _ in expected]))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(10, 25), deadline=None)
 @given(
     st.integers(1, 20),
     st.integers(1, 30),

@@ -8,6 +8,7 @@ import math
 import published_samplers as published
 import pytest
 import torch
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kept import Kept
@@ -78,7 +79,7 @@ def prompt_of(batch, length, seed):
     return torch.randint(10, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-@settings(max_examples=8)
+@settings(max_examples=examples(3, 8))
 @given(policies, refreshes, st.integers(1, 3), st.integers(1, 11), st.sampled_from([(8, 4, 2), (12, 3, 3), (6, 6, 4)]),
        st.sampled_from([0.0, 0.0, 1.5]), st.sampled_from([0.0, 0.7]), st.integers(0, 999))  # fmt: skip
 def test_llada_with_caches(policy, refresh, batch, length, sizes, guidance, temperature, seed):
@@ -112,7 +113,7 @@ def _of_the_first_half(rows):
     return chosen
 
 
-@settings(max_examples=5)
+@settings(max_examples=examples(3, 6))
 @given(policies, refreshes, st.integers(1, 2), st.integers(1, 9), st.sampled_from(["maskgit_plus", "entropy"]),
        st.integers(0, 999))  # fmt: skip
 def test_dream_with_caches(policy, refresh, batch, length, algorithm, seed):
@@ -153,7 +154,7 @@ def _unfilled(cached):
     return blocks
 
 
-@settings(max_examples=3)
+@settings(max_examples=examples(2, 4))
 @given(policies, st.integers(0, 99))
 def test_left_padding_with_caches(policy, seed):
     prompt, real = prompt_of(2, 7, seed), torch.ones(2, 7, dtype=torch.bool)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_models import Toy, ids, toys
@@ -46,7 +47,7 @@ def assert_equal(got, expected):
             assert torch.equal(a, b)
 
 
-@settings(max_examples=12)
+@settings(max_examples=examples(6, 25))
 @given(toys, st.sampled_from([1, 1, 2, 3]), st.data())
 def test_rewritten_equals_original_for_any_chunk_size(toy, batch, data):
     module, weights = traced(toy, batch)
@@ -61,7 +62,7 @@ def test_rewritten_equals_original_for_any_chunk_size(toy, batch, data):
         assert_equal(rewritten(given_ids, *weights), toy(given_ids, *weights))
 
 
-@settings(max_examples=15)
+@settings(max_examples=examples(6, 30))
 @given(toys, st.sampled_from([1, 1, 2, 3]), st.booleans(), st.data())
 def test_compiled_equals_original_for_any_chunk_size(toy, batch, poison, data):
     module, weights = traced(toy, batch)
@@ -107,7 +108,7 @@ def other_rows_changed(before, after, layout, batch, row):
     return not torch.equal(before.index_select(dim, keep), after.index_select(dim, keep))
 
 
-@settings(max_examples=12)
+@settings(max_examples=examples(6, 25))
 @given(toys, st.sampled_from([1, 1, 3]), st.integers(3, 12), st.data())
 def test_labels_are_sound(toy, batch, length, data):
     """Change row i of one labelled value: whatever is reached over ROW edges only changes in row i only."""
@@ -335,7 +336,7 @@ def test_reading_rows_after_they_were_overwritten_is_refused():
 
 
 # ------------------------------------------------------------------------------------------ budgets
-@settings(max_examples=6)
+@settings(max_examples=examples(4, 12))
 @given(toys, st.integers(40, 700), st.floats(0, 1))
 def test_a_budget_is_obeyed_with_the_largest_chunks(toy, length, share):
     module, weights = traced(toy, 1)

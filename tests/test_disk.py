@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import signal
@@ -80,6 +81,15 @@ def test_data_comes_back_as_it_was(value):
     written = pack(value)
     assert told(unpack(written)) == told(value)
     assert pack(unpack(written)) == written
+
+
+def test_every_function_of_our_own_can_stand_in_an_expression():
+    importlib.import_module("mosaic_compiler.planning.flash")
+    own = [kind for kind in sympy.Function.__subclasses__() if kind.__module__.startswith("mosaic_compiler.")]
+    assert {"SplitBytes", "FewBytes"} <= {kind.__name__ for kind in own}
+    for kind in own:
+        expression = 2 * kind(*sympy.symbols("s0:6", integer=True, positive=True)) + 1
+        assert unpack(pack(expression)) == expression
 
 
 def test_what_is_one_object_stays_one():

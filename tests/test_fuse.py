@@ -6,6 +6,7 @@ import pytest
 import sympy
 import torch
 import torch.nn.functional as F
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -132,7 +133,7 @@ def test_random_draws_writes_and_other_widths_stay_outside():
     assert all(cluster.count("sum") <= 1 for cluster in clusters)
 
 
-@settings(max_examples=12)
+@settings(max_examples=examples(6, 24))
 @given(st.sampled_from([1, 2, 3, 64, 129]), st.booleans(), st.sampled_from([None, 1, 7, 64]))
 def test_kernels_equal_ops_for_any_length(n, poison, chunk):
     step = compiled_block(poison, chunk)

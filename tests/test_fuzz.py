@@ -7,7 +7,7 @@ import time
 import pytest
 from fuzz import check, program_of
 
-SECONDS = 30  # of each run
+SECONDS = 12  # of each run
 PROGRAMS = 60
 
 

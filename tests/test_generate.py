@@ -269,7 +269,7 @@ def test_compiled_equals_eager(name):
     assert not (results[1].sequences == MASK).any() or (results[0].sequences == MASK).any()
 
 
-@pytest.mark.parametrize("kind", [LLaDALike, DreamLike, BreaksLike])
+@pytest.mark.parametrize("kind", [LLaDALike, DreamLike, pytest.param(BreaksLike, marks=pytest.mark.slow)])
 def test_remote_code_computes_needed_rows_only(kind, capsys):
     """Log lines, tables that grow, buffers in dicts: the rewrite is not lost, and results are eager's."""
     model, prompt = kind(), prompt_of(1, 40, 1)
@@ -288,7 +288,7 @@ def test_remote_code_computes_needed_rows_only(kind, capsys):
     assert torch.equal(run(longer).sequences, run(longer, compile=False).sequences)
 
 
-@pytest.mark.parametrize("kind", [LLaDALike, DreamLike])
+@pytest.mark.parametrize("kind", [LLaDALike, pytest.param(DreamLike, marks=pytest.mark.slow)])
 def test_unequal_prompts_by_left_padding(kind):
     """Each row comes out as it would by itself; no N x N mask exists."""
     model = kind()
@@ -459,6 +459,7 @@ def test_models_are_not_kept_alive():
     assert watched() is None
 
 
+@pytest.mark.slow
 def test_512_new_tokens_behind_a_long_text_inside_64_mib(tiny_llada, genesis):
     """Equal to the plain loop's: what users would run by hand."""
     prompt, more = genesis[:, :3500], {"gen_length": 512, "block_length": 128, "steps": 4}

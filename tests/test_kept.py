@@ -20,6 +20,7 @@ from torch import nn
 
 import mosaic_compiler
 from mosaic_compiler import backend
+from mosaic_compiler.compat.inductor import chosen_launch, moved
 from mosaic_compiler.disk import folder as folders
 from mosaic_compiler.disk.codec import pack, unpack
 from mosaic_compiler.disk.folder import Folder, the_folder
@@ -692,3 +693,32 @@ def test_two_folders_do_not_know_of_each_other(tmp_path, monkeypatch):
         assert len(steps) == 1
     assert Folder(tmp_path / "one").entries()
     assert folders.the_folder().root == tmp_path / "two"
+
+
+def test_what_triton_has_compiled_is_found_in_another_folder(tmp_path, monkeypatch):
+    """Its lists of files have whole paths in them."""
+    cache = pytest.importorskip("triton.runtime.cache")
+    before, after = tmp_path / "made", tmp_path / "read"
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(before / "triton"))
+    manager = cache.FileCacheManager("KEY")
+    manager.put_group("kernel.json", {"kernel.cubin": manager.put(b"\0code", "kernel.cubin")})
+    files = artifacts._files_below(before)
+    shutil.rmtree(before)
+    for name, content in files.items():
+        (after / name).parent.mkdir(parents=True, exist_ok=True)
+        (after / name).write_bytes(moved(name, content, artifacts._HERE, after))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(after / "triton"))
+    found = cache.FileCacheManager("KEY").get_group("kernel.json")
+    assert found == {"kernel.cubin": str(after / "triton" / "KEY" / "kernel.cubin")}
+    assert Path(found["kernel.cubin"]).read_bytes() == b"\0code"
+
+
+def test_a_kernel_that_has_measured_has_chosen():
+    def launcher(block, warps):
+        return types.SimpleNamespace(
+            config=types.SimpleNamespace(kwargs={"XBLOCK": block}, num_warps=warps, num_stages=1)
+        )
+
+    assert chosen_launch(types.SimpleNamespace(launchers=[launcher(64, 4), launcher(128, 4)])) is None
+    chosen = chosen_launch(types.SimpleNamespace(launchers=[launcher(64, 4)]))
+    assert chosen == unpack(pack(chosen)) != chosen_launch(types.SimpleNamespace(launchers=[launcher(64, 8)]))

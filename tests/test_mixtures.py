@@ -8,6 +8,7 @@ import published_samplers as published
 import pytest
 import torch
 import torch.nn.functional as F
+from effort import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kept import Kept
@@ -71,7 +72,7 @@ VARIANTS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=12)
+@settings(max_examples=examples(6, 24))
 @given(VARIANTS, st.lists(st.integers(2, 40), min_size=1, max_size=3), st.integers(0, 99))
 def test_a_mixture_is_one_op_and_its_ops_again(how, lengths, seed):
     def function(*given):
@@ -97,7 +98,7 @@ def test_a_mixture_is_one_op_and_its_ops_again(how, lengths, seed):
         torch.testing.assert_close(mixed(*part), expected[some], atol=2e-2, rtol=2e-2)
 
 
-@settings(max_examples=6)
+@settings(max_examples=examples(3, 12))
 @example({"gate": False, "weighted": True, "back": "index_put"}, 1, EXPERTS, True, False)  # as many rows as experts
 @given(VARIANTS, st.sampled_from([1, 3, 8]), st.integers(2, 40), st.booleans(), st.booleans())
 def test_in_chunks(how, chunk, length, is_fixed, poison):

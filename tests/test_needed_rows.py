@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import remote_models
 import torch
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from remote_models import DreamLike, LLaDALike
@@ -65,7 +66,7 @@ def toy_arguments(batch, length, share, seed):
     return ids, *made
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(10, 40))
 @given(
     batch=st.integers(1, 3), length=st.integers(2, 40), share=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     rows=st.sampled_from(["masked", "before_masked"]), chunk=st.sampled_from([None, 1, 7]), seed=st.integers(0, 9999),
@@ -99,7 +100,7 @@ def bare(ids, table, mix, head):
     return torch.nn.functional.layer_norm(x, (8,)) @ head
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(8, 40))
 @given(
     lead=st.sampled_from([(), (1,), (2,)]), chunk=st.sampled_from([None, 1, 4]),
     calls=st.lists(st.tuples(st.sampled_from([24, 40]), st.integers(0, 24), st.booleans()), min_size=3, max_size=6),

@@ -38,9 +38,9 @@ def of_shard(part: str, shard: int, shards: int) -> list[str]:
 
 
 def test_first_samples_of_some_operators_are_those_of_eager():
-    names = list(opinfo.operators())[::4]
+    names = list(opinfo.operators())[::12]
     found = [sample for name in names for sample in opinfo.samples(name, "float32", stop=1)]
-    assert len(found) > 160
+    assert len(found) > 50
     wrong = failures(found)
     assert not wrong, "\n\n".join(wrong)
 

@@ -11,6 +11,7 @@ import pytest
 import sympy
 import torch
 import toys
+from effort import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod
@@ -37,7 +38,7 @@ def tolerance_of(module: torch.fx.GraphModule) -> float:
     return 1e-4 if any(d.rows != d.total for d in module.meta.get("row_decisions", ())) else 0.0
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(20, 100))
 @example(toys.Program((("attend", 0, 1),), ((2, "first_row"),)), [(5, 8)], "auto", False)
 @example(toys.Program((("pick", 0, 0), ("matmul", 2, 0)), ((3, "first_row"),)), [(5, 8)], "auto", False)
 @example(toys.Program((("matmul", 0, 0), ("amax", 2, 0)), ((3, "first_row"),)), [(5, 8)], "auto", False)
@@ -63,7 +64,7 @@ def test_equals_eager_at_every_shape(program, sizes, placement, poison):
         assert plan.lower_bound <= plan.height <= plan.naive
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(10, 50))
 @example(toys.Program((("sdpa", 0, 0), ("matmul", 2, 0), ("matmul", 2, 0), ("add", 3, 4)), ((5, "first_row"),)), (2, 4))
 @example(toys.Program((("matmul", 0, 0), ("causal", 2, 2), ("matmul", 3, 0)), ((4, "whole"),)), (5, 8))
 @given(toys.programs, shapes)
@@ -78,7 +79,7 @@ def test_every_pass_output_runs_and_equals(program, shape):
         assert_same(list(graph(*[a.clone() for a in arguments])), program(*arguments), tolerance_of(graph))
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(12, 60))
 @example(toys.Program((("amax", 0, 0), ("write_rows", 2, 0)), ((3, "whole"),)), (5, 8))
 @given(toys.programs, shapes)
 def test_lives_against_an_oracle_that_watches_storages(program, shape):

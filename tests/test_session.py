@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kept import Kept
@@ -53,7 +54,7 @@ def _(x):
     return torch.empty_like(x)
 
 
-@settings(max_examples=6)
+@settings(max_examples=examples(3, 12))
 @given(
     st.lists(
         st.tuples(st.integers(0, 2), st.sampled_from(["full", "reuse", "reuse", "reuse"]), st.integers(0, 999)),
@@ -136,7 +137,9 @@ def test_a_step_of_ones_own():
         assert torch.equal(session.reuse(ids, range(8, 16), window, count), first)
 
 
-@pytest.mark.parametrize(("error", "kind"), [(RuntimeError, "full"), (KeyboardInterrupt, "reuse")])
+@pytest.mark.parametrize(
+    ("error", "kind"), [pytest.param(RuntimeError, "full", marks=pytest.mark.slow), (KeyboardInterrupt, "reuse")]
+)
 def test_an_error_in_a_step_makes_state_invalid(error, kind):
     """State has been written when the last op raises: what it holds must not be used any more."""
     model, ids = Counted(0), ids_of(10, 2)
@@ -190,7 +193,7 @@ def test_what_a_session_refuses():
             call()
 
 
-@settings(max_examples=8)
+@settings(max_examples=examples(4, 12))
 @given(st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 999)), min_size=1, max_size=8))
 def test_exact_steps_are_exact(events):
     """Whatever approximate steps stand between them; and it is known which results may differ."""
@@ -216,6 +219,7 @@ def test_exact_steps_are_exact(events):
                 kept, differs = ids, False
 
 
+@pytest.mark.slow
 def test_an_exact_step_computes_only_the_rows_where_nothing_has_changed():
     ids = ids_of(20, 0)
     with Session(MODEL) as session:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kept import Kept
@@ -46,7 +47,7 @@ schedules = given(
 )
 
 
-@settings(max_examples=8)
+@settings(max_examples=examples(4, 8))
 @schedules
 def test_any_schedule_of_steps_equals_an_independent_one(toy, batch, length, chunk, poison, steps, seed):
     """Full and reuse steps in any order, with any rows for each sequence, ids that change in between, in chunks."""
@@ -86,7 +87,7 @@ def check_schedule(toy, batch, length, chunk, poison, steps, seed):
     block.release()
 
 
-@settings(max_examples=4)
+@settings(max_examples=examples(2, 8))
 @given(toy=toys, batch=st.integers(1, 2), seed=st.integers(0, 9))
 def test_graphs_of_both_kinds_run_in_plain_pytorch_and_are_verified(toy, batch, seed):
     weights = toy.weights(seed)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_visible_keys import MASK, VOCABULARY, Toy, blocks, causal, ids_of, prefix, sliding, window
@@ -54,7 +55,7 @@ def models():
     return {mask: Toy(mask) for mask in MASKS}
 
 
-@settings(max_examples=12)
+@settings(max_examples=examples(5, 24))
 @given(
     which=st.sampled_from(MASKS),
     length=st.sampled_from([9, 24]),
@@ -216,7 +217,7 @@ class Masked(Toy):
         return super().forward(input_ids)
 
 
-@settings(max_examples=4)
+@settings(max_examples=examples(2, 8))
 @given(
     prompt=st.integers(1, 20),
     length=st.integers(1, 20),

@@ -6,6 +6,7 @@ import pytest
 import sympy
 import torch
 import torch.nn.functional as F
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -306,7 +307,7 @@ def ids_of(length, seed, batch=2):
     return torch.randint(4, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-@settings(max_examples=4)
+@settings(max_examples=examples(2, 8))
 @given(
     SPELLINGS,
     st.lists(st.integers(3, 120), min_size=1, max_size=3),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -78,7 +79,7 @@ def everything(hidden, weight, ids):
     )
 
 
-@settings(max_examples=12)
+@settings(max_examples=examples(6, 24))
 @given(st.sampled_from([1, 3]), st.integers(2, 9), st.integers(1, 30), st.sampled_from([0.0, 0.5, 1.0]), st.booleans())
 def test_a_head_with_every_reader(batch, length, tile, share, poison):
     def inputs(n):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -44,8 +45,12 @@ def load_library(path: Path, name: str) -> Callable[..., Any]:
     return kernel
 
 
-def load_triton(sources: dict[str, str]) -> dict[str, Any]:
-    """Triton kernels by name, of the sources that Inductor has written; what is compiled lies in its cache."""
+def load_triton(sources: dict[str, str], chosen: dict[str, Any]) -> dict[str, Any]:
+    """Triton kernels by name, of the sources that Inductor has written; what is compiled lies in its cache.
+
+    Args:
+        chosen: what :func:`chosen_launch` said of those that had chosen.
+    """
     from torch._inductor import config
     from torch._inductor.async_compile import AsyncCompile
 
@@ -53,7 +58,28 @@ def load_triton(sources: dict[str, str]) -> dict[str, Any]:
         compiler = AsyncCompile()
         scope = {name: compiler.triton(name, source, device_str="cuda") for name, source in sources.items()}
         compiler.wait(scope)
+    for name, wanted in chosen.items():
+        kernel = scope[name]
+        launchers = [launcher for launcher in kernel.launchers if _launch(launcher.config) == wanted]
+        kernel.launchers = launchers or kernel.launchers
     return scope
+
+
+def chosen_launch(kernel: Any) -> Any:
+    """The launch parameters that a kernel has chosen by measuring; ``None``: it has not measured yet."""
+    launchers: Any = getattr(kernel, "launchers", ())
+    return _launch(launchers[0].config) if len(launchers) == 1 else None
+
+
+def _launch(config: Any) -> list[Any]:
+    return [sorted(config.kwargs.items()), config.num_warps, config.num_stages]
+
+
+def moved(name: str, content: bytes, before: Path, after: Path) -> bytes:
+    """A file of Triton's cache for a cache in another folder: lists of files have whole paths in them."""
+    if not Path(name).name.startswith("__grp__"):
+        return content
+    return content.replace(json.dumps(str(before))[1:-1].encode(), json.dumps(str(after))[1:-1].encode())
 
 
 @contextlib.contextmanager

@@ -50,6 +50,9 @@ _SYMPY = (
     "Add", "Mul", "Pow", "Mod", "Max", "Min", "floor", "ceiling", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or",
     "Not", "Abs", "Piecewise", "ExprCondPair",
 )  # fmt: skip
+_OWN_FUNCTIONS: Mapping[str, Sequence[str]] = {_PLANNING + "flash": ("SplitBytes", "FewBytes")}
+"""Functions of our own that an expression may have, by module."""
+
 _ASSUMPTIONS = ("integer", "positive", "nonnegative", "real")
 
 
@@ -84,6 +87,9 @@ def _function_of(name: str) -> Any:
         from mosaic_compiler.compat.sympy_functions import FUNCTIONS
 
         return FUNCTIONS[name]
+    module, _, attribute = name.rpartition(":")
+    if attribute in _OWN_FUNCTIONS.get(module, ()):
+        return getattr(importlib.import_module(module), attribute)
     if name not in _SYMPY:
         raise CodecError(f"{name} is no function that an expression may have")
     if name == "ExprCondPair":
@@ -97,7 +103,11 @@ def _function_of(name: str) -> Any:
 def _function_names() -> dict[Any, str]:
     from mosaic_compiler.compat.sympy_functions import FUNCTIONS
 
-    return {**{_function_of(name): name for name in _SYMPY}, **{function: name for name, function in FUNCTIONS.items()}}
+    own = [f"{module}:{name}" for module, names in _OWN_FUNCTIONS.items() for name in names]
+    return {
+        **{_function_of(name): name for name in (*_SYMPY, *own)},
+        **{kind: name for name, kind in FUNCTIONS.items()},
+    }
 
 
 def pack(value: Any) -> bytes:

@@ -23,13 +23,24 @@ from typing import Any
 
 import torch
 
-from mosaic_compiler.compat.inductor import caches_in, library_of, load_library, load_triton, names_of_wrappers
+from mosaic_compiler.compat.inductor import (
+    caches_in,
+    chosen_launch,
+    library_of,
+    load_library,
+    load_triton,
+    moved,
+    names_of_wrappers,
+)  # fmt: skip
 from mosaic_compiler.disk.codec import CodecError, pack, unpack
 from mosaic_compiler.disk.folder import sources_digest, the_folder
 
 logger = logging.getLogger("mosaic_compiler")
 
 KIND = "kernel"
+_HERE = Path("/mosaic-kernel-files")
+"""Stands in kept files for the folder that they lie in."""
+
 _MOST = 64 << 20
 """Bytes of one kernel's files, above which it is not kept."""
 
@@ -89,7 +100,9 @@ def keep(key: str, source: str, call: Callable[..., Any], compiled_in: Path | No
         return
     cpp = {name: path.read_bytes() for name, path in libraries.items() if path is not None}
     if sum(map(len, (*cpp.values(), *files.values()))) <= _MOST:
-        folder.write(KIND, key, pack({"call": text, "cpp": cpp, "triton": triton, "files": files}))
+        chosen = {name: choice for name in triton if (choice := chosen_launch(held.get(name))) is not None}
+        data = {"call": text, "cpp": cpp, "triton": triton, "files": files, "chosen": chosen}
+        folder.write(KIND, key, pack(data))
 
 
 def load(key: str) -> Callable[[list[Any]], Any] | None:
@@ -109,9 +122,9 @@ def load(key: str) -> Callable[[list[Any]], Any] | None:
             place = _scratch() / key[:24]
             for name, content in known["files"].items():
                 (place / name).parent.mkdir(parents=True, exist_ok=True)
-                (place / name).write_bytes(content)
+                (place / name).write_bytes(moved(name, content, _HERE, place))
             with caches_in(place):
-                scope |= load_triton(known["triton"])
+                scope |= load_triton(known["triton"], known["chosen"])
         exec(compile(known["call"], f"<kernel {key[:12]}>", "exec"), scope)
     except (CodecError, OSError, ImportError, KeyError, SyntaxError, RuntimeError, AttributeError) as error:
         folder.drop(KIND, key, f"{type(error).__name__}: {error}")
@@ -135,7 +148,8 @@ def compile_folder(key: str) -> Path:
 
 def _files_below(folder: Path) -> dict[str, bytes]:
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".lock")
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+    names = {path: path.relative_to(folder).as_posix() for path in paths}
+    return {name: moved(name, path.read_bytes(), folder, _HERE) for path, name in names.items()}
 
 
 def _wrapper_of(source: str) -> tuple[str, list[str], dict[str, str]] | None:
