@@ -128,10 +128,16 @@ def main() -> None:
     parser.add_argument("--model", default="LLaDA-8B")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--child", action="store_true")
-    parser.add_argument("--processes", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=3, help="one after the other, with the folders of the first")
+    parser.add_argument(
+        "--first", type=int, default=0, help="more processes that find nothing, of which one call counts"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     if given.child:
+        if given.first:
+            for name in [name for name in VARIATIONS if name != "first"]:
+                del VARIATIONS[name]
         child(given.model)
         return
     folder = Path(tempfile.mkdtemp(prefix="startup_"))
@@ -149,10 +155,17 @@ def main() -> None:
         rows.append({**json.loads(ran.stdout.splitlines()[-1]), "process": time.perf_counter() - began})
         print(number, json.dumps(rows[-1]), flush=True)
     shutil.rmtree(folder, ignore_errors=True)
+    first = []
+    for _ in range(given.first):
+        command = [sys.executable, "-m", "benchmarks.startup", "--child", "--model", given.model, "--first", "1"]
+        ran = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        first.append(json.loads(ran.stdout.splitlines()[-1])["first"])
+        print("first", first[-1], flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
     import torch
 
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "2 CPU cores"
-    result = {"device": where, "torch": torch.__version__, "model": given.model, "processes": rows}
+    result = {"device": where, "torch": torch.__version__, "model": given.model, "processes": rows, "first": first}
     if given.model == "tiny-llada":
         result["commands"] = commands(given.rounds)
     given.out.mkdir(parents=True, exist_ok=True)

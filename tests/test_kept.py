@@ -713,6 +713,19 @@ def test_what_triton_has_compiled_is_found_in_another_folder(tmp_path, monkeypat
     assert Path(found["kernel.cubin"]).read_bytes() == b"\0code"
 
 
+def test_kernels_are_found_behind_wrappers():
+    module: dict[str, object] = {"kernel_0": object()}
+    exec("class Runner:\n    def call(self, arguments):\n        return kernel_0", module)
+    call = module["Runner"]().call
+
+    def aligned(arguments):
+        return call(arguments)
+
+    for wrapped in (call, aligned, functools.partial(aligned)):
+        assert artifacts._scope_of(wrapped, ["kernel_0"])["kernel_0"] is module["kernel_0"]
+    assert artifacts._scope_of(aligned, ["kernel_1"]) == {}
+
+
 def test_a_kernel_that_has_measured_has_chosen():
     def launcher(block, warps):
         return types.SimpleNamespace(

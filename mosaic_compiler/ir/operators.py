@@ -20,9 +20,14 @@ def is_random(node: fx.Node) -> bool:
 
     Attention is tagged as random because it can drop out; with a dropout of 0 it draws nothing.
     """
-    if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+    if not isinstance(node.target, OpOverload) or not _may_draw(node.target):
         return False
     return not any(a.name == "dropout_p" for a in node.target._schema.arguments) or argument(node, "dropout_p") != 0
+
+
+@functools.cache
+def _may_draw(op: OpOverload) -> bool:
+    return torch.Tag.nondeterministic_seeded in op.tags
 
 
 def argument(node: fx.Node, name: str) -> Any:

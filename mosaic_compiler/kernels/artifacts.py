@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import atexit
 import builtins
+import contextlib
 import functools
 import hashlib
 import logging
@@ -17,7 +18,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def keep(key: str, source: str, call: Callable[..., Any], compiled_in: Path | No
     if folder is None or (wrapper := _wrapper_of(source)) is None:
         return
     text, names, triton = wrapper
-    held: Mapping[str, Any] = getattr(call, "__globals__", {}) or getattr(call, "__func__", call).__globals__
+    held = _scope_of(call, names)
     libraries = {name: library_of(held.get(name)) for name in names if name not in triton}
     files = {} if compiled_in is None or not triton else _files_below(compiled_in)
     if any(path is None for path in libraries.values()) or (triton and not files):
@@ -144,6 +145,23 @@ def _scratch() -> Path:
 def compile_folder(key: str) -> Path:
     """Where Triton puts what it compiles for a kernel."""
     return _scratch() / f"made_{key[:24]}"
+
+
+def _scope_of(call: Callable[..., Any], names: Sequence[str]) -> Mapping[str, Any]:
+    """The global names of a module's function, which may have been wrapped (inputs are copied where they are not
+    aligned)."""
+    waiting: list[Any] = [call]
+    for found in waiting:
+        if not callable(found) or len(waiting) > 100:
+            continue
+        scope: Mapping[str, Any] = getattr(found, "__globals__", {})
+        if names and all(name in scope for name in names):
+            return scope
+        waiting += [getattr(found, name, None) for name in ("__func__", "__wrapped__", "func")]
+        for cell in getattr(found, "__closure__", None) or ():
+            with contextlib.suppress(ValueError):  # it is empty
+                waiting.append(cell.cell_contents)
+    return {}
 
 
 def _files_below(folder: Path) -> dict[str, bytes]:

@@ -33,7 +33,7 @@ from mosaic_compiler.kernels import artifacts
 from mosaic_compiler.kernels.cluster_form import ClusterForm, scratch_bytes, span, spans_of
 from mosaic_compiler.kernels.layouts import Layouts
 from mosaic_compiler.planning.facts import KernelFacts, KernelUse
-from mosaic_compiler.waiting import doing, now
+from mosaic_compiler.waiting import doing, now, without_collections
 
 _WIDE_HINT = 1 << 26
 _WIDE = (1 << 31) - 1
@@ -239,7 +239,7 @@ def _span(tensor: torch.Tensor) -> int:
 def compile_all(kernels: Iterable[tuple[FusedKernel, int]]) -> None:
     """Compile what calls need whose operands span at most so many elements, and choose its launch parameters."""
     wanted = [(kernel, most > _WIDE) for kernel, most in kernels]
-    with _compiling, doing("compiling kernels"):
+    with _compiling, doing("compiling kernels"), without_collections():
         for number, (kernel, wide) in enumerate(wanted):
             now("generating code", number, len(wanted))
             kernel.begin(wide)
