@@ -36,6 +36,7 @@ from mosaic_compiler.passes.state import (
     Cut,
     KeepStatePass,
     ReuseStatePass,
+    codings_of,
     find_cut,
     find_reach,
     inputs_of,
@@ -184,8 +185,11 @@ def _kinds_of(module: fx.GraphModule, options: MosaicOptions, kept: Kept | None 
         canonical, cut = kept.module, kept.cut
         if cut.problem:
             return Kinds(problem=cut.problem, is_heavy=kept.is_heavy)
+        codings, problem = codings_of(cut, options.cache_dtype)
+        if problem:
+            return Kinds(problem=problem, is_heavy=kept.is_heavy)
         made = []
-        for kind in (KeepStatePass(), ReuseStatePass()):
+        for kind in (KeepStatePass(options.cache_dtype), ReuseStatePass(options.cache_dtype)):
             derived = kind(canonical)
             dump = None if options.dump is None else os.path.join(options.dump, kind.name)
             given = replace(options, needed_rows="all", cache="none", dump=dump)
@@ -207,6 +211,7 @@ def _kinds_of(module: fx.GraphModule, options: MosaicOptions, kept: Kept | None 
         weights=weights,
         reach=kept.reach,
         parts=tuple(leading.get(weight) for weight in weights),
+        is_rounded=not all(coding.is_exact for coding in codings.values()),
     )
 
 

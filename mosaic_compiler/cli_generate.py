@@ -34,6 +34,9 @@ def generate(
     cache_refresh: Annotated[
         str, typer.Option(help="when all rows are computed again: block, never, or a number of steps")
     ] = "block",
+    cache_dtype: Annotated[
+        str | None, typer.Option(help="precision of what is kept: bf16, fp8, int8, int4; as computed if left out")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0: the most likely tokens")] = 0.0,
     cfg: Annotated[float, typer.Option(help="LLaDA: scale of the guidance")] = 0.0,
     remasking: Annotated[
@@ -77,6 +80,7 @@ def generate(
     import time
 
     from mosaic_compiler.planning.caches import policy_of, refresh_of
+    from mosaic_compiler.planning.precisions import precision_of
     from mosaic_compiler.sampling.request import Sampling, check_factor
 
     if (prompt is not None) + (file is not None) + (infill is not None) != 1:
@@ -101,6 +105,7 @@ def generate(
         ).check()  # fmt: skip
         policy_of(cache)
         refresh_of(refresh)
+        precision_of(cache_dtype)
         check_factor(factor)
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -136,7 +141,7 @@ def generate(
                 sampler=sampler, edit_threshold=edit_threshold, max_post_steps=max_post_steps,
                 sub_block_length=sub_block_length,
                 mask_token_id=None if mask < 0 else mask, eos_token_id=eos,
-                stop_at_eos=eos is not None, cache=cache, cache_refresh=refresh,
+                stop_at_eos=eos is not None, cache=cache, cache_refresh=refresh, cache_dtype=cache_dtype,
                 streamer=LiveText(tokenizer, mask, shown, out) if live else None,
                 progress=sys.stderr.isatty() and not live and not as_json and mask >= 0,
                 generator=torch.Generator().manual_seed(seed),

@@ -12,6 +12,7 @@ from mosaic_compiler.errors import OptionsError
 from mosaic_compiler.planning.budget import parse_budget
 from mosaic_compiler.planning.caches import POLICIES, Refresh, refresh_of
 from mosaic_compiler.planning.placement import DEADLINE
+from mosaic_compiler.planning.precisions import precision_of
 from mosaic_compiler.recipes import PASS_NAMES
 from mosaic_compiler.settings import Settings, read_settings
 
@@ -20,7 +21,7 @@ CACHES = ("none", "exact", "delayed")
 PLACEMENTS = ("auto", "naive", "size", "live-total", "area", "lifetime")
 
 
-_FOR_PASSES = ("disable", "vocabulary_tile", "needed_rows", "mask_token_id", "cache", "cache_refresh")
+_FOR_PASSES = ("disable", "vocabulary_tile", "needed_rows", "mask_token_id", "cache", "cache_refresh", "cache_dtype")
 
 
 def nearest(name: str, valid: tuple[str, ...]) -> str:
@@ -54,6 +55,8 @@ class MosaicOptions:
             all others); ``delayed``: a call computes rows of masked tokens, and of those that have changed since the
             last call.  The last one is an approximation, and needs ``needed_rows`` and ``mask_token_id``.
         cache_refresh: all rows are computed again every so many calls (or ``never``); also for another text.
+        cache_dtype: the precision in which values are kept from step to step: ``bf16``, ``fp8``, ``int8``, ``int4``
+            (``planning/precisions.py``), an approximation; ``None``: as they are computed.
         chunk_rows: force every loop to this many rows per chunk, whatever the budget (for experiments).
         program_cache: how many bound programs (one per length and set of weights) a graph keeps.
     """
@@ -70,6 +73,7 @@ class MosaicOptions:
     mask_token_id: int | None = None
     cache: str = "none"
     cache_refresh: int | str = 8
+    cache_dtype: str | None = None
     chunk_rows: int | None = None
     program_cache: int = 64
 
@@ -120,6 +124,10 @@ class MosaicOptions:
         except ValueError:
             refresh = Refresh()
         _expect(not refresh.at_blocks, "cache_refresh", "a number of calls from 1, or 'never'", self.cache_refresh)
+        try:
+            precision_of(self.cache_dtype)
+        except (ValueError, TypeError) as error:
+            raise OptionsError(str(error)) from None
         if POLICIES[self.cache].is_kept and self.needed_rows == "all":
             raise OptionsError(
                 f"cache={self.cache!r} computes rows of masked tokens: say that no others are read, with "

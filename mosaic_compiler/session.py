@@ -70,6 +70,7 @@ class Session:
         self._shape: tuple[int, int] | None = None
         self._written: tuple[Sequence[Any], Mapping[str, Any]] | None = None
         self._differs: Tensor | bool = False
+        self._has_used_rounded = False
         self.plans: dict[str, MemoryPlan] = {}
         self.computed_rows = 0
 
@@ -136,11 +137,13 @@ class Session:
 
     @property
     def is_approximate(self) -> bool:
-        """State was used with other arguments than it was kept with: results may differ from those of full steps."""
-        return bool(self._differs)
+        """State was used with other arguments than it was kept with, or in fewer bits than it was computed in
+        (``cache_dtype``): results may differ from those of full steps."""
+        return self._has_used_rounded or bool(self._differs)
 
     def _full(self, store: Store, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
         self._shape, self._written, self._differs = _shape_of(args[0]), None, False
+        self._has_used_rounded = False
         result = self._run(store, "full", None, args, named)
         self._written = _copied((args, named))
         return result
@@ -174,6 +177,7 @@ class Session:
             result = self._function(*args, **named)
             store.check_kept()
         self.computed_rows = store.computed
+        self._has_used_rounded |= store.is_rounded and store.computed != self._shape[1]
         plans = [step.plan for step in ran if step.plan is not None]
         if plans:
             self.plans[kind] = max(plans, key=lambda plan: plan.peak)

@@ -19,11 +19,25 @@ from torch import Tensor
 _sdpa = F.scaled_dot_product_attention
 
 
+def rounded(x: Tensor, precision: str | None) -> Tensor:
+    """Keys or values [.., d] as they are read back."""
+    if precision is None:
+        return x.clone()
+    if precision == "bf16":
+        return x.bfloat16().to(x.dtype)
+    most = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}[precision]
+    wide = x.float()
+    scale = wide.abs().amax(-1, keepdim=True).clamp_min(1e-30) * (1 / most)
+    codes = wide / scale
+    codes = codes.clamp(-most, most).to(torch.float8_e4m3fn).float() if precision == "fp8" else codes.round()
+    return (codes.clamp(-most, most) * scale).to(x.dtype)
+
+
 class Kept:
     """Keys and values of each attention of a function, in the order of its calls."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Any], precision: str | None = None) -> None:
+        self.function, self.precision = function, precision
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
@@ -32,8 +46,8 @@ class Kept:
         self.keys, self.values = [], []
 
         def attend(query: Tensor, key: Tensor, value: Tensor, *more: Any, **options: Any) -> Tensor:
-            self.keys.append(key.clone())
-            self.values.append(value.clone())
+            self.keys.append(rounded(key, self.precision))
+            self.values.append(rounded(value, self.precision))
             return _sdpa(query, key, value, *more, **options)
 
         with _attention(attend):
@@ -50,8 +64,8 @@ class Kept:
                 1, entries, True
             )
             chosen = is_new[:, None, :, None]
-            self.keys[number] = torch.where(chosen, key, self.keys[number])
-            self.values[number] = torch.where(chosen, value, self.values[number])
+            self.keys[number] = torch.where(chosen, rounded(key, self.precision), self.keys[number])
+            self.values[number] = torch.where(chosen, rounded(value, self.precision), self.values[number])
             return _sdpa(query, self.keys[number], self.values[number], *more, **options)
 
         with _attention(attend):

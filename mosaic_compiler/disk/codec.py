@@ -20,6 +20,7 @@ from typing import Any
 import sympy
 
 from mosaic_compiler.errors import CacheError
+from mosaic_compiler.waiting import without_collections
 
 _PLANNING = "mosaic_compiler.planning."
 _CLASSES: Mapping[str, Sequence[str]] = {
@@ -128,8 +129,9 @@ def unpack(data: bytes) -> Any:
         CodecError: for anything else.
     """
     try:
-        classes, rows, root = json.loads(data)
-        return _Reader([_class_of(name) for name in classes]).read(rows, root)
+        with without_collections():
+            classes, rows, root = json.loads(data)
+            return _Reader([_class_of(name) for name in classes]).read(rows, root)
     except CodecError:
         raise
     except Exception as error:  # whatever damaged data leads to

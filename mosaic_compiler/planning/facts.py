@@ -138,6 +138,7 @@ class KeptKinds:
     weights: tuple[int, ...]
     reach: Reach | None
     parts: tuple[Any, ...]
+    is_rounded: bool
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class Kinds:
         ids: which input holds token ids; ``None``: that cannot be told.
         weights: which inputs are weights that kept values are computed with.
         reach: which rows depend on which; ``None``: all on all, for all that is known.
+        is_rounded: values are kept in fewer bits than they are computed in.
         parts: for each of them (dim, size), if it is only read up to that size; a table that may be made again longer.
     """
 
@@ -44,6 +45,7 @@ class Kinds:
     weights: tuple[int, ...] = ()
     reach: Reach | None = None
     parts: tuple[tuple[int, Any] | None, ...] = ()
+    is_rounded: bool = False
 
     @property
     def keeps(self) -> bool:

@@ -31,6 +31,7 @@ class Block:
     Attributes:
         tensors: one for each kept value, over memory that nobody else writes.
         nbytes: of all.
+        is_rounded: values are kept in fewer bits than they are computed in.
         is_valid: a full step has filled it, and no step has failed since.
         validity: of its rows; ``None``: nobody asked, or rows depend on all others.
         computed: rows that the last step computed in each sequence.
@@ -40,7 +41,7 @@ class Block:
         assert kinds.full is not None
         assert kinds.reuse is not None
         self.full, self.reuse = kinds.full, kinds.reuse
-        self._kinds = kinds
+        self._kinds, self.is_rounded = kinds, kinds.is_rounded
         graph = kinds.full.main_graph
         self._facts: list[TensorFacts] = []
         for place in kinds.notes[0].places:

@@ -77,6 +77,11 @@ class Store:
         return sum(block.nbytes for block in self._blocks.values())
 
     @property
+    def is_rounded(self) -> bool:
+        """Some state is kept in fewer bits than it was computed in."""
+        return any(block.is_rounded for block in self._blocks.values())
+
+    @property
     def is_proven(self) -> bool:
         """Of all state it is known which rows are valid."""
         return bool(self._blocks) and all(block.validity is not None for block in self._blocks.values())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mosaic_compiler.planning.caches import policy_of, refresh_of
+from mosaic_compiler.planning.precisions import precision_of
 from mosaic_compiler.sampling.bidirectional import (
     check_bidirectional,
     check_block_causal,
@@ -69,6 +70,7 @@ def generate(
     stop_at_eos: bool = False,
     cache: str = "exact",
     cache_refresh: str | int = "block",
+    cache_dtype: str | None = None,
     memory_budget: int | str | None = None,
     options: dict[str, Any] | None = None,
     compile: bool = True,
@@ -135,6 +137,8 @@ def generate(
             the last step committed (dKV-Cache).  The last three are approximations: other text may come out.
         cache_refresh: when all rows are computed again: ``block`` (the first step of each block), ``never`` (but for
             the first step), or every so many steps; 1 is no cache.
+        cache_dtype: the precision of what is kept: ``bf16``, ``fp8``, ``int8``, ``int4`` (one scale per token and
+            head), an approximation, which needs a half to an eighth of the memory; ``None``: as it is computed.
         memory_budget, options: of the backend, see :class:`~mosaic_compiler.MosaicOptions`; the budget is for what is
             kept as well.
         compile: ``False``: run the same in eager PyTorch.
@@ -156,6 +160,7 @@ def generate(
             "top_k": top_k, "temperature": temperature, "block_length": block_length, "block_causal": block_causal,
             "edit_threshold": edit_threshold, "attention_mask": has_padding(attention_mask) or None, "cache": cache,
             "sampler": sampler, "eos_rule": eos_rule, "cache_refresh": cache_refresh, "eps": eps,
+            "cache_dtype": cache_dtype,
             "mask_token_id": mask_token_id, "mask_id": mask_id, "eot_token_id": eot_token_id,
             "max_post_steps": max_post_steps, "sub_block_length": sub_block_length, "bidirectional": bidirectional,
             "progress": progress,
@@ -174,6 +179,13 @@ def generate(
     policy, refresh = policy_of(cache), refresh_of(cache_refresh)
     if policy.is_kept and not compile:
         raise ValueError(f"cache={cache!r} needs a compiled model: leave out compile=False, or take cache='none'")
+    if precision_of(cache_dtype) is not None:
+        if not compile or not (policy.is_kept or policy.is_exact):
+            raise ValueError(
+                f"cache_dtype={cache_dtype!r} is for what is kept from step to step, and nothing is: choose a cache, "
+                "'dual' for example, and a compiled model"
+            )
+        options = {**(options or {}), "cache_dtype": cache_dtype}
     config = getattr(model, "config", None)
     if sampler not in CHECKS:
         raise ValueError(f"sampler must be one of {', '.join(CHECKS)}, got {sampler!r}")
@@ -250,7 +262,7 @@ def generate(
         run.fallbacks,
         counts,
         run.state_bytes,
-        counts["reuse"] > 0 and not policy.is_exact,
+        counts["reuse"] > 0 and (run.is_rounded or not policy.is_exact),
     )
 
 

@@ -42,6 +42,7 @@ class Run:
     Attributes:
         schedule: which kinds of steps there were.
         state_bytes: the most that lived from step to step.
+        is_rounded: it lived in fewer bits than it was computed in.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Run:
         self._kind, self._numbers = SAMPLERS[sampling.sampler], numbers_of(sampling)
         self.schedule = Schedule(policy, refresh, sampling.mask, shifted=self._kind.is_shifted)
         self._store = Store() if policy.is_kept or (policy.is_exact and is_compiled) else None
-        self.state_bytes = 0
+        self.state_bytes, self.is_rounded = 0, False
         self._has_said = False
         self._proposer = Proposer(
             model,
@@ -159,6 +160,7 @@ class Run:
             if not self._store.computed:
                 self._say_what_would_save()
         self.state_bytes = max(self.state_bytes, self._store.nbytes)
+        self.is_rounded |= self._store.is_rounded
         return result
 
     def _with_state(

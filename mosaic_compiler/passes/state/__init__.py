@@ -6,9 +6,19 @@ They change what a graph takes and returns, so they are no part of a pipeline: w
 
 from __future__ import annotations
 
+from mosaic_compiler.passes.state.coding import codings_of
 from mosaic_compiler.passes.state.cut import Cut, find_cut, inputs_of, leading_parts
 from mosaic_compiler.passes.state.keep import KeepStatePass
 from mosaic_compiler.passes.state.reach import find_reach
 from mosaic_compiler.passes.state.reuse import ReuseStatePass
 
-__all__ = ["Cut", "KeepStatePass", "ReuseStatePass", "find_cut", "find_reach", "inputs_of", "leading_parts"]
+__all__ = [
+    "Cut",
+    "KeepStatePass",
+    "ReuseStatePass",
+    "codings_of",
+    "find_cut",
+    "find_reach",
+    "inputs_of",
+    "leading_parts",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -9,10 +10,11 @@ import torch
 from torch import fx
 
 from mosaic_compiler import ir
-from mosaic_compiler.ir.emitter import Emitter
+from mosaic_compiler.ir.emitter import Emitter, SizeEmitter
 from mosaic_compiler.ir.notes import STATE, STATIC_INPUTS, StatePlace
 from mosaic_compiler.lowering.forms import form_of
 from mosaic_compiler.passes.base import Pass
+from mosaic_compiler.passes.state.coding import Coder, Coding, codings_of
 from mosaic_compiler.passes.state.cut import Cut, find_cut
 from mosaic_compiler.planning.lowered import Kind
 
@@ -22,6 +24,8 @@ aten = torch.ops.aten
 @dataclass(frozen=True)
 class KeepStatePass(Pass):
     """Return the values of the cut (``cut.py``) behind the outputs, to be written where given memory says.
+
+    With a ``precision`` it is codes and scales of them (``coding.py``) that are kept.
 
     The memory is an input for each of them that the graph itself does not touch: planning and binding put the result
     there (``STATE`` says which belongs to which), so the loops that compute keys and values write them into state.
@@ -40,23 +44,27 @@ class KeepStatePass(Pass):
     """
 
     name: ClassVar[str] = "keep-state"
+    precision: str | None = None
 
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
         module = ir.copy_graph(module)
         cut = find_cut(module.graph)
         assert not cut.problem, cut.problem
-        _Keeper(module, cut).rewrite()
+        codings, problem = codings_of(cut, self.precision)
+        assert not problem, problem
+        _Keeper(module, cut, codings).rewrite()
         module.graph.lint()
         module.recompile()
         return module
 
 
-class _Keeper(Emitter):
-    def __init__(self, module: fx.GraphModule, cut: Cut) -> None:
+class _Keeper(SizeEmitter):
+    def __init__(self, module: fx.GraphModule, cut: Cut, codings: Mapping[fx.Node, Coding]) -> None:
         super().__init__(module)
-        self.module, self.cut = module, cut
+        self.module, self.cut, self.codings = module, cut, codings
 
     def rewrite(self) -> None:
+        parts = [part for value in self.cut.values for part in self._parts(value)]
         storage = ir.StorageMap(self.graph)
         taken = ir.escaping_roots(self.graph, storage) | ir.written_roots(self.graph, storage)
         output = self.graph.output_node()
@@ -64,7 +72,7 @@ class _Keeper(Emitter):
         kept: list[fx.Node] = []
         given: Any = output.args[0]
         results = [given] if isinstance(given, fx.Node) else list(given)
-        for value in self.cut.values:
+        for value in parts:
             root = storage.root(value)
             is_own = root is not None and root[0] is value and root not in taken
             if not is_own or form_of(value, ir.main_device_of(self.module)).kind is not Kind.DESTINATION:
@@ -75,6 +83,12 @@ class _Keeper(Emitter):
         output.args = ((*results, *kept),)
         output.meta["val"] = tuple(ir.argument_value(result) for result in output.args[0])
         note_state(self.module, places)
+
+    def _parts(self, value: fx.Node) -> list[fx.Node]:
+        """What is kept of a value."""
+        self.origin = value
+        with self.graph.inserting_before(value.next):
+            return Coder(self).encode(value, self.codings[value])
 
     def _copied(self, value: fx.Node) -> fx.Node:
         """In memory of its own, which all of its readers read from now on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from mosaic_compiler.ir.emitter import SizeEmitter
 from mosaic_compiler.ir.notes import STATE, StatePlace
 from mosaic_compiler.passes.base import Pass
 from mosaic_compiler.passes.chunk_loops.labels import Edge, reads_values
+from mosaic_compiler.passes.state.coding import Coder, Coding, codings_of
 from mosaic_compiler.passes.state.cut import Cut, find_cut
 from mosaic_compiler.passes.state.keep import add_state, note_state
 
@@ -57,12 +59,15 @@ class ReuseStatePass(Pass):
     """
 
     name: ClassVar[str] = "reuse-state"
+    precision: str | None = None
 
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
         module = ir.copy_graph(module)
         cut = find_cut(module.graph)
         assert not cut.problem, cut.problem
-        _Rewriter(module, cut).rewrite()
+        codings, problem = codings_of(cut, self.precision)
+        assert not problem, problem
+        _Rewriter(module, cut, codings).rewrite()
         ir.remove_dead_code(module.graph)
         module.graph.lint()
         module.recompile()
@@ -70,8 +75,9 @@ class ReuseStatePass(Pass):
 
 
 class _Rewriter(SizeEmitter):
-    def __init__(self, module: fx.GraphModule, cut: Cut) -> None:
+    def __init__(self, module: fx.GraphModule, cut: Cut, codings: Mapping[fx.Node, Coding]) -> None:
         super().__init__(module)
+        self.codings, self.coder = codings, Coder(self)
         self.module, self.cut, self.labels, self.space = module, cut, cut.labels, cut.space
         self.kept_as = dict(cut.kept_as)
         self.order = list(self.graph.nodes)
@@ -109,16 +115,19 @@ class _Rewriter(SizeEmitter):
             self._given.meta[ir.COMPUTED_ROWS] = True
             self._given.meta["val"] = torch.empty((number, count), dtype=torch.int64, device=device)
         STATE.write(self.module, replace(STATE.of(self.module), rows=len(placeholders)))
-        self._states: dict[fx.Node, fx.Node] = {}
+        self._states: dict[fx.Node, list[fx.Node]] = {}
         for value in self.cut.values:
-            index = add_state(self, value, len(self._places))
-            self._states[value] = self.graph.find_nodes(op="placeholder")[index]
-            self._places.append(StatePlace(index, None))
+            with self.graph.inserting_before(value.next):
+                parts = self.coder.encode(value, self.codings[value])  # of all rows: for their layouts only
+            indices = [add_state(self, part, len(self._places) + number) for number, part in enumerate(parts)]
+            self._states[value] = [self.graph.find_nodes(op="placeholder")[index] for index in indices]
+            self._places += [StatePlace(index, None) for index in indices]
         with self.graph.inserting_before(self.front):
             self._count = self.emit(aten.sym_size.int, self._given, 1)
             if len(self.space) == 1:
                 self._flat = self._among_all = self.emit(aten.view.default, self._given, [self._count])
                 self._flat_count = self._count
+                self._sizes[ir.expr_of(count)] = self._count
                 return
             length, many = self.size(self.space[1]), self.size(self.space[0])
             first = self.emit(aten.arange.default, many, device=device, pin_memory=False)
@@ -127,6 +136,8 @@ class _Rewriter(SizeEmitter):
             self._among_all = self.emit(aten.add.Tensor, self._given, starts)
             self._flat_count = self.arithmetic(operator.mul, many, self._count)
             self._flat = self.emit(aten.view.default, self._among_all, [self._flat_count])
+            self._sizes[ir.expr_of(count)] = self._count
+            self._sizes[ir.expr_of(ir.argument_value(self._flat_count))] = self._flat_count
             self._flat_positions = self.emit(aten.reshape.default, self._given, [self._flat_count])
 
     # ------------------------------------------------------------------------------ computed rows
@@ -217,8 +228,14 @@ class _Rewriter(SizeEmitter):
         return self._whole[operand]
 
     def _replace_rows(self, value: fx.Node) -> fx.Node:
-        """State with the computed rows in their places."""
-        state, layout, computed = self._states[value], self.labels.layout(value), self._computed[value]
+        """State with the computed rows in their places, as it is read."""
+        coding, layout = self.codings[value], self.labels.layout(value)
+        parts = self.coder.encode(self._computed[value], coding)
+        layouts = coding.layouts(layout)
+        written = [self._written(*given) for given in zip(self._states[value], parts, layouts, strict=True)]
+        return self.coder.decode(written, coding, value)
+
+    def _written(self, state: fx.Node, computed: fx.Node, layout: Layout) -> fx.Node:
         if len(self.space) == 1 or FLAT in layout:
             dim = layout.index(FLAT if FLAT in layout else 0)
             return self.emit(aten.index_copy_.default, state, dim, self._flat, computed)

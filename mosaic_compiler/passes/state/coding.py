@@ -1,0 +1,166 @@
+"""Codes: kept values in fewer bits (``planning/precisions.py``), written and read in the graph's own ops.
+
+Since they are ops like any others, loops that compute keys and values write codes as they go, row by row, kernels fuse
+them, and plans count them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from mosaic_compiler import ir
+from mosaic_compiler.book import Layout, rows
+from mosaic_compiler.ir.emitter import SizeEmitter
+from mosaic_compiler.passes.state.cut import Cut
+from mosaic_compiler.planning.precisions import PRECISIONS
+
+aten = torch.ops.aten
+
+_LEAST = 1e-30
+"""Of a scale's numerator, so that rows of zeros have one."""
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How one value is written.
+
+    Attributes:
+        precision: its name; ``None``: as it is.
+        dim: of the value, along which groups lie.
+        group: numbers that share a scale.
+    """
+
+    precision: str | None
+    dim: int = 0
+    group: int = 0
+
+    @property
+    def is_exact(self) -> bool:
+        """Nothing is lost."""
+        return self.precision is None
+
+    def layouts(self, layout: Layout) -> list[Layout]:
+        """Of the parts that the value becomes: rows stay where they are."""
+        return [layout] * (1 if self.precision is None or PRECISIONS[self.precision].most is None else 2)
+
+
+def codings_of(cut: Cut, precision: str | None) -> tuple[Mapping[fx.Node, Coding], str]:
+    """For each kept value how it is written, and why that cannot be, if so."""
+    found: dict[fx.Node, Coding] = {}
+    for value in cut.values:
+        tensor = ir.only_tensor(value)
+        if precision is None or (PRECISIONS[precision].most is None and tensor.dtype == torch.bfloat16):
+            found[value] = Coding(None)
+            continue
+        if not tensor.dtype.is_floating_point:
+            return {}, f"{value.name} is {tensor.dtype}, which cannot be kept in {precision}"
+        dim = _features(value, cut.labels.layout(value))
+        if dim is None:
+            return {}, f"{value.name} has no features beside its rows, which could be kept in {precision}"
+        whole = int(tensor.shape[dim])
+        heads = [
+            size
+            for operand, kept in cut.kept_as
+            if kept is value and (at := _features(operand, cut.labels.layout(operand))) is not None
+            if whole % (size := int(ir.only_tensor(operand).shape[at])) == 0
+        ]
+        group = min(heads, default=whole)
+        if PRECISIONS[precision].bits == 4 and group % 2:
+            return {}, f"its heads have {group} numbers, and {precision} puts two in a byte: take int8"
+        found[value] = Coding(precision, dim, group)
+    return found, ""
+
+
+def _features(value: fx.Node, layout: Layout) -> int | None:
+    """The last dim that is a number and has no rows."""
+    sizes = [ir.expr_of(size) for size in ir.only_tensor(value).shape]
+    fixed = [dim for dim, label in enumerate(layout) if label is None and sizes[dim].is_Integer and sizes[dim] > 1]
+    return max(fixed, default=None)
+
+
+class Coder:
+    """Adds the ops to a graph, where its emitter stands."""
+
+    def __init__(self, emitter: SizeEmitter) -> None:
+        self._emitter = emitter
+
+    def encode(self, value: fx.Node, coding: Coding) -> list[fx.Node]:
+        """Codes and scales of a value (of some of its rows as well), each with its rank."""
+        if coding.precision is None:
+            return [value]
+        emit, precision = self._emitter.emit, PRECISIONS[coding.precision]
+        if precision.most is None:
+            return [emit(aten._to_copy.default, value, dtype=torch.bfloat16)]
+        dim = coding.dim + 1
+        groups = self._wide(self._split(value, coding.dim, coding.group))
+        largest = emit(
+            aten.clamp_min.default, emit(aten.amax.default, emit(aten.abs.default, groups), [dim], True), _LEAST
+        )
+        scale = emit(aten.mul.Tensor, largest, 1 / precision.most)
+        numbers = emit(aten.div.Tensor, groups, scale)
+        if coding.precision != "fp8":
+            numbers = emit(aten.round.default, numbers)
+        numbers = emit(aten.clamp.default, numbers, -precision.most, precision.most)
+        return [self._merged(self._codes(numbers, coding), coding.dim), self._merged(scale, coding.dim)]
+
+    def _codes(self, numbers: fx.Node, coding: Coding) -> fx.Node:
+        emit, dim, half = self._emitter.emit, coding.dim + 1, coding.group // 2
+        if coding.precision == "fp8":
+            return emit(aten.view.dtype, emit(aten._to_copy.default, numbers, dtype=torch.float8_e4m3fn), torch.uint8)
+        if coding.precision == "int8":
+            return emit(aten._to_copy.default, numbers, dtype=torch.int8)
+        front, back = (
+            emit(aten.slice.Tensor, numbers, dim, begin, begin + half) for begin in (0, half)
+        )  # neighbours in a byte are half a head apart
+        both = emit(aten.add.Tensor, emit(aten.mul.Tensor, back, 16), emit(aten.add.Tensor, front, 8 + 16 * 8))
+        return emit(aten._to_copy.default, both, dtype=torch.uint8)
+
+    def decode(self, parts: Sequence[fx.Node], coding: Coding, like: fx.Node) -> fx.Node:
+        """What was encoded, as far as the codes tell it, laid out as ``like``."""
+        if coding.precision is None:
+            return parts[0]
+        emit, tensor = self._emitter.emit, ir.only_tensor(like)
+        if len(parts) == 1:
+            return self._laid_out(emit(aten._to_copy.default, parts[0], dtype=tensor.dtype), like)
+        codes = self._split(parts[0], coding.dim, coding.group // (2 if coding.precision == "int4" else 1))
+        scale = self._split(parts[1], coding.dim, 1)
+        numbers = emit(aten.mul.Tensor, self._numbers(codes, coding), scale)
+        merged = self._merged(emit(aten._to_copy.default, numbers, dtype=tensor.dtype), coding.dim)
+        return self._laid_out(merged, like)
+
+    def _numbers(self, codes: fx.Node, coding: Coding) -> fx.Node:
+        emit = self._emitter.emit
+        if coding.precision == "fp8":
+            return self._wide(emit(aten.view.dtype, codes, torch.float8_e4m3fn))
+        if coding.precision == "int8":
+            return self._wide(codes)
+        parts = [emit(aten.bitwise_and.Scalar, codes, 15), emit(aten.__rshift__.Scalar, codes, 4)]
+        return emit(aten.sub.Tensor, self._wide(emit(aten.cat.default, parts, coding.dim + 1)), 8)
+
+    def _wide(self, value: fx.Node) -> fx.Node:
+        if ir.only_tensor(value).dtype == torch.float32:
+            return value
+        return self._emitter.emit(aten._to_copy.default, value, dtype=torch.float32)
+
+    def _laid_out(self, value: fx.Node, like: fx.Node) -> fx.Node:
+        return self._emitter.laid_out(value, ir.memory_order(ir.only_tensor(like)))
+
+    # Groups as a dim of their own, and back.  (Views of memory that lies in another order would be copies.)
+    def _split(self, value: fx.Node, dim: int, group: int) -> fx.Node:
+        sizes = self._sizes(value)
+        return self._viewed(value, [*sizes[:dim], int(sizes[dim]) // group, group, *sizes[dim + 1 :]])
+
+    def _merged(self, value: fx.Node, dim: int) -> fx.Node:
+        sizes = self._sizes(value)
+        return self._viewed(value, [*sizes[:dim], int(sizes[dim]) * int(sizes[dim + 1]), *sizes[dim + 2 :]])
+
+    def _sizes(self, value: fx.Node) -> list[Any]:
+        return [self._emitter.size(ir.expr_of(size)) for size in rows.shape_of(value)]
+
+    def _viewed(self, value: fx.Node, sizes: list[Any]) -> fx.Node:
+        return self._emitter.emit(aten.view.default, value, sizes)

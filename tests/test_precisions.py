@@ -1,0 +1,163 @@
+"""State in fewer bits: what is written down and read back, against an independent implementation."""
+
+from __future__ import annotations
+
+import published_samplers as published
+import pytest
+import torch
+from effort import examples
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kept import Kept
+from remote_models import LLaDALike
+from test_caches import MASK, Cached, prompt_of
+from test_state import at_rows, rows_in, traced
+from toy_models import Toy, ids, toys
+
+import mosaic_compiler
+from mosaic_compiler import Session
+from mosaic_compiler.backend import _kinds_of
+from mosaic_compiler.options import MosaicOptions
+from mosaic_compiler.planning.precisions import PRECISIONS
+from mosaic_compiler.runtime.state import Block
+
+
+@settings(max_examples=examples(4, 20))
+@given(
+    toy=toys,
+    precision=st.sampled_from(sorted(PRECISIONS)),
+    batch=st.integers(1, 3),
+    length=st.integers(2, 24),
+    chunk=st.sampled_from([None, 1, 3, 8]),
+    steps=st.lists(st.tuples(st.booleans(), st.lists(rows_in, min_size=3, max_size=3)), max_size=3),
+    seed=st.integers(0, 9),
+)
+def test_any_schedule_of_steps_equals_an_independent_one(toy, precision, batch, length, chunk, steps, seed):
+    weights = toy.weights(seed)
+    kinds = _kinds_of(
+        traced(toy, batch, weights), MosaicOptions(chunk_rows=chunk, cache_dtype=precision, disable=("fuse",))
+    )
+    assert not kinds.problem
+    block, oracle = Block(kinds), Kept(lambda tokens: toy(tokens, *weights), precision)
+    tokens = ids(batch, length, seed)
+    for expected, got in zip(oracle.full(tokens), block.keep([tokens, *weights]), strict=True):
+        torch.testing.assert_close(got, expected)
+    for is_full, shares in steps:
+        tokens = tokens.clone()
+        tokens[:, seed % length] = seed
+        if is_full:
+            expected, got = oracle.full(tokens), block.keep([tokens, *weights])
+        else:
+            most = max(map(len, shares[:batch]))
+            rows = torch.tensor([[int(share * length) for share in (each * most)[:most]] for each in shares[:batch]])
+            expected = [at_rows(part, rows) for part in oracle.reuse(rows, tokens)]
+            got = [at_rows(part, rows) for part in block.run_rows([tokens, *weights], rows)]
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, other)
+    block.release()
+
+
+@pytest.mark.parametrize("precision", [None, *PRECISIONS])
+def test_generation_keeps_values_in_a_precision(precision):
+    """Id for id as the published sampler does with rounded keys and values; state takes as many bytes as it says."""
+    model, prompt, new, block = LLaDALike(0).double(), prompt_of(1, 21, 3), 12, 6
+    got = mosaic_compiler.generate(
+        model, prompt, gen_length=new, block_length=block, steps=6, mask_token_id=MASK, cache="dual",
+        cache_dtype=precision, cache_refresh="never",
+    )  # fmt: skip
+    blocks = [slice(begin, begin + block) for begin in range(21, 21 + new, block)]
+    cached = Cached(lambda ids: model(ids).logits, "dual", "never", blocks, 3)
+    cached.kept.precision = precision
+    expected = published.llada(cached, prompt, steps=6, gen_length=new, block_length=block, mask_id=MASK)
+    assert torch.equal(got.sequences, expected)
+    assert got.is_approximate
+    heads, depth = 4, 8
+    head_bytes = {None: 8 * depth, "bf16": 2 * depth, "int4": depth // 2 + 4}.get(precision, depth + 4)
+    assert 0 <= got.state_bytes - 2 * 2 * (21 + new) * heads * head_bytes < 2 * 2 * 2 * 512
+
+
+def test_bf16_is_exact_for_a_model_that_computes_in_it():
+    toy = Toy(layers=1, rotary=False)
+    weights = [weight.bfloat16() for weight in toy.weights(0)]
+    assert not _kinds_of(traced(toy, 1, weights), MosaicOptions(cache_dtype="bf16")).is_rounded
+    assert _kinds_of(traced(toy, 1, weights), MosaicOptions(cache_dtype="int8")).is_rounded
+    assert _kinds_of(traced(toy, 1, toy.weights(0)), MosaicOptions(cache_dtype="bf16")).is_rounded
+
+
+def test_a_session_says_that_it_is_approximate():
+    model, ids = LLaDALike(3), prompt_of(1, 20, 2)
+    with Session(model, options={"cache_dtype": "int8"}) as session:
+        full = session.full(ids).logits
+        assert torch.equal(full, model(ids).logits) or torch.allclose(full, model(ids).logits, atol=1e-4)
+        assert not session.is_approximate
+        got = session.reuse(ids, [3, 7]).logits
+        assert session.is_approximate
+        torch.testing.assert_close(got[:, [3, 7]], full[:, [3, 7]], atol=0.2, rtol=0.2)
+        assert not torch.equal(got[:, [3, 7]], full[:, [3, 7]])
+        session.full(ids)
+        assert not session.is_approximate
+
+
+@pytest.mark.fuse
+@pytest.mark.parametrize("precision", sorted(PRECISIONS))
+def test_kernels_write_and_read_the_same_codes(precision):
+    """As the ops of PyTorch, up to what rounds to the neighbour; NaN stays in its row's results."""
+    toy = Toy(layers=1, result="logits")
+    weights = toy.weights(1)
+    module, tokens, rows = traced(toy, 1, weights), ids(1, 33, 4), torch.tensor([[4, 9, 30]])
+    kept, results = [], []
+    for disable in ((), ("fuse",)):
+        block = Block(_kinds_of(module, MosaicOptions(cache_dtype=precision, disable=disable)))
+        block.keep([tokens, *weights])
+        results.append(at_rows(block.run_rows([tokens, *weights], rows)[0], rows))
+        kept.append([tensor.clone() for tensor in block.tensors])
+        block.release()
+    for one, other in zip(*kept, strict=True):
+        if one.is_floating_point():
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
+        else:
+            assert (one != other).float().mean() < 0.01
+    torch.testing.assert_close(*results, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4", "fp8"])
+def test_what_is_no_number_is_none_when_it_is_read(precision):
+    toy = Toy(layers=1, result="logits", rotary=False)
+    weights = toy.weights(1)
+    weights[0][3] = torch.nan
+    tokens = ids(1, 12, 4).clamp_min(4)
+    tokens[0, 5] = 3
+    block = Block(_kinds_of(traced(toy, 1, weights), MosaicOptions(cache_dtype=precision, disable=("fuse",))))
+    expected = block.keep([tokens, *weights])[0][:, [1, 2]]
+    assert expected.isnan().all()
+    assert block.run_rows([tokens, *weights], torch.tensor([[1, 2]]))[0][:, [1, 2]].isnan().all()
+    block.release()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cache": "dual", "cache_dtype": "int3"}, "cache_dtype='int3' is not one of bf16, fp8, int8, int4"),
+        ({"cache": "none", "cache_dtype": "int8"}, "nothing is: choose a cache"),
+        ({"cache": "exact", "cache_dtype": "int8", "compile": False}, "a compiled model"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        mosaic_compiler.generate(LLaDALike(0), prompt_of(1, 4, 0), gen_length=4, steps=2, mask_token_id=MASK, **options)
+
+
+def test_heads_of_odd_size_do_not_go_into_four_bits():
+    class Odd(Toy):
+        def attention(self, h, q, k, v, o):
+            queries, keys, values = (torch.nn.functional.linear(h, w)[:, None, :, :3] for w in (q, k, v))
+            a = torch.nn.functional.scaled_dot_product_attention(queries, keys, values)
+            return torch.nn.functional.pad(a[:, 0], (0, 13)) @ o.t()
+
+    toy = Odd(layers=1)
+    module = traced(toy, 1, toy.weights(0))
+    for precision, problem in (
+        ("int4", "its heads have 3 numbers, and int4 puts two in a byte: take int8"),
+        ("int8", ""),
+    ):
+        assert _kinds_of(module, MosaicOptions(cache_dtype=precision)).problem == problem
