@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu fuzz lint docs format bench bench-gpu clean
+.PHONY: help setup demo test test-all test-gpu fuzz lint docs format bench bench-gpu bench-quality clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -50,6 +50,9 @@ bench-gpu: setup ## Measure steps, peaks, limits, generating and kernels on this
 bench: setup ## Measure the step on this machine's CPU and write benchmarks/results/
 	$(BIN)/python -m benchmarks.step_cpu
 	$(BIN)/python -m benchmarks.budget_cpu
+
+bench-quality: setup ## Measure what a cache in fewer bits costs, on the shipped models (about an hour)
+	$(BIN)/python -m benchmarks.quality
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist

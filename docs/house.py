@@ -29,10 +29,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("owned",),
     ("session",),
     ("sampling",),
-    ("ahead",),
+    ("ahead", "quality"),
     ("report",),
     ("cli_values",),
-    ("cli_generate", "cli_cache"),
+    ("cli_generate", "cli_cache", "cli_quality"),
     ("cli", "__init__"),
 )
 """From the ground up."""

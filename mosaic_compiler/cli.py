@@ -19,6 +19,7 @@ from rich.text import Text
 
 from mosaic_compiler import cli_cache
 from mosaic_compiler.cli_generate import generate
+from mosaic_compiler.cli_quality import quality
 from mosaic_compiler.cli_values import parse_bytes, parse_card, parse_dtype, parse_tokens
 from mosaic_compiler.errors import ConfigError, MosaicError, OptionsError, PlanError
 from mosaic_compiler.planning.budget import format_bytes
@@ -67,14 +68,14 @@ def read_plan(path: Path) -> MemoryPlan:
 
 def _fit_with_state(
     model: Traced, config: str, dtype: str, card: str, room: int, lengths: list[int], rows: int, masked: float,
-    output: Path | None, as_json: bool,
+    precision: str | None, output: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """``fit --cache``: steps that keep state, and steps for some rows that use it."""
     from mosaic_compiler.ahead.cached import answer_cached, longest_cached
     from mosaic_compiler.ahead.configs import name_of
 
     assert model.stateful is not None
-    speed = SPEEDS.get(card)
+    speed = SPEEDS.get(card) if precision is None else None  # what reading codes takes was not measured
     answers = [
         answer_cached(model.stateful, model.weights, length, room, rows=rows, row_share=masked, speed=speed)
         for length in lengths
@@ -112,7 +113,9 @@ def _fit_with_state(
         table.add_row(f"{a.tokens:,}", _yes(a.full is not None), format_bytes(a.state), *peaks, *times)
     console.print(table)
     console.print(f"longest sequence: {most:,} tokens with all of it kept (predicted)")
-    if speed is None:
+    if precision is not None:
+        console.print(f"no times are predicted: none were measured for steps that read {precision}")
+    elif speed is None:
         console.print(f"how fast {card} is is not known: name the card (--gpu RTX4090) for predicted times")
     for a in answers:
         if a.problem:
@@ -141,6 +144,9 @@ def fit(
     cache: Annotated[
         str, typer.Option(help="what is kept from step to step, as in generate: none, prefix, dual or delayed")
     ] = "none",
+    cache_dtype: Annotated[
+        str | None, typer.Option(help="with --cache: precision of what is kept: bf16, fp8, int8, int4")
+    ] = None,
     rows: Annotated[int, typer.Option(help="with --cache: rows that a step computes (those of a block)", min=1)] = 32,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="write the plan of the longest of them")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
@@ -149,18 +155,24 @@ def fit(
     from mosaic_compiler.ahead.configs import load_config, name_of, positions
     from mosaic_compiler.ahead.fit import answer, longest, traced
     from mosaic_compiler.planning.caches import policy_of
+    from mosaic_compiler.planning.precisions import precision_of
 
     lengths = parse_tokens(tokens)
     (card, memory), kept = parse_card(gpu), parse_bytes("--reserve", reserve)
     described = load_config(config)
     try:
         is_kept = policy_of(cache).is_kept
+        precision_of(cache_dtype)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    model = traced(described, parse_dtype(dtype), device, on_trace=_say_tracing, with_state=is_kept)
+    if cache_dtype is not None and not is_kept:
+        raise ConfigError(f"--cache-dtype {cache_dtype} is for what is kept: choose --cache, dual for example")
+    model = traced(
+        described, parse_dtype(dtype), device, on_trace=_say_tracing, with_state=is_kept, precision=cache_dtype
+    )
     room = memory - kept - model.weights
     if model.stateful is not None:
-        _fit_with_state(model, config, dtype, card, room, lengths, rows, masked, output, as_json)
+        _fit_with_state(model, config, dtype, card, room, lengths, rows, masked, cache_dtype, output, as_json)
         return
     answers = [answer(model, length, room, masked) for length in lengths]
     most, eager = longest(model, room, masked)
@@ -307,6 +319,7 @@ def diff(
 app.command()(generate)
 app.command("compile")(cli_cache.compile_ahead)
 app.add_typer(cli_cache.app, name="cache")
+app.command()(quality)
 
 
 @app.command()

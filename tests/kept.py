@@ -64,9 +64,12 @@ class Kept:
                 1, entries, True
             )
             chosen = is_new[:, None, :, None]
-            self.keys[number] = torch.where(chosen, rounded(key, self.precision), self.keys[number])
-            self.values[number] = torch.where(chosen, rounded(value, self.precision), self.values[number])
-            return _sdpa(query, self.keys[number], self.values[number], *more, **options)
+            seen = [torch.where(chosen, key, self.keys[number]), torch.where(chosen, value, self.values[number])]
+            self.keys[number], self.values[number] = (
+                torch.where(chosen, rounded(new, self.precision), old)
+                for new, old in zip((key, value), seen, strict=True)
+            )
+            return _sdpa(query, *seen, *more, **options)
 
         with _attention(attend):
             return self.function(*args, **named)

@@ -241,3 +241,26 @@ def test_bad_input_is_one_line_and_exit_code_2(run, plans, tmp_path, arguments, 
     assert code == 2
     assert message in err
     assert len(err.replace("mosaic: tracing the model; the next time it is remembered\n", "").splitlines()) == 1
+
+
+def test_fit_counts_what_is_kept_in_fewer_bits(run, config):
+    arguments = ("fit", "--config", config, "--tokens", "1k", "--cache", "dual", "--dtype", "fp32", "--gpu", "RTX4090")
+    states = []
+    for more in ((), ("--cache-dtype", "int8")):
+        code, out, _ = run(*arguments, *more, "--json")
+        assert code == 0
+        found = json.loads(out)["answers"][0]
+        assert found["fits"]
+        assert found["peaks"]["reuse"] >= found["state"]
+        assert (found["seconds"]["reuse"] is None) == bool(more), "not measured, not predicted"
+        states.append(found["state"])
+    heads, depth = SMALL["num_key_value_heads"], SMALL["hidden_size"] // SMALL["num_attention_heads"]
+    assert states[0] == 2 * SMALL["num_hidden_layers"] * 1024 * heads * depth * 4
+    assert states[1] == 2 * SMALL["num_hidden_layers"] * 1024 * heads * (depth + 4)
+    for more, message in (
+        (("--cache-dtype", "int3"), "int3"),
+        (("--cache", "none", "--cache-dtype", "int8"), "choose --cache"),
+    ):
+        code, _, err = run(*arguments, *more)
+        assert code == 2
+        assert message in err

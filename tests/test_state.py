@@ -55,6 +55,7 @@ def test_any_schedule_of_steps_equals_an_independent_one(toy, batch, length, chu
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @settings(max_examples=200)
 @schedules
 def test_many_schedules(toy, batch, length, chunk, poison, steps, seed):

@@ -64,6 +64,7 @@ def traced(
     cache: Path | None = None,
     on_trace: Callable[[], None] = lambda: None,
     with_state: bool = False,
+    precision: str | None = None,
 ) -> Traced:
     """Trace a model's step, or take it from the cache.
 
@@ -73,6 +74,7 @@ def traced(
         device: whose kernels are planned for: ``cuda`` (where torch can use a GPU), ``cpu``, or ``auto``.
         on_trace: called if the model has to be traced.
         with_state: also steps that keep state.
+        precision: of state, as ``generate(cache_dtype=)`` takes it.
         cache: folder; ``None``: what ``MOSAIC_CACHE`` says.
 
     Raises:
@@ -83,11 +85,11 @@ def traced(
     if device not in ("auto", "cuda", "cpu"):
         raise ConfigError(f"device {device!r} is none of auto, cuda, cpu")
     folder = the_folder() if cache is None else Folder(cache)
-    key = _key(config, dtype, device, with_state)
+    key = _key(config, dtype, device, with_state, precision)
     known = read(folder, "fit", key)
     if isinstance(known, Traced):
         return known
-    found = _trace(config, dtype, device, on_trace, with_state)
+    found = _trace(config, dtype, device, on_trace, with_state, precision)
     write(folder, "fit", key, found, str(config.get("model_type", "")))
     return found
 
@@ -125,19 +127,24 @@ def _eager_peak(model: Traced, tokens: int) -> int:
     return lower_bound(model.eager.planner.lives.at(model.eager.sizes_for(tokens))) + IN_AND_OUT * tokens
 
 
-def _key(config: Mapping[str, Any], dtype: str, device: str, with_state: bool) -> str:
+def _key(config: Mapping[str, Any], dtype: str, device: str, with_state: bool, precision: str | None) -> str:
     """A hash of everything that a trace depends on: config, versions, and this package's sources."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "sympy")}
     try:
         versions["transformers"] = importlib.metadata.version("transformers")
     except importlib.metadata.PackageNotFoundError:
         versions["transformers"] = ""
-    text = json.dumps([dict(config), dtype, device, with_state, versions], sort_keys=True)
+    text = json.dumps([dict(config), dtype, device, with_state, precision, versions], sort_keys=True)
     return hashlib.sha256(text.encode() + sources_digest().encode()).hexdigest()
 
 
 def _trace(
-    config: Mapping[str, Any], dtype: str, device: str, on_trace: Callable[[], None], with_state: bool
+    config: Mapping[str, Any],
+    dtype: str,
+    device: str,
+    on_trace: Callable[[], None],
+    with_state: bool,
+    precision: str | None,
 ) -> Traced:
     import torch
 
@@ -159,7 +166,7 @@ def _trace(
         torch.empty(1, dtype=torch.int64, device="meta"),
     )
     try:
-        captured = capture_step(step, example, {}, device=device, is_direct=True)
+        captured = capture_step(step, example, {"cache_dtype": precision}, device=device, is_direct=True)
     except CaptureError as error:
         raise ConfigError(
             f"{config['model_type']}: {error}, or look for a value of the config that is missing or wrong"

@@ -6,7 +6,7 @@ its rotary embedding, as it is kept)::
     scale = max_i |x_i| / most          code_i = round(x_i / scale) within [-most, most]
 
 Scales are float32 (a kernel may leave out the rounding to a shorter type in between).  4-bit codes stand two in a byte.
-A full step attends to what it computes, as it is; a step for some rows attends to what is kept, its own rows included.
+A step attends to what it computes as it is, and to what it does not compute as it was kept.
 """
 
 from __future__ import annotations

@@ -233,7 +233,10 @@ class _Rewriter(SizeEmitter):
         parts = self.coder.encode(self._computed[value], coding)
         layouts = coding.layouts(layout)
         written = [self._written(*given) for given in zip(self._states[value], parts, layouts, strict=True)]
-        return self.coder.decode(written, coding, value)
+        if coding.is_exact:
+            return written[0]
+        known = self.coder.decode(written, coding, value)
+        return self._written(known, self._computed[value], layout)  # its own rows as they are
 
     def _written(self, state: fx.Node, computed: fx.Node, layout: Layout) -> fx.Node:
         if len(self.space) == 1 or FLAT in layout:
