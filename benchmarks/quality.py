@@ -20,10 +20,11 @@ PAGE, PICTURE = Path("docs/quality.md"), Path("docs/quality.png")
 BEGIN, END = "<!-- figures: written by benchmarks/quality.py -->", "<!-- end of figures -->"
 
 
-def measured(tokens: int, sequences: int, generated: int) -> dict[str, Any]:
+def measured(tokens: int, sequences: int, generated: int, precisions: str) -> dict[str, Any]:
     """``mosaic quality`` in a process of its own."""
     command = [sys.executable, "-c", "from mosaic_compiler.cli import main; main()", "quality", "--json"]
     command += ["--tokens", str(tokens), "--sequences", str(sequences), "--generated", str(generated)]
+    command += ["--cache-dtype", precisions]
     started = time.perf_counter()
     ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return {**json.loads(ran.stdout), "seconds": round(time.perf_counter() - started)}
@@ -82,12 +83,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--generated", type=int, default=4)
+    parser.add_argument("--cache-dtype", default="as-computed,fp8,int8,int4")
     parser.add_argument("--page", action="store_true", help="from the figures that are there")
     given = parser.parse_args()
     if not given.page:
         results = []
         for tokens in given.tokens:
-            results.append(measured(tokens, given.sequences, given.generated))
+            results.append(measured(tokens, given.sequences, given.generated, given.cache_dtype))
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
             print(table(results[-1:]), flush=True)
     results = json.loads(RESULTS.read_text())

@@ -35,7 +35,10 @@ def generate(
         str, typer.Option(help="when all rows are computed again: block, never, or a number of steps")
     ] = "block",
     cache_dtype: Annotated[
-        str | None, typer.Option(help="precision of what is kept: bf16, fp8, int8, int4; as computed if left out")
+        str | None,
+        typer.Option(
+            help="precision of what is kept: bf16, fp8, int8, int4, or auto: what fits; as computed if left out"
+        ),
     ] = None,
     temperature: Annotated[float, typer.Option(help="0: the most likely tokens")] = 0.0,
     cfg: Annotated[float, typer.Option(help="LLaDA: scale of the guidance")] = 0.0,
@@ -80,7 +83,7 @@ def generate(
     import time
 
     from mosaic_compiler.planning.caches import policy_of, refresh_of
-    from mosaic_compiler.planning.precisions import precision_of
+    from mosaic_compiler.planning.precisions import ladder_of
     from mosaic_compiler.sampling.request import Sampling, check_factor
 
     if (prompt is not None) + (file is not None) + (infill is not None) != 1:
@@ -105,7 +108,7 @@ def generate(
         ).check()  # fmt: skip
         policy_of(cache)
         refresh_of(refresh)
-        precision_of(cache_dtype)
+        ladder_of(cache_dtype)
         check_factor(factor)
     except ValueError as error:
         raise ConfigError(str(error)) from None

@@ -41,6 +41,21 @@ PRECISIONS: Mapping[str, Precision] = MappingProxyType(
 )
 """By the names that ``cache_dtype=`` and ``--cache-dtype`` take; no name at all: as they are computed, exactly."""
 
+LADDER: tuple[str | None, ...] = (None, "int8", "int4")
+"""What ``auto`` tries, in this order, until state and steps fit the memory budget."""
+
+
+def ladder_of(name: str | None) -> tuple[str | None, ...]:
+    """The precisions to try.
+
+    Raises:
+        ValueError: as :func:`precision_of`.
+    """
+    if name == "auto":
+        return LADDER
+    precision_of(name)
+    return (name,)
+
 
 def precision_of(name: str | None) -> Precision | None:
     """The precision with this name.
@@ -49,6 +64,6 @@ def precision_of(name: str | None) -> Precision | None:
         ValueError: if there is none.
     """
     if name is not None and name not in PRECISIONS:
-        valid = ", ".join(PRECISIONS)
+        valid = ", ".join((*PRECISIONS, "auto"))
         raise ValueError(f"cache_dtype={name!r} is not one of {valid} (None keeps values as they are computed)")
     return None if name is None else PRECISIONS[name]

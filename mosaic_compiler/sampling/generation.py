@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mosaic_compiler.planning.caches import policy_of, refresh_of
-from mosaic_compiler.planning.precisions import precision_of
+from mosaic_compiler.planning.precisions import ladder_of
 from mosaic_compiler.sampling.bidirectional import (
     check_bidirectional,
     check_block_causal,
@@ -138,7 +138,9 @@ def generate(
         cache_refresh: when all rows are computed again: ``block`` (the first step of each block), ``never`` (but for
             the first step), or every so many steps; 1 is no cache.
         cache_dtype: the precision of what is kept: ``bf16``, ``fp8``, ``int8``, ``int4`` (one scale per token and
-            head), an approximation, which needs a half to an eighth of the memory; ``None``: as it is computed.
+            head), an approximation, which needs a half to an eighth of the memory; ``None``: as it is computed;
+            ``auto``: as it is computed, or in ``int8``, or in ``int4``: the first that fits ``memory_budget`` (which
+            the log, and ``cache_dtype`` of the result say).
         memory_budget, options: of the backend, see :class:`~mosaic_compiler.MosaicOptions`; the budget is for what is
             kept as well.
         compile: ``False``: run the same in eager PyTorch.
@@ -179,13 +181,12 @@ def generate(
     policy, refresh = policy_of(cache), refresh_of(cache_refresh)
     if policy.is_kept and not compile:
         raise ValueError(f"cache={cache!r} needs a compiled model: leave out compile=False, or take cache='none'")
-    if precision_of(cache_dtype) is not None:
-        if not compile or not (policy.is_kept or policy.is_exact):
-            raise ValueError(
-                f"cache_dtype={cache_dtype!r} is for what is kept from step to step, and nothing is: choose a cache, "
-                "'dual' for example, and a compiled model"
-            )
-        options = {**(options or {}), "cache_dtype": cache_dtype}
+    precisions = ladder_of(cache_dtype)
+    if cache_dtype is not None and (not compile or not (policy.is_kept or policy.is_exact)):
+        raise ValueError(
+            f"cache_dtype={cache_dtype!r} is for what is kept from step to step, and nothing is: choose a cache, "
+            "'dual' for example, and a compiled model"
+        )
     config = getattr(model, "config", None)
     if sampler not in CHECKS:
         raise ValueError(f"sampler must be one of {', '.join(CHECKS)}, got {sampler!r}")
@@ -247,7 +248,7 @@ def generate(
             check_padding(model, sampling.mask, input_ids.device, sampling.block_causal, form)
         call = call_for(model, padded, sampling.block_causal, form)
         sampling = replace(sampling, seed=int(drawn))
-        run = Run(model, call, input_ids, attention_mask, sampling, given, compile, policy, refresh)
+        run = Run(model, call, input_ids, attention_mask, sampling, given, compile, policy, refresh, precisions)
         try:
             with torch.no_grad(), dynamo_as_needed(), _bar(progress, run) as advance:
                 history = watched(run, on_step, streamer, keep=output_history, advance=advance)
@@ -263,6 +264,7 @@ def generate(
         counts,
         run.state_bytes,
         counts["reuse"] > 0 and (run.is_rounded or not policy.is_exact),
+        run.precision,
     )
 
 

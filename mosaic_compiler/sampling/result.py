@@ -42,6 +42,8 @@ class Generation:
     """Bytes that lived from step to step."""
     is_approximate: bool = False
     """Some step used state that is not proven to be what all rows would give."""
+    cache_dtype: str | None = None
+    """The precision in which values were kept; ``None``: as they are computed, if any were."""
 
 
 class Steps(Protocol):

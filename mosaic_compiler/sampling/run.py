@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mosaic_compiler.errors import MissingStateError
+from mosaic_compiler.errors import BudgetError, MissingStateError
 from mosaic_compiler.planning.caches import Policy, Refresh
 from mosaic_compiler.planning.plan import Fallback, MemoryPlan
 from mosaic_compiler.planning.room import capacity, serves
@@ -38,11 +38,13 @@ class Run:
         options: of the backend.
         is_compiled: ``False``: run in eager PyTorch.
         policy, refresh: which rows steps compute, see ``planning/caches.py``.
+        precisions: of what is kept, the first of them that fits, see ``planning/precisions.py``.
 
     Attributes:
         schedule: which kinds of steps there were.
         state_bytes: the most that lived from step to step.
         is_rounded: it lived in fewer bits than it was computed in.
+        precision: of what was kept at last.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Run:
         is_compiled: bool,
         policy: Policy,
         refresh: Refresh,
+        precisions: Sequence[str | None] = (None,),
     ) -> None:
         self.sampling = sampling
         batch, self.start = prompt.shape
@@ -71,13 +74,16 @@ class Run:
         self._store = Store() if policy.is_kept or (policy.is_exact and is_compiled) else None
         self.state_bytes, self.is_rounded = 0, False
         self._has_said = False
-        self._proposer = Proposer(
-            model,
-            call,
-            self._kind.rule(sampling),
-            options,
-            is_compiled,
-        )
+        self._rungs = list(precisions)
+        self._proposes = model, call, self._kind.rule(sampling)
+        self._options, self._is_compiled = options, is_compiled
+        self._go_down()
+
+    def _go_down(self) -> None:
+        """Take the next precision."""
+        self.precision = self._rungs.pop(0)
+        more = {} if self.precision is None else {"cache_dtype": self.precision}
+        self._proposer = Proposer(*self._proposes, {**self._options, **more}, self._is_compiled)
 
     @property
     def plan(self) -> MemoryPlan | None:
@@ -146,15 +152,26 @@ class Run:
             if kind == "exact":
                 self.schedule.ran(0, self.ids.shape[1])
             return self._proposer(*arguments)
-        try:
-            result = self._with_state(self._store, kind, computed, arguments)
-        except MissingStateError as missing:
-            # the model was compiled again (its graph is another one in its second call), or its weights have changed
-            logger.info("mosaic: step %d computes all rows: %s", self.forwards + 1, missing)
+        has_begun_anew = False
+        while True:
+            try:
+                result = self._with_state(self._store, kind, computed, arguments)
+                break
+            except MissingStateError as missing:
+                # the model was compiled again (its graph is another one in its second call), or its weights changed
+                if has_begun_anew:
+                    raise
+                has_begun_anew = True
+                logger.info("mosaic: step %d computes all rows: %s", self.forwards + 1, missing)
+            except BudgetError as error:
+                if not self._rungs:
+                    raise
+                before = self.precision or "the precision that they are computed in"
+                self._go_down()
+                logger.warning("mosaic: values are kept in %s, and not in %s: %s", self.precision, before, error)
             self._store.release()
-            if kind != "exact":  # which does so by itself where there is no state
+            if kind == "reuse":
                 kind, computed = self.schedule.all_rows(), None
-            result = self._with_state(self._store, kind, computed, arguments)
         if kind == "exact":
             self.schedule.ran(self._store.computed, self.ids.shape[1])
             if not self._store.computed:
