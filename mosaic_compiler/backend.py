@@ -9,7 +9,7 @@ import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -33,6 +33,7 @@ from mosaic_compiler.passes.mixtures import MixturesPass
 from mosaic_compiler.passes.needed_rows import settle_sizes, token_ids_of
 from mosaic_compiler.passes.pipeline import make_family, passes_until, run_passes
 from mosaic_compiler.passes.state import (
+    Coding,
     Cut,
     KeepStatePass,
     ReuseStatePass,
@@ -154,17 +155,19 @@ class Kept:
         cut: see ``passes/state/cut.py``.
         is_heavy: there are products in it.
         reach: which rows depend on which, where that is known.
+        codings: how each value is written.
     """
 
     module: fx.GraphModule
     cut: Cut
     is_heavy: bool
     reach: Reach | None = None
+    codings: Mapping[fx.Node, Coding] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> sympy.Expr:
-        """Bytes of all values, in the graph's symbols."""
-        return sum((ir.storage_extent(ir.only_tensor(value)) for value in self.cut.values), sympy.Integer(0))
+        """Bytes of all values, as they are kept, in the graph's symbols."""
+        return sum((coding.nbytes(value) for value, coding in self.codings.items()), sympy.Integer(0))
 
 
 def kept_of(module: fx.GraphModule, options: MosaicOptions) -> Kept:
@@ -175,7 +178,9 @@ def kept_of(module: fx.GraphModule, options: MosaicOptions) -> Kept:
         is_heavy = any(book.entry(node).is_heavy for node in canonical.graph.nodes)
         cut = find_cut(canonical.graph)
         reach = None if cut.problem else find_reach(canonical.graph, cut, STATIC_INPUTS.of(canonical))
-        return Kept(canonical, cut, is_heavy, reach)
+        codings, problem = codings_of(cut, options.cache_dtype)
+        cut = replace(cut, problem=problem) if problem and not cut.problem else cut
+        return Kept(canonical, cut, is_heavy, reach, codings)
 
 
 def _kinds_of(module: fx.GraphModule, options: MosaicOptions, kept: Kept | None = None) -> Kinds:
@@ -185,9 +190,6 @@ def _kinds_of(module: fx.GraphModule, options: MosaicOptions, kept: Kept | None 
         canonical, cut = kept.module, kept.cut
         if cut.problem:
             return Kinds(problem=cut.problem, is_heavy=kept.is_heavy)
-        codings, problem = codings_of(cut, options.cache_dtype)
-        if problem:
-            return Kinds(problem=problem, is_heavy=kept.is_heavy)
         made = []
         for kind in (KeepStatePass(options.cache_dtype), ReuseStatePass(options.cache_dtype)):
             derived = kind(canonical)
@@ -211,7 +213,7 @@ def _kinds_of(module: fx.GraphModule, options: MosaicOptions, kept: Kept | None 
         weights=weights,
         reach=kept.reach,
         parts=tuple(leading.get(weight) for weight in weights),
-        is_rounded=not all(coding.is_exact for coding in codings.values()),
+        is_rounded=not all(coding.is_exact for coding in kept.codings.values()),
     )
 
 

@@ -16,7 +16,7 @@ from toy_models import Toy, ids, toys
 
 import mosaic_compiler
 from mosaic_compiler import Session
-from mosaic_compiler.backend import _kinds_of
+from mosaic_compiler.backend import _kinds_of, kept_of
 from mosaic_compiler.errors import BudgetError
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.planning import precisions
@@ -188,3 +188,12 @@ def test_auto_goes_down_until_it_fits(tiny_llada, caplog, monkeypatch):
     assert mosaic_compiler.generate(model, prompt, **options, cache_dtype="auto").cache_dtype is None
     with pytest.raises(BudgetError):
         mosaic_compiler.generate(model, prompt, **options, cache_dtype="auto", memory_budget=64 << 10)
+
+
+@pytest.mark.parametrize("precision", [None, *PRECISIONS])
+def test_explain_says_how_many_bytes_are_kept(precision):
+    kept = kept_of(traced(Toy(layers=2), 1, Toy(layers=2).weights(0)), MosaicOptions(cache_dtype=precision))
+    (length,) = kept.nbytes.free_symbols
+    heads, depth = 4, 4
+    head_bytes = {None: 8 * depth, "bf16": 2 * depth, "int4": depth // 2 + 4}.get(precision, depth + 4)
+    assert kept.nbytes.xreplace({length: 1000}) == 2 * 2 * 1000 * heads * head_bytes

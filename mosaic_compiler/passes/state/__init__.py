@@ -6,13 +6,14 @@ They change what a graph takes and returns, so they are no part of a pipeline: w
 
 from __future__ import annotations
 
-from mosaic_compiler.passes.state.coding import codings_of
+from mosaic_compiler.passes.state.coding import Coding, codings_of
 from mosaic_compiler.passes.state.cut import Cut, find_cut, inputs_of, leading_parts
 from mosaic_compiler.passes.state.keep import KeepStatePass
 from mosaic_compiler.passes.state.reach import find_reach
 from mosaic_compiler.passes.state.reuse import ReuseStatePass
 
 __all__ = [
+    "Coding",
     "Cut",
     "KeepStatePass",
     "ReuseStatePass",

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -43,6 +44,15 @@ class Coding:
     def is_exact(self) -> bool:
         """Nothing is lost."""
         return self.precision is None
+
+    def nbytes(self, value: fx.Node) -> sympy.Expr:
+        """Bytes of the parts of a value, without gaps."""
+        tensor = ir.only_tensor(value)
+        if self.precision is None:
+            return ir.storage_extent(tensor)
+        numbers = sympy.prod([ir.expr_of(size) for size in tensor.shape])
+        scales = 0 if PRECISIONS[self.precision].most is None else 4 * numbers / self.group
+        return numbers * PRECISIONS[self.precision].bits / 8 + scales
 
     def layouts(self, layout: Layout) -> list[Layout]:
         """Of the parts that the value becomes: rows stay where they are."""
