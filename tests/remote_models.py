@@ -98,6 +98,26 @@ class LLaDALike(_Model):
         return Output(self.head(x))
 
 
+class TidyLike(_Model):
+    """LLaDA's without such habits: one graph, traced by running it; for tests of what does not depend on them."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.config = types.SimpleNamespace(mask_token_id=5, eos_token_id=7, max_sequence_length=4096)
+        sin, cos = Rotary({}, 4096).tables(4096, torch.device("cpu"))
+        self.register_buffer("sin", sin)
+        self.register_buffer("cos", cos)
+
+    def forward(self, input_ids, attention_mask=None, attention_bias=None):
+        sin, cos = self.sin[: input_ids.shape[1]], self.cos[: input_ids.shape[1]]
+        if attention_bias is not None:
+            attention_bias = attention_bias.to(self.embed.weight.dtype)
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x, sin, cos, attention_bias)
+        return Output(self.head(x))
+
+
 class DreamLike(_Model):
     """``model(ids, "full" | mask, positions).logits``; has a ``diffusion_generate`` of its own."""
 

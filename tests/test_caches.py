@@ -12,7 +12,7 @@ from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kept import Kept
-from remote_models import VOCABULARY, DreamLike, LLaDALike
+from remote_models import VOCABULARY, DreamLike, TidyLike
 from test_generate import Addressed, seeded
 
 import mosaic_compiler
@@ -21,7 +21,7 @@ from mosaic_compiler.runtime import pools
 from mosaic_compiler.runtime.arena import HostArena
 
 MASK = 5
-LLADA, DREAM = LLaDALike(0), DreamLike(1)
+LLADA, DREAM = TidyLike(0), DreamLike(1)
 
 
 class Cached:

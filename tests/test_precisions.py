@@ -9,7 +9,7 @@ from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kept import Kept
-from remote_models import LLaDALike
+from remote_models import TidyLike
 from test_caches import MASK, Cached, prompt_of
 from test_state import at_rows, rows_in, traced
 from toy_models import Toy, ids, toys
@@ -62,7 +62,7 @@ def test_any_schedule_of_steps_equals_an_independent_one(toy, precision, batch, 
 @pytest.mark.parametrize("precision", [None, *PRECISIONS])
 def test_generation_keeps_values_in_a_precision(precision):
     """Id for id as the published sampler does with rounded keys and values; state takes as many bytes as it says."""
-    model, prompt, new, block = LLaDALike(0).double(), prompt_of(1, 21, 3), 12, 6
+    model, prompt, new, block = TidyLike(0).double(), prompt_of(1, 21, 3), 12, 6
     got = mosaic_compiler.generate(
         model, prompt, gen_length=new, block_length=block, steps=6, mask_token_id=MASK, cache="dual",
         cache_dtype=precision, cache_refresh="never",
@@ -87,7 +87,7 @@ def test_bf16_is_exact_for_a_model_that_computes_in_it():
 
 
 def test_a_session_says_that_it_is_approximate():
-    model, ids = LLaDALike(3), prompt_of(1, 20, 2)
+    model, ids = TidyLike(3), prompt_of(1, 20, 2)
     with Session(model, options={"cache_dtype": "int8"}) as session:
         full = session.full(ids).logits
         assert torch.equal(full, model(ids).logits) or torch.allclose(full, model(ids).logits, atol=1e-4)
@@ -146,7 +146,7 @@ def test_what_is_no_number_is_none_when_it_is_read(precision):
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
-        mosaic_compiler.generate(LLaDALike(0), prompt_of(1, 4, 0), gen_length=4, steps=2, mask_token_id=MASK, **options)
+        mosaic_compiler.generate(TidyLike(0), prompt_of(1, 4, 0), gen_length=4, steps=2, mask_token_id=MASK, **options)
 
 
 def test_heads_of_odd_size_do_not_go_into_four_bits():

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from remote_models import VOCABULARY, LLaDALike
+from remote_models import VOCABULARY, TidyLike
 
 from mosaic_compiler.cli_quality import SHIPPED
 from mosaic_compiler.errors import ConfigError
@@ -83,7 +83,7 @@ def test_facts_need_their_words(tokenizer, unseen):
 
 def test_figures_are_those_of_the_model():
     """Nothing is lost where values are kept as they are computed; what fewer bits lose is told."""
-    model = LLaDALike(0)
+    model = TidyLike(0)
     text = torch.randint(10, VOCABULARY, (300,), generator=torch.Generator().manual_seed(0))
     asked, done = {"words": words(text, 48, 3)}, []
     found = measure(

@@ -11,7 +11,7 @@ from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kept import Kept
-from remote_models import VOCABULARY, LLaDALike
+from remote_models import VOCABULARY, LLaDALike, TidyLike
 from test_caches import Arenas
 
 import mosaic_compiler
@@ -31,7 +31,7 @@ def logits_of(model):
     return lambda ids: model(ids).logits
 
 
-class Counted(LLaDALike):
+class Counted(TidyLike):
     """Ends with an op that raises when it is told to."""
 
     error: type[BaseException] | None = None
@@ -82,7 +82,7 @@ def test_sessions_stand_side_by_side(events):
         session.close()
 
 
-MODEL = LLaDALike(3)
+MODEL = TidyLike(3)
 
 
 def test_tables_that_grow_for_another_session_leave_state_valid():
@@ -159,7 +159,7 @@ def test_an_error_in_a_step_makes_state_invalid(error, kind):
 
 
 def test_what_a_session_refuses():
-    model, ids = LLaDALike(5), ids_of(10, 3)
+    model, ids = TidyLike(5), ids_of(10, 3)
     session = Session(model)
     with pytest.raises(StateError, match=r"no state yet: call full\(\)"):
         session.reuse(ids, [0])
@@ -233,7 +233,7 @@ def test_an_exact_step_computes_only_the_rows_where_nothing_has_changed():
 
 @pytest.mark.slow
 def test_weights_that_nothing_kept_depends_on_may_change():
-    model, ids = LLaDALike(6), ids_of(10, 3)
+    model, ids = TidyLike(6), ids_of(10, 3)
     with Session(model) as session:
         session.full(ids)
         with torch.no_grad():
