@@ -17,6 +17,7 @@ from mosaic_compiler.planning.budget import format_bytes
 
 RESULTS = Path("benchmarks/results/quality.json")
 PAGE, PICTURE = Path("docs/quality.md"), Path("docs/quality.png")
+COLOURS = ("#2b6cb0", "#dd8b4a")
 BEGIN, END = "<!-- figures: written by benchmarks/quality.py -->", "<!-- end of figures -->"
 
 
@@ -53,27 +54,25 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def draw(results: list[dict[str, Any]]) -> None:
-    """Right answers over bytes a token, of the longest sequences."""
+    """Right answers with each method, of the longest sequences."""
     from matplotlib.figure import Figure
 
-    result = results[-1]
-    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
-    axes = figure.subplots(1, 2, sharex=True)
+    models = {Path(folder).name: rows for folder, rows in results[-1]["models"].items()}
+    figure = Figure(figsize=(8.4, 3.2), layout="constrained")
+    axes = figure.subplots(1, 2)
     for axis, kind, name in zip(axes, ("facts", "words"), ("recall of facts", "accuracy on a text"), strict=True):
-        for (folder, rows), colour in zip(result["models"].items(), ("#2b6cb0", "#c05621"), strict=True):
-            kept = rows[1:]
-            axis.axhline(rows[0]["right"][kind], color=colour, linewidth=0.8, linestyle=":")
-            axis.plot(
-                [row["bytes_per_token"] for row in kept], [row["right"][kind] for row in kept], "o-", color=colour,
-                label=Path(folder).name, markersize=4, linewidth=1,
-            )  # fmt: skip
-            for row in kept:
-                if colour == "#2b6cb0" and kind == "facts":
-                    axis.annotate(row["method"], (row["bytes_per_token"], row["right"][kind]), xytext=(0, 8),
-                                  textcoords="offset points", ha="center", fontsize=7)  # fmt: skip
-        axis.set(xscale="log", ylim=(0, 1), title=name, xlabel="bytes kept a token (dotted: no cache)")
-        axis.grid(visible=True, alpha=0.3)
-    axes[0].legend(fontsize=8, loc="lower right")
+        for number, (model, rows) in enumerate(models.items()):
+            at = [position + 0.38 * (number - 0.5) for position in range(len(rows))]
+            bars = axis.bar(at, [row["right"][kind] for row in rows], 0.36, label=model, color=COLOURS[number])
+            axis.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
+        kept = [row["bytes_per_token"] for row in next(iter(models.values()))]
+        names = [row["method"] for row in next(iter(models.values()))]
+        told = [f"\n{nbytes / 1024:.1f} KiB" if nbytes else "\n" for nbytes in kept]
+        axis.set_xticks(range(len(names)), [a + b for a, b in zip(names, told, strict=True)], fontsize=8)
+        axis.set(title=name)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(y=0.15)
+    axes[0].legend(fontsize=8, loc="lower right", framealpha=1)
     figure.savefig(PICTURE, dpi=110)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from mosaic_compiler import graph_log, ir
 from mosaic_compiler.compat import trees
 from mosaic_compiler.compat.symbols import conditions_in
+from mosaic_compiler.compat.tensors import may_be_replaced
 from mosaic_compiler.compat.tracing import fake_mode_among
 from mosaic_compiler.disk.folder import Folder, sources_digest, the_folder
 from mosaic_compiler.errors import CacheError
@@ -133,7 +134,7 @@ def _key(module: fx.GraphModule, inputs: Sequence[Any], options: MosaicOptions) 
         if node.op in ("call_module", "get_attr") or (node.op == "call_function" and not _is_known(node.target)):
             return None
     nodes = structural_key(module.graph.nodes, lambda _: numbers.__getitem__, lambda _: None, _name_of)
-    parts: list[Any] = []
+    parts: list[Any] = [trees.shared_memory(inputs)]
     for value in inputs:
         if isinstance(value, Tensor):
             device = value.device if device.type == "cpu" else device
@@ -158,7 +159,8 @@ def _described(value: Any) -> Any:
 
 
 def _is_known(target: Any) -> bool:
-    return (getattr(target, "__module__", "") or "").partition(".")[0] in _KNOWN
+    is_of_a_known_module = (getattr(target, "__module__", "") or "").partition(".")[0] in _KNOWN
+    return is_of_a_known_module and not may_be_replaced(target)
 
 
 def _name_of(node: fx.Node) -> str:

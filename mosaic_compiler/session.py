@@ -64,6 +64,8 @@ class Session:
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self._function = compiled_once(function, dict(options or {}))
+        if isinstance(self._function, Owned):
+            self._function.refresh()
         self._budget = parse_budget(memory_budget)
         self._store: Store | None = Store()
         self._lock = threading.Lock()

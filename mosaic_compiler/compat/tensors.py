@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 import torch._refs
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 
 scaled_dot_product_attention = torch._C._nn.scaled_dot_product_attention
 """The function that Dynamo has in its graph for ``torch.nn.functional.scaled_dot_product_attention``."""
@@ -33,6 +33,26 @@ def has_tiles() -> bool:
 def is_composite(op: OpOverload) -> bool:
     """An op that is a composition of others; whether its result is a view is decided at run time."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op._name, "CompositeImplicitAutograd"))
+
+
+_OWN_NAMESPACES = ("aten", "prims", "prim", "mosaic", "inductor", "torchvision", "_c10d_functional", "higher_order")
+
+
+def may_be_replaced(op: Any) -> bool:
+    """An operator (or a packet of its overloads) that is a composition of others, and no part of PyTorch: what it is
+    made of is nobody's version."""
+    if isinstance(op, OpOverloadPacket):
+        return any(may_be_replaced(getattr(op, name)) for name in op.overloads())  # type: ignore[no-untyped-call]
+    return isinstance(op, OpOverload) and op.namespace not in _OWN_NAMESPACES and is_composite(op)
+
+
+def operators_named(namespace: str, names: Collection[str]) -> list[Any]:
+    """Operators of somebody's own library with one of these names."""
+    found = vars(torch.ops).get(namespace)
+    if namespace in _OWN_NAMESPACES or found is None or not hasattr(found, "_dir"):
+        return []
+    packets = [getattr(found, name, None) for name in names if name in vars(found)]
+    return [packet for packet in packets if isinstance(packet, OpOverloadPacket)]
 
 
 def symbolic_kernel(op: Any) -> Callable[..., Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn.modules import module as modules
 from torch.utils import _pytree
 
 
@@ -32,10 +34,17 @@ def read(text: str) -> Any:
     return _pytree.treespec_loads(text)
 
 
+def shared_memory(values: Sequence[Any]) -> list[int]:
+    """For each tensor the first one that lies in the same memory; nothing if each has its own."""
+    tensors = [value for value in values if isinstance(value, torch.Tensor) and value.layout is torch.strided]
+    places = [tensor.untyped_storage()._cdata for tensor in tensors]
+    return [] if len(set(places)) == len(places) else [places.index(place) for place in places]
+
+
 def modes() -> tuple[Any, ...] | None:
     """What PyTorch's operators depend on besides their arguments; ``None`` where a mode sees every call."""
     c = torch._C
-    if c._len_torch_function_stack() or c._len_torch_dispatch_stack():
+    if c._len_torch_function_stack() or c._len_torch_dispatch_stack() or modules._has_any_global_hook():  # type: ignore[no-untyped-call]
         return None
     cuda: Any = torch.backends.cuda
     return (

@@ -36,12 +36,9 @@ from mosaic_compiler.compat.tracing import (
 )
 from mosaic_compiler.errors import CacheError
 from mosaic_compiler.owned.fingerprint import Fingerprint, holders_of
-from mosaic_compiler.owned.put_back import NotDirectError, left_alone, replaced
+from mosaic_compiler.owned.put_back import NotDirectError, ReadsTensorError, left_alone, replaced
 from mosaic_compiler.planning.facts import Bindings
 from mosaic_compiler.runtime.bindings import conditions_on, is_symbolic, outputs_of, spec_of
-
-_UNKNOWN_TO_HASHES = frozenset({"time", "datetime", "uuid", "secrets", "socket", "os", "random", "numpy"})
-"""Modules whose functions say something else in each call; what a user's own code asks them, a trace does not know."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +109,8 @@ def trace_directly(
         NotDirectError: if it is left to Dynamo; whatever it raises itself is one, too.
     """
     leaves, spec = trees.flatten((tuple(args), dict(kwargs)))
-    if known.asks & _UNKNOWN_TO_HASHES:
-        raise NotDirectError(f"its code asks {', '.join(sorted(known.asks & _UNKNOWN_TO_HASHES))}")
+    if known.doubts:
+        raise NotDirectError("; ".join(known.doubts))
     tensors = known.tensors
     if any(tensor is None for tensor in tensors) or any(_is_strange(t) for t in (*tensors, *leaves)):
         raise NotDirectError("it has tensors of other kinds")
@@ -238,6 +235,12 @@ def _read_sizes_off_inputs(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+_READS = frozenset(
+    {"item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "__complex__", "__array__", "equal"}
+)
+"""Functions that make something of Python's of what is in a tensor."""
+
+
 class _Places(TorchFunctionMode):
     """Notes for each operator which module and which line of the model's code calls it; refuses attention that Dynamo's
     graph says more of."""
@@ -267,6 +270,8 @@ class _Places(TorchFunctionMode):
         self, function: Any, kinds: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = kwargs or {}
+        if getattr(function, "__name__", "") in _READS and isinstance(args[0] if args else None, Tensor):
+            raise ReadsTensorError
         if function is scaled_dot_product_attention:
             _check_attention(args, given)
         meta = traceback.current_meta

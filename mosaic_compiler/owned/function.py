@@ -28,7 +28,7 @@ from mosaic_compiler.kernels.fused import start_workers
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.owned.direct import trace_directly
 from mosaic_compiler.owned.fingerprint import Fingerprint
-from mosaic_compiler.owned.put_back import NotDirectError
+from mosaic_compiler.owned.put_back import NotDirectError, ReadsTensorError
 from mosaic_compiler.planning.facts import Bindings
 from mosaic_compiler.runtime.bindings import Ran, is_symbolic, learn, watching
 from mosaic_compiler.runtime.named import NamedStep
@@ -97,7 +97,10 @@ class Owned:
         self._print: Fingerprint | None = None
         self._served: dict[str, list[Made]] = {}
         self._missed: set[str] = set()
+        self._unkept: set[str] = set()
+        self._said: set[str] = set()
         self._key: str | None = None
+        self._is_fresh = False
 
     def note(self, name: str, data: Any) -> None:
         """Keep something more about the graph of the last call, if that is kept."""
@@ -119,6 +122,9 @@ class Owned:
             return self._dynamo()(*args, **kwargs)
         leaves, spec = trees.flatten((args, kwargs))
         prefix = self._prefix(leaves, spec, modes)
+        if prefix is None:
+            self._key = None
+            return self._guarded(args, kwargs)
         served = self._served.get(prefix)
         if served is None:
             served = self._served[prefix] = (self._shared(prefix) if self._is_direct else []) or self._load(prefix)
@@ -134,21 +140,43 @@ class Owned:
                 return made(leaves)
         return self._compile(prefix, args, kwargs, leaves)
 
+    def _guarded(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """By Dynamo, with all its guards."""
+        from mosaic_compiler.compat.dynamo import ANYTHING_MAY_CHANGE, configured
+
+        with configured(ANYTHING_MAY_CHANGE):
+            return self._dynamo()(*args, **kwargs)
+
     @property
     def _folder(self) -> Folder | None:
         """Where entries are; a dump is made of graphs, of which entries have none."""
         return None if self._options.dump is not None else the_folder()
 
-    def _prefix(self, leaves: Sequence[Any], spec: Any, modes: tuple[Any, ...]) -> str:
-        """The beginning of the keys of what may serve a call."""
-        if self._print is None or not self._print.is_current():
-            self._print = Fingerprint(self.function)
-            self._served = {}
+    def refresh(self) -> None:
+        """Look at everything again when it is called next, code included."""
+        self._is_fresh = False
+
+    def _prefix(self, leaves: Sequence[Any], spec: Any, modes: tuple[Any, ...]) -> str | None:
+        """The beginning of the keys of what may serve a call; ``None``: nobody knows what it depends on, so it is left
+        to Dynamo, which guards what it has looked at."""
+        if self._print is None or not self._is_fresh or not self._print.is_current():
+            found = Fingerprint(self.function)
+            if self._print is None or not self._print.is_equal(found):
+                self._served = {}
+            self._print, self._is_fresh = found, True
+            for why in found.doubts:
+                self._say(CacheError(why))
+        if self._print.doubts:
+            return None
+        told = [_class_of(leaf) for leaf in leaves]
+        if None in told:
+            return None
         tensors = self._print.tensors
         device = _device_of(leaves, self._print)
         numbers = {id(tensor): number for number, tensor in enumerate(tensors) if tensor is not None}
+        same = [numbers.get(id(leaf), -1) for leaf in leaves]
         parts = (
-            self._print.digest, str(spec), [_class_of(leaf, numbers) for leaf in leaves], modes,
+            self._print.digest, str(spec), told, same, trees.shared_memory(leaves), modes,
             self._options.for_passes, machine_of(device), sources_digest(),
         )  # fmt: skip
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:48]
@@ -183,6 +211,9 @@ class Owned:
                 values = [leaves[what] if kind == "argument" else tensors[what] for kind, what in direct.inputs]
                 bindings = direct.bindings(step, leaves, values)
             except NotDirectError as why:
+                if isinstance(why, ReadsTensorError):
+                    self._unkept.add(prefix)
+                    self._say(CacheError(str(why)))
                 logger.debug("mosaic: %s is traced by Dynamo: %s", self._label, why)
                 return None
         key = _key_of(prefix, step, bindings)
@@ -202,6 +233,9 @@ class Owned:
             self._say(error)
 
     def _say(self, why: CacheError) -> None:
+        if str(why) in self._said:
+            return
+        self._said.add(str(why))
         logger.info("mosaic: %s is compiled again in every process: %s", self._label, why)
 
     def _shared(self, prefix: str) -> list[Made]:
@@ -247,7 +281,7 @@ class Owned:
         ):
             now("tracing")
             result = compile_now(*args, **kwargs)
-        if compiled and self._folder is not None:
+        if compiled and self._folder is not None and prefix not in self._unkept:
             try:
                 bindings = self._learned(compiled, ran, leaves, trees.flatten((args, kwargs))[0], result)
             except CacheError as error:
@@ -296,17 +330,17 @@ def _device_of(leaves: Sequence[Any], found: Fingerprint | None) -> torch.device
     return next((leaf.device for leaf in (*leaves, *tensors) if isinstance(leaf, Tensor)), torch.device("cpu"))
 
 
-def _class_of(leaf: Any, numbers: Mapping[int, int]) -> Any:
-    """What has to be equal of an argument, besides sizes."""
+def _class_of(leaf: Any) -> Any:
+    """What has to be equal of an argument, besides sizes; ``None``: that cannot be told."""
     if isinstance(leaf, Tensor):
-        same = numbers.get(id(leaf), -1)
         bits = (leaf.is_conj(), leaf.is_neg()) if leaf.layout is torch.strided else ()
-        return type(leaf).__qualname__, str(leaf.dtype), str(leaf.device), leaf.dim(), leaf.requires_grad, same, bits
+        return type(leaf).__qualname__, str(leaf.dtype), str(leaf.device), leaf.dim(), leaf.requires_grad, bits
     if is_symbolic(leaf):
         return "a whole number"
     if leaf is None or isinstance(leaf, (bool, int, float, str, torch.dtype, torch.device)):
         return type(leaf).__name__, repr(leaf)
-    return Fingerprint(leaf).digest
+    found = Fingerprint(leaf)
+    return None if found.doubts or found.tensors or found.modules else found.digest
 
 
 def _label_of(function: Callable[..., Any]) -> str:

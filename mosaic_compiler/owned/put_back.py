@@ -13,6 +13,13 @@ class NotDirectError(Exception):
     """Why a function is left to Dynamo."""
 
 
+class ReadsTensorError(NotDirectError):
+    """It makes something of Python's of what is in a tensor: nothing that Dynamo makes of it may be kept, either."""
+
+    def __init__(self) -> None:
+        super().__init__("it reads what is in a tensor")
+
+
 @contextmanager
 def left_alone(holders: Sequence[Any]) -> Iterator[None]:
     """Lists, dicts and objects hold afterwards what they did before: a model may remember tensors without memory.

@@ -34,6 +34,8 @@ def kept_on_disk(
     if folder is None or modes is None:
         return make()
     found = Fingerprint((fn, tuple(example)))
+    if found.doubts:
+        return make()
     given = MosaicOptions.parse(options)
     machine = machine_of(torch.device(device))
     parts = (found.digest, modes, given.for_passes, given, device, machine, sources_digest())

@@ -76,6 +76,7 @@ class Proposer:
                 self._compiled = known.compiled.setdefault(key, _Compiled(given))
                 if self._compiled.function is None:
                     self._compiled.use(self._proposal())
+                self._compiled.function.refresh()
 
     @property
     def fallbacks(self) -> tuple[Fallback, ...]:
