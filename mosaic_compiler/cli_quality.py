@@ -51,6 +51,8 @@ def quality(
     has their words (the shipped models').
     """
     names = [part.strip() for part in precisions.split(",") if part.strip()]
+    if not names:
+        raise ConfigError("--cache-dtype: at least one of as-computed, " + ", ".join(PRECISIONS))
     for name in names:
         if name != "as-computed" and name not in PRECISIONS:
             raise ConfigError(f"--cache-dtype {name!r} is none of as-computed, {', '.join(PRECISIONS)}")
@@ -86,13 +88,13 @@ def _measured(
     from mosaic_compiler.quality.sequences import Asked, facts, words
     from mosaic_compiler.sampling.generation import mask_of
 
-    mask = mask_of(loaded, mask_id, tokenizer.mask_token_id)
-    unseen = _text_of(text, tokenizer)
-    asked: dict[str, Asked] = {"words": words(unseen, tokens, count)}
-    if text is None:
-        asked = {"facts": facts(tokenizer, unseen, tokens, count), **asked}
     methods = [Method(None if name == "as-computed" else name) for name in names]
     try:
+        mask = mask_of(loaded, mask_id, tokenizer.mask_token_id)
+        unseen = _text_of(text, tokenizer)
+        asked: dict[str, Asked] = {"words": words(unseen, tokens, count)}
+        if text is None:
+            asked = {"facts": facts(tokenizer, unseen, tokens, count), **asked}
         with doing("measuring"), torch.no_grad():
             return measure(
                 loaded, mask, asked, methods, block_causal=block, generated=generated,

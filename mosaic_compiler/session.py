@@ -179,7 +179,7 @@ class Session:
             result = self._function(*args, **named)
             store.check_kept()
         self.computed_rows = store.computed
-        self._has_used_rounded |= store.is_rounded and store.computed != self._shape[1]
+        self._has_used_rounded |= store.has_read_rounded
         plans = [step.plan for step in ran if step.plan is not None]
         if plans:
             self.plans[kind] = max(plans, key=lambda plan: plan.peak)

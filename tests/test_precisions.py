@@ -98,6 +98,8 @@ def test_a_session_says_that_it_is_approximate():
         assert not torch.equal(got[:, [3, 7]], full[:, [3, 7]])
         session.full(ids)
         assert not session.is_approximate
+        session.reuse(ids, [4] * 20)  # as many rows as there are, and one all the same
+        assert session.is_approximate
 
 
 @pytest.mark.fuse
@@ -139,6 +141,8 @@ def test_what_is_no_number_is_none_when_it_is_read(precision):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"cache": "dual", "cache_dtype": ["int8"]}, "is not one of bf16"),
+        ({"cache": "dual", "options": {"cache_dtype": "int4"}}, "an argument of generate by itself"),
         ({"cache": "dual", "cache_dtype": "int3"}, "cache_dtype='int3' is not one of bf16, fp8, int8, int4"),
         ({"cache": "none", "cache_dtype": "int8"}, "nothing is: choose a cache"),
         ({"cache": "exact", "cache_dtype": "int8", "compile": False}, "a compiled model"),

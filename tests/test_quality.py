@@ -117,7 +117,9 @@ def test_the_command(run):
     ("arguments", "message"),
     [
         (["--cache-dtype", "int3"], "'int3' is none of as-computed, bf16, fp8, int8, int4"),
+        (["--cache-dtype", ","], "at least one of as-computed"),
         ([SHIPPED / "nowhere"], "no model"),
+        ([SHIPPED / "full", "--mask-id", "99999", "--tokens", "96"], "mask_token_id 99999 is no token of the model"),
         ([SHIPPED / "full", "--text", "nowhere.txt"], "nowhere.txt: No such file"),
     ],
 )

@@ -63,7 +63,7 @@ def precision_of(name: str | None) -> Precision | None:
     Raises:
         ValueError: if there is none.
     """
-    if name is not None and name not in PRECISIONS:
+    if name is not None and (not isinstance(name, str) or name not in PRECISIONS):
         valid = ", ".join((*PRECISIONS, "auto"))
         raise ValueError(f"cache_dtype={name!r} is not one of {valid} (None keeps values as they are computed)")
     return None if name is None else PRECISIONS[name]

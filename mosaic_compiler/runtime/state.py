@@ -32,6 +32,7 @@ class Block:
         tensors: one for each kept value, over memory that nobody else writes.
         nbytes: of all.
         is_rounded: values are kept in fewer bits than they are computed in.
+        is_read: a step has used them since that was asked for.
         is_valid: a full step has filled it, and no step has failed since.
         validity: of its rows; ``None``: nobody asked, or rows depend on all others.
         computed: rows that the last step computed in each sequence.
@@ -41,7 +42,7 @@ class Block:
         assert kinds.full is not None
         assert kinds.reuse is not None
         self.full, self.reuse = kinds.full, kinds.reuse
-        self._kinds, self.is_rounded = kinds, kinds.is_rounded
+        self._kinds, self.is_rounded, self.is_read = kinds, kinds.is_rounded, False
         graph = kinds.full.main_graph
         self._facts: list[TensorFacts] = []
         for place in kinds.notes[0].places:
@@ -160,7 +161,7 @@ class Block:
         if problem := self.problem(inputs):
             raise MissingStateError(problem)
         entries = self._kinds.rows_for_entries(self._with_room(rows), inputs)
-        self.is_valid = False
+        self.is_valid, self.is_read = False, True
         with holding(self.nbytes):
             results = Step.__call__(self.reuse, [*inputs, entries, *self.tensors])
         self.is_valid = True

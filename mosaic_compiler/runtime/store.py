@@ -77,9 +77,9 @@ class Store:
         return sum(block.nbytes for block in self._blocks.values())
 
     @property
-    def is_rounded(self) -> bool:
-        """Some state is kept in fewer bits than it was computed in."""
-        return any(block.is_rounded for block in self._blocks.values())
+    def has_read_rounded(self) -> bool:
+        """The last step has used state that is kept in fewer bits than it was computed in."""
+        return any(block.is_rounded and block.is_read for block in self._blocks.values())
 
     @property
     def is_proven(self) -> bool:
@@ -180,6 +180,8 @@ class Store:
         """A step of this kind begins."""
         self.kind, self.shape, self.rows, self.ran, self._used, self.computed = kind, shape, rows, [], set(), 0
         self._now = []
+        for block in self._blocks.values():
+            block.is_read = False
 
     def end(self) -> None:
         """The step is done: state of graphs that had no part in a full one is of other ids."""

@@ -181,6 +181,8 @@ def generate(
     policy, refresh = policy_of(cache), refresh_of(cache_refresh)
     if policy.is_kept and not compile:
         raise ValueError(f"cache={cache!r} needs a compiled model: leave out compile=False, or take cache='none'")
+    if "cache_dtype" in (options or {}):
+        raise ValueError("options: cache_dtype is an argument of generate by itself: say it there")
     precisions = ladder_of(cache_dtype)
     if cache_dtype is not None and (not compile or not (policy.is_kept or policy.is_exact)):
         raise ValueError(

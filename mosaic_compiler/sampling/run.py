@@ -177,7 +177,7 @@ class Run:
             if not self._store.computed:
                 self._say_what_would_save()
         self.state_bytes = max(self.state_bytes, self._store.nbytes)
-        self.is_rounded |= self._store.is_rounded
+        self.is_rounded |= self._store.has_read_rounded
         return result
 
     def _with_state(

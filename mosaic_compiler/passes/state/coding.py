@@ -89,7 +89,7 @@ def codings_of(cut: Cut, precision: str | None) -> tuple[Mapping[fx.Node, Coding
 def _features(value: fx.Node, layout: Layout) -> int | None:
     """The last dim that is a number and has no rows."""
     sizes = [ir.expr_of(size) for size in ir.only_tensor(value).shape]
-    fixed = [dim for dim, label in enumerate(layout) if label is None and sizes[dim].is_Integer and sizes[dim] > 1]
+    fixed = [dim for dim, label in enumerate(layout) if label is None and sizes[dim].is_Integer]
     return max(fixed, default=None)
 
 
