@@ -231,6 +231,7 @@ def test_bad_options(options, message):
         mosaic_compiler.generate(LLADA, prompt_of(1, 4, 0), gen_length=4, steps=2, mask_token_id=MASK, **options)
 
 
+@pytest.mark.slow
 def test_a_budget_covers_state():
     """One that fits a step, and not what is kept, is refused before the first step, and names state."""
     prompt, mapped = prompt_of(1, 3000, 0), Arenas()

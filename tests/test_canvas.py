@@ -146,6 +146,7 @@ def test_an_end_token_ends_a_row(model):
     assert got.sequences.shape == plain.sequences.shape
 
 
+@pytest.mark.slow
 def test_what_the_encoder_left_is_read_where_it_stands(model):
     """No plan of a denoising step has a copy of it; one compilation for all lengths, bounds and counts of steps; behind
     16,384 tokens neither the encoder nor a canvas has a mask of all pairs."""

@@ -106,6 +106,7 @@ def test_rows_are_picked_in_front_of_the_head_of_every_model_that_breaks():
         assert max(wide[0]) == 56, "the plan with the highest peak is that of the first step"
 
 
+@pytest.mark.slow
 def test_threads_take_turns_with_the_head_of_a_model():
     made, given = BreaksLike(0), torch.randint(6, 61, (1, 40), generator=torch.Generator().manual_seed(1))
     expected = generated(made, given, **LLADA).sequences

@@ -9,6 +9,7 @@ import types
 import pytest
 import remote_models
 import torch
+from effort import examples
 from remote_models import VOCABULARY, DreamLike, LLaDALike
 
 import mosaic_compiler
@@ -211,6 +212,7 @@ def test_max_tokens_and_explain_plan_without_running(tiny_llada):
         mosaic_compiler.explain(step, *example, tokens=2 * longest, row_share=0.5, memory_budget="64MiB")
 
 
+@pytest.mark.slow
 def test_the_plan_ahead_is_the_plan_of_the_real_step(tiny_llada):
     step, steps = DenoisingStep(tiny_llada, 3), []
     ids = torch.full((1, 640), 5)
@@ -290,7 +292,7 @@ def test_thirty_two_layers_are_searched_and_planned_at_the_bound_within_50_ms():
     assert statistics.median(times) <= 0.05, times
 
 
-def test_520_random_plans_are_at_the_bound():
+def test_random_plans_are_at_the_bound():
     """Random lengths, shares of masked rows, budgets and chunk sizes of four models, each length planned afresh."""
     import random
     from dataclasses import replace
@@ -302,7 +304,7 @@ def test_520_random_plans_are_at_the_bound():
     for kind in ("llama", "qwen2", "olmoe", "bert"):
         step = DenoisingStep(random_model(kind), 3)
         outline = capture_step(step, (ids, window, torch.tensor([8])), {}).outline
-        for number in range(130):
+        for number in range(examples(40, 130)):
             fresh = replace(outline, chunk_rows=chance.randrange(1, 3000) if number % 3 == 0 else None)
             sizes = fresh.sizes_for(chance.randrange(64, 200_000), chance.random())
             evaluation = fresh.planner.model.at(sizes)

@@ -433,6 +433,7 @@ def test_shared_pages_hold_zeros_and_needed_rows_their_own(total, features, data
     assert not driver.handles
 
 
+@pytest.mark.slow
 def test_a_full_device_says_so_and_keeps_nothing():
     driver = AliasingDriver(total=40 * PAGE, taken=10 * PAGE, cached=20 * PAGE)
     runs = [(0, 10), (20, 30)]

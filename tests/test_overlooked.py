@@ -181,6 +181,14 @@ def of_operator(v):
     return lambda x: held * x
 
 
+def of_ufunc(v):
+    import math
+
+    import numpy as np
+
+    return of_value(np.cosh if v == 2 else np.sinh, lambda held: math.ceil(float(held(1.0)) * 4) / 2)
+
+
 def of_import(v):
     import sys
 
@@ -199,7 +207,7 @@ def of_import(v):
 MAKERS = [
     of_namespace, of_slice, of_bytes, of_thread, of_context, of_decimal, of_getter, of_repeat, of_number, of_enum,
     of_dict, of_meta, of_item, of_float, of_attribute_of_a_weight, of_environment, of_computed_name, of_text,
-    of_parametrized, of_operator, of_import,
+    of_parametrized, of_operator, of_import, of_ufunc,
 ]  # fmt: skip
 
 
@@ -215,6 +223,7 @@ def test_functions_that_differ_in_one_thing(make):
     assert results[0] != results[1]
 
 
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
 @pytest.mark.parametrize("patched", ["method", "function", "hook"])
 def test_patches_of_pytorch(patched, monkeypatch):
     x, results = -torch.ones(2, 3), []

@@ -169,6 +169,7 @@ def test_heads_of_odd_size_do_not_go_into_four_bits():
         assert _kinds_of(module, MosaicOptions(cache_dtype=precision)).problem == problem
 
 
+@pytest.mark.slow
 def test_auto_goes_down_until_it_fits(tiny_llada, caplog, monkeypatch):
     """As computed, or in 8 bits: the first whose state and steps fit; if none does, the last one says so."""
     monkeypatch.setattr(precisions, "LADDER", (None, "int8"))

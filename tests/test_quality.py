@@ -101,6 +101,7 @@ def test_figures_are_those_of_the_model():
     assert plain.steps >= 1
 
 
+@pytest.mark.slow
 def test_the_command(run):
     code, out, err = run(
         "quality", SHIPPED / "blocks", "--block-causal", "32", "--tokens", "96", "--sequences", "1", "--json",

@@ -85,6 +85,7 @@ def test_sessions_stand_side_by_side(events):
 MODEL = TidyLike(3)
 
 
+@pytest.mark.slow
 def test_tables_that_grow_for_another_session_leave_state_valid():
     """Tables of a model are made again, longer: what is read of them is the same.  If it is not, state is stale, and
     what can is computed for all rows."""

@@ -226,6 +226,7 @@ class Masked(Toy):
     threshold=st.sampled_from([None, 0.05]),
     seed=st.integers(0, 99),
 )
+@pytest.mark.slow
 def test_generation_for_block_causal_models_is_exact(prompt, length, block, batch, threshold, seed):
     """Id for id what is generated without a cache, and rows of earlier blocks are not computed again."""
     model, ids = BLOCK_CAUSAL, ids_of(prompt, seed, batch)

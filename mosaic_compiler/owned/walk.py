@@ -234,7 +234,7 @@ class Walk:
             self.emit("pattern", given.pattern, given.flags)
         elif isinstance(given, PurePath):
             self.emit("path", str(given))
-        elif kind.__module__ == "numpy":
+        elif kind.__module__ == "numpy" and hasattr(given, "tobytes"):
             self.emit("numpy", str(getattr(given, "dtype", "")), getattr(given, "shape", ()), bytes(given.tobytes()))
         elif hasattr(given, "__qualname__") and not hasattr(given, "__dict__"):
             self.emit("builtin", getattr(given, "__module__", ""), given.__qualname__)
@@ -254,7 +254,8 @@ class Walk:
         except Exception:  # what a class does then is its own
             self.doubt(f"it holds a {label_of(kind)}, of which nobody knows what is in it")
         else:
-            for part in parts if isinstance(parts, tuple) else (parts,):
+            self.emit(parts if isinstance(parts, str) else "")
+            for part in parts if isinstance(parts, tuple) else ():
                 if isinstance(part, tuple):
                     for item in part:
                         self.value(item)
