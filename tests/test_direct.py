@@ -13,6 +13,7 @@ from time import perf_counter
 import pytest
 import torch
 import torch.nn.functional as F
+from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -34,7 +35,7 @@ def traced(function, *args, **kwargs):
     return trace_directly(function, args, kwargs, Fingerprint(function))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(5, 30), deadline=None)
 @given(toys, st.integers(0, 99), st.sampled_from([(1, 7), (2, 5)]))
 def test_results_are_those_of_eager(model, seed, shape):
     weights = model.weights(seed)
