@@ -63,13 +63,14 @@ class Fingerprint:
         same = len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs, strict=True))
         return same and self.digest == other.digest
 
-    def is_current(self) -> bool:
+    def is_current(self, closely: bool = True) -> bool:
         """No module, nor anything that modules hold, has another attribute, item, hook, parameter or child since, no
-        parameter has another layout, and no tensor is gone: cheap enough for every step."""
+        parameter has another layout, and no tensor is gone: cheap enough for every step.  Not ``closely``: what modules
+        hold is not looked into."""
         if any(place() is None for place in self._places):
             return False
         modules = ((place(), state) for place, state in self._modules)
-        known = (*modules, *self._holders)
+        known = (*modules, *(self._holders if closely else ()))
         return all(owner is not None and is_as_it_was(owner, state) for owner, state in known)
 
 

@@ -100,7 +100,7 @@ class Owned:
         self._unkept: set[str] = set()
         self._said: set[str] = set()
         self._key: str | None = None
-        self._is_fresh = False
+        self._is_fresh, self._looks_closely = False, True
 
     def note(self, name: str, data: Any) -> None:
         """Keep something more about the graph of the last call, if that is kept."""
@@ -152,14 +152,15 @@ class Owned:
         """Where entries are; a dump is made of graphs, of which entries have none."""
         return None if self._options.dump is not None else the_folder()
 
-    def refresh(self) -> None:
-        """Look at everything again when it is called next, code included."""
-        self._is_fresh = False
+    def refresh(self, closely: bool = True) -> None:
+        """Look at everything again when it is called next, code included.  Not ``closely``: from then on, whoever calls
+        it sees to it that objects which modules hold are not written to."""
+        self._is_fresh, self._looks_closely = False, closely
 
     def _prefix(self, leaves: Sequence[Any], spec: Any, modes: tuple[Any, ...]) -> str | None:
         """The beginning of the keys of what may serve a call; ``None``: nobody knows what it depends on, so it is left
         to Dynamo, which guards what it has looked at."""
-        if self._print is None or not self._is_fresh or not self._print.is_current():
+        if self._print is None or not self._is_fresh or not self._print.is_current(self._looks_closely):
             found = Fingerprint(self.function)
             if self._print is None or not self._print.is_equal(found):
                 self._served = {}

@@ -76,7 +76,7 @@ class Proposer:
                 self._compiled = known.compiled.setdefault(key, _Compiled(given))
                 if self._compiled.function is None:
                     self._compiled.use(self._proposal())
-                self._compiled.function.refresh()
+                self._compiled.function.refresh(closely=False)  # between steps of a generation nobody changes a model
 
     @property
     def fallbacks(self) -> tuple[Fallback, ...]:
