@@ -38,8 +38,11 @@ class Fingerprint:
 
     def __init__(self, root: Any) -> None:
         walk = Walk()
-        walk.value(root)
-        walk.finish()
+        try:
+            walk.value(root)
+            walk.finish()
+        except Exception as error:  # whatever objects do when they are looked at
+            walk.doubts[f"an object cannot be looked at: {type(error).__name__}: {error}"] = None
         self.digest: str = walk.hash.hexdigest()
         self.state: str = walk.state.hexdigest()
         self.doubts = walk.doubts

@@ -70,6 +70,7 @@ class Walk:
         self._names: dict[str, None] = dict.fromkeys(_ALWAYS)
         self._classes: list[type[Any]] = []
         self._packages: list[types.ModuleType] = []
+        self._versioned: list[types.ModuleType] = []
         self._looked: set[tuple[int, str]] = set()
 
     def emit(self, *parts: Any) -> None:
@@ -91,6 +92,10 @@ class Walk:
             for number, package in enumerate(self._packages):
                 self._is_installed = is_installed(getattr(package, "__file__", None))
                 self._look(-1 - number, package.__name__, vars(package))
+            for package in self._versioned:
+                held = {name: item for name, item in vars(package).items() if name in self._names}
+                self._foreign({name: held[name] for name in held if (id(package), name) not in self._looked})
+                self._looked.update((id(package), name) for name in held)
             if len(self._looked) == known and not self._later:
                 break
 
@@ -391,4 +396,4 @@ class Walk:
         if not is_versioned(given.__name__):
             self._packages.append(given)
         elif given.__name__.startswith("torch"):
-            self._foreign(vars(given))
+            self._versioned.append(given)
