@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
 FOLDERS = ("MOSAIC_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
-def child(name: str) -> None:
+def child(name: str, variations: Mapping[str, dict[str, Any]]) -> None:
     """One process: seconds to the first ids of each kind of call, as JSON."""
     started = time.perf_counter()
     import torch
@@ -54,7 +55,7 @@ def child(name: str) -> None:
     found: dict[str, Any] = {"import": imported - started, "model": time.perf_counter() - imported}
     import mosaic_compiler
 
-    for variation, given in VARIATIONS.items():
+    for variation, given in variations.items():
         torch.manual_seed(0)
         ids = torch.randint(200, 1000, (1, 500), device=place)
         first: list[float] = []
@@ -78,6 +79,16 @@ def child(name: str) -> None:
         found[f"{variation}, all"] = time.perf_counter() - began
         print(variation, found[variation], file=sys.stderr, flush=True)
     print(json.dumps(found))
+
+
+def process(model: str, environment: Mapping[str, str], *more: str) -> dict[str, Any]:
+    """What a process of its own tells."""
+    command = [sys.executable, "-m", "benchmarks.startup", "--child", "--model", model, *more]
+    ran = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if ran.returncode:
+        raise SystemExit(ran.stdout[-2000:])
+    told: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return told
 
 
 LOAD = """
@@ -135,10 +146,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     if given.child:
-        if given.first:
-            for name in [name for name in VARIATIONS if name != "first"]:
-                del VARIATIONS[name]
-        child(given.model)
+        child(given.model, {"first": VARIATIONS["first"]} if given.first else VARIATIONS)
         return
     folder = Path(tempfile.mkdtemp(prefix="startup_"))
     environment = {**os.environ, **{name: str(folder / name) for name in FOLDERS}}
@@ -148,18 +156,13 @@ def main() -> None:
             shutil.rmtree(folder / "TORCHINDUCTOR_CACHE_DIR", ignore_errors=True)
             shutil.rmtree(folder / "TRITON_CACHE_DIR", ignore_errors=True)
         began = time.perf_counter()
-        command = [sys.executable, "-m", "benchmarks.startup", "--child", "--model", given.model]
-        ran = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
-        if ran.returncode:
-            raise SystemExit(ran.stdout[-2000:])
-        rows.append({**json.loads(ran.stdout.splitlines()[-1]), "process": time.perf_counter() - began})
+        told = process(given.model, environment)
+        rows.append({**told, "process": time.perf_counter() - began})
         print(number, json.dumps(rows[-1]), flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     first = []
     for _ in range(given.first):
-        command = [sys.executable, "-m", "benchmarks.startup", "--child", "--model", given.model, "--first", "1"]
-        ran = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        first.append(json.loads(ran.stdout.splitlines()[-1])["first"])
+        first.append(process(given.model, environment, "--first", "1")["first"])
         print("first", first[-1], flush=True)
         shutil.rmtree(folder, ignore_errors=True)
     import torch

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mosaic_compiler.cli_values import parse_dtype
+from mosaic_compiler.cli_values import Bidirectional, Device, Dtype, MaskId, TrustRemoteCode, parse_dtype
 from mosaic_compiler.disk.folder import Entry, Folder, the_folder
 from mosaic_compiler.errors import ConfigError, MosaicError
 from mosaic_compiler.planning.budget import format_bytes
@@ -88,15 +88,11 @@ def compile_ahead(
     temperatures: Annotated[str, typer.Option("--temperature", help="comma-separated")] = "0,1",
     block_causal: Annotated[int | None, typer.Option(help="tokens of a block, of block-causal models")] = None,
     sampler: Annotated[str, typer.Option(help="llada, dream, fast_dllm_v2, or auto")] = "auto",
-    mask_id: Annotated[int | None, typer.Option(help="the mask token, where config and tokenizer name none")] = None,
-    bidirectional: Annotated[
-        bool, typer.Option("--bidirectional", help="every token attends to all others, although that is not proven")
-    ] = False,
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32")] = "fp32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto (a GPU where there is one)")] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="run Python code that is in the model's folder")
-    ] = False,
+    mask_id: MaskId = None,
+    bidirectional: Bidirectional = False,
+    dtype: Dtype = "fp32",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Compile a model ahead of time, for all lengths and budgets: ``mosaic generate`` then starts at once."""
     from mosaic_compiler.planning.caches import policy_of

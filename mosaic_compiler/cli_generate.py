@@ -11,7 +11,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mosaic_compiler.cli_values import parse_bytes, parse_dtype, parse_factor
+from mosaic_compiler.cli_values import (
+    Bidirectional,
+    Device,
+    Dtype,
+    MaskId,
+    TrustRemoteCode,
+    parse_bytes,
+    parse_dtype,
+    parse_factor,
+)
 from mosaic_compiler.errors import ConfigError, MosaicError
 from mosaic_compiler.planning.budget import format_bytes
 from mosaic_compiler.waiting import doing
@@ -50,7 +59,7 @@ def generate(
     alg: Annotated[str | None, typer.Option(help="Dream: origin, maskgit_plus, topk_margin or entropy")] = None,
     top_p: Annotated[float | None, typer.Option(help="Dream: keep the likeliest tokens of this probability")] = None,
     top_k: Annotated[int | None, typer.Option(help="Dream: keep this many of the likeliest tokens")] = None,
-    mask_id: Annotated[int | None, typer.Option(help="the mask token, where config and tokenizer name none")] = None,
+    mask_id: MaskId = None,
     eos: Annotated[int | None, typer.Option(help="stop at this token; otherwise all new tokens are filled in")] = None,
     block_causal: Annotated[
         int | None,
@@ -68,15 +77,11 @@ def generate(
         str | None,
         typer.Option(help="longer texts than in training: rotary base times this; auto: as the length asks for"),
     ] = None,
-    bidirectional: Annotated[
-        bool, typer.Option("--bidirectional", help="every token attends to all others, although that is not proven")
-    ] = False,
+    bidirectional: Bidirectional = False,
     seed: Annotated[int, typer.Option(help="of the noise", min=0, max=(1 << 63) - 1)] = 0,
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32")] = "fp32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto (a GPU where there is one)")] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="run Python code that is in the model's folder")
-    ] = False,
+    dtype: Dtype = "fp32",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="for machines: no live text")] = False,
 ) -> None:
     """Fill in new tokens behind a prompt, or the masks of a text; the text settles in the terminal."""

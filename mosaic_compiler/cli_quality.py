@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mosaic_compiler.cli_values import parse_dtype
+from mosaic_compiler.cli_values import Device, Dtype, MaskId, TrustRemoteCode, parse_dtype
 from mosaic_compiler.errors import ConfigError, MosaicError
 from mosaic_compiler.planning.budget import format_bytes
 from mosaic_compiler.planning.precisions import PRECISIONS
@@ -37,12 +37,10 @@ def quality(
     ] = "as-computed,bf16,fp8,int8,int4",
     generated: Annotated[int, typer.Option(help="of so many sequences count the steps to finish", min=0)] = 0,
     block_causal: Annotated[int | None, typer.Option(help="tokens of a block, of block-causal models")] = None,
-    mask_id: Annotated[int | None, typer.Option(help="the mask token, where config and tokenizer name none")] = None,
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32")] = "fp32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto (a GPU where there is one)")] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="run Python code that is in the model's folder")
-    ] = False,
+    mask_id: MaskId = None,
+    dtype: Dtype = "fp32",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
 ) -> None:
     """What a cache in fewer bits costs: recall of facts and accuracy on a text, against no cache.

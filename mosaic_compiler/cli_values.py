@@ -1,14 +1,27 @@
-"""What people write on the command line, read: lengths, bytes, cards, dtypes."""
+"""What people write on the command line, read: lengths, bytes, cards, dtypes; options that several commands take."""
 
 from __future__ import annotations
 
 import re
+from typing import Annotated
+
+import typer
 
 from mosaic_compiler.errors import OptionsError
 from mosaic_compiler.planning.budget import parse_budget
 from mosaic_compiler.report.known_cards import card, nearest_cards
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+MaskId = Annotated[int | None, typer.Option(help="the mask token, where config and tokenizer name none")]
+Dtype = Annotated[str, typer.Option(help="bf16, fp16 or fp32")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto (a GPU where there is one)")]
+Bidirectional = Annotated[
+    bool, typer.Option("--bidirectional", help="every token attends to all others, although that is not proven")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="run Python code that is in the model's folder")
+]
 
 
 def parse_dtype(given: str) -> str:

@@ -35,7 +35,7 @@ from mosaic_compiler.compat.tracing import (
     make_fx,
 )
 from mosaic_compiler.errors import CacheError
-from mosaic_compiler.owned.fingerprint import Fingerprint, holders_of
+from mosaic_compiler.owned.fingerprint import Fingerprint
 from mosaic_compiler.owned.put_back import NotDirectError, ReadsTensorError, left_alone, replaced
 from mosaic_compiler.planning.facts import Bindings
 from mosaic_compiler.runtime.bindings import conditions_on, is_symbolic, outputs_of, spec_of
@@ -141,7 +141,7 @@ def trace_directly(
     before = random.getstate()
     try:
         with (
-            left_alone(holders_of(function)),
+            left_alone(known.holders),
             replaced(known.modules, weights),
             torch.no_grad(),
             mode,

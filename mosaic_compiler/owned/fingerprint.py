@@ -34,6 +34,7 @@ class Fingerprint:
         doubts: why another call, or another process, with an equal hash may do something else all the same; empty: it
             may not, for all that is known.
         tensors: every tensor that was found, in the order of the walk; they are the same for equal digests.
+        holders: lists, dicts, sets and objects that the function and its modules hold, and what they hold; no modules.
     """
 
     def __init__(self, root: Any) -> None:
@@ -48,7 +49,8 @@ class Fingerprint:
         self.doubts = walk.doubts
         self._places = [weakref.ref(tensor) for tensor in walk.tensors]
         self._modules = [(weakref.ref(module), state_of(module)) for module in walk.modules]
-        self._holders = [(holder, state_of(holder)) for holder in walk.holders]
+        self.holders = walk.holders
+        self._held = [state_of(holder) for holder in walk.holders]
 
     @property
     def tensors(self) -> list[Tensor | None]:
@@ -73,13 +75,5 @@ class Fingerprint:
         if any(place() is None for place in self._places):
             return False
         modules = ((place(), state) for place, state in self._modules)
-        known = (*modules, *(self._holders if closely else ()))
+        known = (*modules, *(zip(self.holders, self._held, strict=True) if closely else ()))
         return all(owner is not None and is_as_it_was(owner, state) for owner, state in known)
-
-
-def holders_of(root: Any) -> list[Any]:
-    """Lists, dicts, sets and objects that a function and its modules hold, and what they hold; no modules."""
-    walk = Walk()
-    walk.value(root)
-    walk.finish()
-    return walk.holders

@@ -118,10 +118,8 @@ class Owned:
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         modes = trees.modes()
-        if modes is None:
-            return self._dynamo()(*args, **kwargs)
         leaves, spec = trees.flatten((args, kwargs))
-        prefix = self._prefix(leaves, spec, modes)
+        prefix = None if modes is None else self._prefix(leaves, spec, modes)
         if prefix is None:
             self._key = None
             return self._guarded(args, kwargs)

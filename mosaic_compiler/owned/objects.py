@@ -18,9 +18,8 @@ _VERSIONED = frozenset(
     {*sys.stdlib_module_names, "torch", "numpy", "sympy", "triton", "networkx", "mosaic_compiler", "functorch"}
 )
 
-
 UNKNOWN_TO_HASHES = frozenset(
-    {
+    [
         "time",
         "datetime",
         "uuid",
@@ -33,7 +32,7 @@ UNKNOWN_TO_HASHES = frozenset(
         "pathlib",
         "subprocess",
         "tempfile",
-    }
+    ]
 )
 """Modules whose functions say something else in each call, or process; what a user's own code asks them, a hash does
 not know."""
@@ -121,9 +120,7 @@ def state_of(owner: Any) -> list[Any]:
         parts = [own["_parameters"], own["_buffers"], own["_modules"], *[own[name] for name in _HOOKS]]
         held = [*own.values(), *(value for part in parts for value in part.values())]
     elif isinstance(owner, dict):
-        held = [*owner.keys(), *owner.values(), *vars(owner).values()] if hasattr(owner, "__dict__") else [
-            *owner.keys(), *owner.values()
-        ]  # fmt: skip
+        held = [*owner.keys(), *owner.values(), *getattr(owner, "__dict__", {}).values()]
     elif isinstance(owner, (list, set)):
         held = list(owner)
     else:

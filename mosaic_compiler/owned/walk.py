@@ -199,7 +199,7 @@ class Walk:
     def _object(self, given: Any) -> None:
         """An instance: its class, and what it holds."""
         self.emit("object")
-        self._class_of(type(given))
+        self.value(type(given))
         held = getattr(given, "__dict__", None)
         if held is not None:
             for name, item in list(held.items()):
@@ -371,11 +371,11 @@ class Walk:
     def _class(self, given: type[Any]) -> None:
         self.emit("class", label_of(given))
         if type(given) is not type and not is_versioned(type(given).__module__):
-            self._class_of(type(given))
+            self.value(type(given))
         if not is_versioned(given.__module__) or not is_where_it_says(given):
             self._classes.append(given)
             for base in given.__bases__:
-                self._class_of(base)
+                self.value(base)
         else:
             self._ask(given.__module__)
             self._foreign(given.__dict__)
@@ -386,9 +386,6 @@ class Walk:
             if isinstance(item, types.FunctionType) and not is_versioned_code(item):
                 self.emit("replaced", name)
                 self.value(item)
-
-    def _class_of(self, kind: type[Any]) -> None:
-        self.value(kind)
 
     def _package(self, given: types.ModuleType) -> None:
         self.emit("package", given.__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,37 +101,35 @@ def measure(
         check_bidirectional(model, example.ids[:1].to(device), mask, example.ids.shape[1])
     answers = _Answers(model, call_for(model, False, block_causal, form))
     total = sum(len(sequences.ids) for sequences in asked.values()) * len(methods)
-    done = 0
+    done = itertools.count(1)
     found: list[Figures] = []
-    plain: dict[tuple[str, int], Tensor] = {}
     for method in methods:
-        logits: dict[str, Tensor] = {}
-        bytes_per_token = 0.0
+        given = {**(options or {}), "cache_dtype": method.cache_dtype}
+        whole: dict[str, Tensor] = {}
+        reused: dict[str, Tensor] = {}
         for name, sequences in asked.items():
-            rows_of_each: list[Tensor] = []
-            for shown, masked in zip(sequences.shown(mask), sequences.masked, strict=True):
-                ids, rows = shown[None].to(device), masked.nonzero()[:, 0].to(device)
-                given = {**(options or {}), "cache_dtype": method.cache_dtype}
-                with Session(answers, options=given) as session:
-                    full = session.full(ids, rows)
-                    plain.setdefault((name, len(rows_of_each)), full[0].cpu())
-                    last = range(max(ids.shape[1] - BLOCK, 0), ids.shape[1])
-                    rows_of_each.append(session.reuse(ids, last, rows)[0].cpu())
-                    bytes_per_token = session.nbytes / ids.shape[1]
-                done += 1
+            pairs = []
+            for shown, masked in zip(sequences.shown(mask).to(device), sequences.masked.to(device), strict=True):
+                *pair, bytes_per_token = _answered(answers, given, shown[None], masked.nonzero()[:, 0])
+                pairs.append(pair)
                 if on_sequence is not None:
-                    on_sequence(done, total)
-            logits[name] = torch.stack(rows_of_each)
-        without = {
-            name: torch.stack([plain[name, number] for number in range(len(sequences.ids))])
-            for name, sequences in asked.items()
-        }
+                    on_sequence(next(done), total)
+            whole[name], reused[name] = (torch.stack(each) for each in zip(*pairs, strict=True))
         if not found:
+            without = whole
             steps = _steps(model, mask, asked, generated, block_causal, None)
             found.append(_figures("no cache", 0.0, asked, without, without, steps))
         steps = _steps(model, mask, asked, generated, block_causal, method)
-        found.append(_figures(method.name, bytes_per_token, asked, without, logits, steps))
+        found.append(_figures(method.name, bytes_per_token, asked, without, reused, steps))
     return found
+
+
+def _answered(answers: nn.Module, options: dict[str, Any], ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Logits [M, V] of rows of a sequence, of a step for all rows and of one for the last block; bytes kept a token."""
+    with Session(answers, options=options) as session:
+        whole = session.full(ids, rows)[0].cpu()
+        last = range(max(ids.shape[1] - BLOCK, 0), ids.shape[1])
+        return whole, session.reuse(ids, last, rows)[0].cpu(), session.nbytes / ids.shape[1]
 
 
 def _figures(

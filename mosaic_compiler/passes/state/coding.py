@@ -54,10 +54,6 @@ class Coding:
         scales = 0 if PRECISIONS[self.precision].most is None else 4 * numbers / self.group
         return numbers * PRECISIONS[self.precision].bits / 8 + scales
 
-    def layouts(self, layout: Layout) -> list[Layout]:
-        """Of the parts that the value becomes: rows stay where they are."""
-        return [layout] * (1 if self.precision is None or PRECISIONS[self.precision].most is None else 2)
-
 
 def codings_of(cut: Cut, precision: str | None) -> tuple[Mapping[fx.Node, Coding], str]:
     """For each kept value how it is written, and why that cannot be, if so."""
@@ -131,9 +127,7 @@ class Coder:
         return emit(aten._to_copy.default, both, dtype=torch.uint8)
 
     def decode(self, parts: Sequence[fx.Node], coding: Coding, like: fx.Node) -> fx.Node:
-        """What was encoded, as far as the codes tell it, laid out as ``like``."""
-        if coding.precision is None:
-            return parts[0]
+        """What was encoded (not exactly), as far as the codes tell it, laid out as ``like``."""
         emit, tensor = self._emitter.emit, ir.only_tensor(like)
         if len(parts) == 1:
             return self._laid_out(emit(aten._to_copy.default, parts[0], dtype=tensor.dtype), like)

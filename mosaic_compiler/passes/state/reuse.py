@@ -231,8 +231,7 @@ class _Rewriter(SizeEmitter):
         """State with the computed rows in their places, as it is read."""
         coding, layout = self.codings[value], self.labels.layout(value)
         parts = self.coder.encode(self._computed[value], coding)
-        layouts = coding.layouts(layout)
-        written = [self._written(*given) for given in zip(self._states[value], parts, layouts, strict=True)]
+        written = [self._written(state, part, layout) for state, part in zip(self._states[value], parts, strict=True)]
         if coding.is_exact:
             return written[0]
         known = self.coder.decode(written, coding, value)
