@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.modeling_outputs import MaskedLMOutput
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ class TidyLike(_Model):
         x = self.embed(input_ids)
         for layer in self.layers:
             x = layer(x, sin, cos, attention_bias)
-        return Output(self.head(x))
+        return MaskedLMOutput(logits=self.head(x))
 
 
 class DreamLike(_Model):

@@ -20,6 +20,8 @@ from mosaic_compiler.errors import BudgetError, StateError
 from mosaic_compiler.runtime import pools
 from mosaic_compiler.runtime.arena import HostArena
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 MASK = 5
 LLADA, DREAM = TidyLike(0), DreamLike(1)
 
@@ -79,7 +81,7 @@ def prompt_of(batch, length, seed):
     return torch.randint(10, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-@settings(max_examples=examples(3, 8))
+@settings(max_examples=examples(2, 8))
 @given(policies, refreshes, st.integers(1, 3), st.integers(1, 11), st.sampled_from([(8, 4, 2), (12, 3, 3), (6, 6, 4)]),
        st.sampled_from([0.0, 0.0, 1.5]), st.sampled_from([0.0, 0.7]), st.integers(0, 999))  # fmt: skip
 def test_llada_with_caches(policy, refresh, batch, length, sizes, guidance, temperature, seed):
@@ -113,7 +115,7 @@ def _of_the_first_half(rows):
     return chosen
 
 
-@settings(max_examples=examples(3, 6))
+@settings(max_examples=examples(2, 6))
 @given(policies, refreshes, st.integers(1, 2), st.integers(1, 9), st.sampled_from(["maskgit_plus", "entropy"]),
        st.integers(0, 999))  # fmt: skip
 def test_dream_with_caches(policy, refresh, batch, length, algorithm, seed):

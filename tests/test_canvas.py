@@ -14,6 +14,8 @@ from mosaic_compiler.backend import observing
 from mosaic_compiler.sampling import noise
 from mosaic_compiler.sampling.canvas import EntropyBound
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 hf = pytest.importorskip("transformers")
 VOCABULARY, CANVAS, WINDOW, EOS = 96, 12, 16, 1
 

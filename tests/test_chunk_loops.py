@@ -47,7 +47,7 @@ def assert_equal(got, expected):
             assert torch.equal(a, b)
 
 
-@settings(max_examples=examples(6, 25))
+@settings(max_examples=examples(4, 25))
 @given(toys, st.sampled_from([1, 1, 2, 3]), st.data())
 def test_rewritten_equals_original_for_any_chunk_size(toy, batch, data):
     module, weights = traced(toy, batch)
@@ -62,7 +62,7 @@ def test_rewritten_equals_original_for_any_chunk_size(toy, batch, data):
         assert_equal(rewritten(given_ids, *weights), toy(given_ids, *weights))
 
 
-@settings(max_examples=examples(6, 30))
+@settings(max_examples=examples(4, 30))
 @given(toys, st.sampled_from([1, 1, 2, 3]), st.booleans(), st.data())
 def test_compiled_equals_original_for_any_chunk_size(toy, batch, poison, data):
     module, weights = traced(toy, batch)

@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_collecting_needs_neither_bokeh_nor_matplotlib_nor_ortools(tmp_path):
     (tmp_path / "blocked.py").write_text(
         "import sys\nfor name in ('bokeh', 'matplotlib', 'ortools'):\n    sys.modules[name] = None\n"

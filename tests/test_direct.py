@@ -35,7 +35,7 @@ def traced(function, *args, **kwargs):
     return trace_directly(function, args, kwargs, Fingerprint(function))
 
 
-@settings(max_examples=examples(5, 30), deadline=None)
+@settings(max_examples=examples(3, 30), deadline=None)
 @given(toys, st.integers(0, 99), st.sampled_from([(1, 7), (2, 5)]))
 def test_results_are_those_of_eager(model, seed, shape):
     weights = model.weights(seed)
@@ -56,6 +56,7 @@ def test_results_are_those_of_eager(model, seed, shape):
             torch.testing.assert_close(got, want)
 
 
+@pytest.mark.slow
 def test_the_plan_is_that_of_dynamos_graph(tiny_llada):
     step = DenoisingStep(tiny_llada, 3)
     example = torch.full((1, 64), 3), block_window(64, 0, 64), torch.tensor([4])

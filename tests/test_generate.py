@@ -19,6 +19,8 @@ import mosaic_compiler
 from mosaic_compiler.errors import BudgetError
 from mosaic_compiler.sampling import noise
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 MASK, EOS, EOT = 5, 7, 9
 
 

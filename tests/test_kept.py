@@ -146,7 +146,7 @@ def test_another_process_runs_what_one_has_compiled(kept):
 
 def test_dynamo_is_not_asked(kept, monkeypatch):
     mosaic_compiler.compile(toy())(IDS)
-    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: pytest.fail("Dynamo was asked"))
+    monkeypatch.setattr(torch, "compile", None)  # (a function in its place is somebody's own, and would count)
     torch.testing.assert_close(mosaic_compiler.compile(toy())(IDS), toy()(IDS))
 
 

@@ -70,7 +70,7 @@ def test_no_mask_is_planned_for_a_long_text(name):
     assert plan.workspace <= TOKENS**2 // 4  # of a mask of one byte per pair
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("is_causal", [pytest.param(given, marks=pytest.mark.slow) for given in (False, True)])
 def test_values_of_another_depth_are_kept(is_causal):
     """DeepSeek's keys have 16 entries and its values 8; its experts are row by row."""
     from kept import Kept

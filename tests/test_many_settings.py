@@ -94,6 +94,7 @@ def test_models_of_one_architecture_have_results_of_their_own():
         assert result.plan is not None
 
 
+@pytest.mark.slow
 def test_rows_are_picked_in_front_of_the_head_of_every_model_that_breaks():
     for seed in range(examples(1, 2)):
         made, given = BreaksLike(seed), torch.randint(6, 61, (1, 40), generator=torch.Generator().manual_seed(1))

@@ -187,6 +187,7 @@ def test_caches_hold_for_mixtures(kind):
     assert len(set(map(str, widths))) == 1
 
 
+@pytest.mark.slow
 def test_the_last_layers_experts_are_computed_for_rows_that_are_read():
     model = model_of("olmoe")
     step = DenoisingStep(model, 3)

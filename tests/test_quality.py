@@ -16,6 +16,8 @@ from mosaic_compiler.errors import ConfigError
 from mosaic_compiler.quality.measure import Method, measure
 from mosaic_compiler.quality.sequences import Asked, facts, words
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 SHARED = Path(__file__).parent.parent.parent / "shared" / "recall" / "recall.py"
 MASK = 5
 

@@ -15,6 +15,8 @@ from torch import nn
 import mosaic_compiler
 from mosaic_compiler.sampling.rotary import find_rotary, longllada_factor, scaled_rotary, ultrallada_factor
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 MASK = 5
 
 

@@ -271,7 +271,7 @@ def test_head_rows_equal_masked_rows_in_the_window(shift, batch):
     assert len(steps) == 1
 
 
-@settings(max_examples=examples(4, 16), deadline=None)
+@settings(max_examples=examples(2, 16), deadline=None)
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=12), st.booleans())
 @example([228, 249, 112, 135, 94], False)  # a program is bound for fewer rows, and then for more again
 def test_any_succession_of_numbers_of_rows(counts, poison):
@@ -529,7 +529,8 @@ def test_bad_masks_and_indices_are_the_errors_of_eager():
 
 
 # ----------------------------------------------------------------------------------- a real model
-@pytest.mark.parametrize("length", [2048, pytest.param(8192, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [2048, 8192])
 def test_planned_peak_falls_fivefold_on_tiny_llada(tiny_llada, genesis, monkeypatch, length):
     """5 % masked."""
     ids = torch.cat((genesis, genesis), 1)[:, :length].clone()

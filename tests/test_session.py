@@ -19,6 +19,8 @@ from mosaic_compiler import Session, StateError
 from mosaic_compiler.errors import BudgetError, OptionsError
 from mosaic_compiler.sampling import DenoisingStep, block_window
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 MASK = 5
 LENGTHS = (9, 24, 40)
 
@@ -344,9 +346,7 @@ class Delayed:
         return types.SimpleNamespace(logits=logits)
 
 
-@pytest.mark.parametrize(
-    "refresh", [3, pytest.param(1, marks=pytest.mark.slow), pytest.param("never", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("refresh", [pytest.param(given, marks=pytest.mark.slow) for given in (3, 1, "never")])
 def test_a_loop_of_ones_own_finds_its_rows(refresh, caplog):
     model = LLaDALike(8)
     options = {"needed_rows": "masked", "mask_token_id": MASK, "cache": "delayed", "cache_refresh": refresh}

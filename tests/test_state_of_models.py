@@ -12,6 +12,8 @@ from kept import Kept
 import mosaic_compiler
 from mosaic_compiler import Session
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 RECALL = Path(__file__).parent.parent.parent / "shared" / "recall"
 MASK = 3
 
@@ -56,6 +58,7 @@ def test_tiny_llada_generates_the_same_with_a_refresh_in_every_step(tiny_llada, 
     assert torch.equal(exact.sequences, plain.sequences)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not RECALL.is_dir(), reason="the models that recall are not here")
 @pytest.mark.parametrize("which", ["full", "blocks"])
 def test_models_that_recall(which):

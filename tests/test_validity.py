@@ -15,6 +15,8 @@ import mosaic_compiler
 from mosaic_compiler import Session
 from mosaic_compiler.sampling import DenoisingStep
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 MASKS = [causal, blocks(4), blocks(7), sliding(3), window(2), prefix(5)]
 LAYERS = 2
 
@@ -55,7 +57,7 @@ def models():
     return {mask: Toy(mask) for mask in MASKS}
 
 
-@settings(max_examples=examples(5, 24))
+@settings(max_examples=examples(4, 24))
 @given(
     which=st.sampled_from(MASKS),
     length=st.sampled_from([9, 24]),

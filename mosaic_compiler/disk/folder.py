@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mosaic_compiler.disk.behind import settle
 from mosaic_compiler.errors import OptionsError
 from mosaic_compiler.planning.budget import parse_budget
 from mosaic_compiler.settings import read_settings
@@ -68,6 +69,7 @@ class Folder:
 
     def read(self, kind: str, key: str) -> bytes | None:
         """The bytes of an entry; ``None`` if there is none, or it is damaged."""
+        settle()
         path = self._path(kind, key)
         try:
             raw = path.read_bytes()
@@ -115,6 +117,7 @@ class Folder:
 
     def keys(self, kind: str, prefix: str) -> list[str]:
         """Keys of entries that begin with this (two characters or more), in order."""
+        settle()
         folder = self.root / kind / prefix[:2]
         with suppress(OSError):
             return sorted(path.name for path in folder.iterdir() if path.name.startswith(prefix))
@@ -158,6 +161,7 @@ class Folder:
         return self.root / kind / key[:2] / key
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        settle()
         for path in self.root.glob("*/*/*"):
             with suppress(OSError):  # another process was faster
                 yield path, path.stat()

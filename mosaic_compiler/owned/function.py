@@ -8,6 +8,7 @@ then learned from that call.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import threading
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mosaic_compiler.compat import trees
+from mosaic_compiler.disk.behind import behind
 from mosaic_compiler.disk.codec import pack
 from mosaic_compiler.disk.folder import Folder, sources_digest, the_folder
 from mosaic_compiler.disk.values import MISSING, read, write
@@ -33,6 +35,7 @@ from mosaic_compiler.planning.facts import Bindings
 from mosaic_compiler.runtime.bindings import Ran, is_symbolic, learn, watching
 from mosaic_compiler.runtime.named import NamedStep
 from mosaic_compiler.runtime.served import STEP, Made, Served, keep
+from mosaic_compiler.runtime.store import kind_asked_for
 from mosaic_compiler.waiting import doing, now, without_collections
 
 logger = logging.getLogger("mosaic_compiler")
@@ -97,6 +100,7 @@ class Owned:
         self._print: Fingerprint | None = None
         self._served: dict[str, list[Made]] = {}
         self._missed: set[str] = set()
+        self._begun: set[tuple[str, str]] = set()
         self._unkept: set[str] = set()
         self._said: set[str] = set()
         self._key: str | None = None
@@ -123,6 +127,14 @@ class Owned:
         if prefix is None:
             self._key = None
             return self._guarded(args, kwargs)
+        if (begun := (prefix, kind_asked_for())) in self._begun:
+            return self._found(prefix, args, kwargs, leaves)
+        self._begun.add(begun)
+        with without_collections():  # what is read from disk is many objects that stay
+            return self._found(prefix, args, kwargs, leaves)
+
+    def _found(self, prefix: str, args: Sequence[Any], kwargs: Mapping[str, Any], leaves: Sequence[Any]) -> Any:
+        """Run what is there for such calls, or what is made for them now."""
         served = self._served.get(prefix)
         if served is None:
             served = self._served[prefix] = (self._shared(prefix) if self._is_direct else []) or self._load(prefix)
@@ -135,7 +147,11 @@ class Owned:
             made = self._make(prefix, args, kwargs, leaves)
             if made is not None:
                 served.append(made)
-                return made(leaves)
+                try:
+                    return made(leaves)
+                finally:
+                    if self._folder is not None:
+                        behind(functools.partial(self._keep, made.key, made.step, made.bindings))
         return self._compile(prefix, args, kwargs, leaves)
 
     def _guarded(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -216,7 +232,7 @@ class Owned:
                 logger.debug("mosaic: %s is traced by Dynamo: %s", self._label, why)
                 return None
         key = _key_of(prefix, step, bindings)
-        self._keep(key, step, bindings)
+        self._key = None if self._folder is None else key
         alive = [known for known in _steps.get(prefix, ()) if known[1]() is not None]
         _steps[prefix] = [*alive, (key, weakref.ref(step), bindings)]
         return Made(key, step, bindings, tensors)
@@ -227,8 +243,8 @@ class Owned:
             return
         try:
             keep(folder, key, step, bindings, self._label)
-            self._key = key
         except CacheError as error:
+            self._key = None if self._key == key else self._key
             self._say(error)
 
     def _say(self, why: CacheError) -> None:
@@ -286,7 +302,8 @@ class Owned:
             except CacheError as error:
                 self._say(error)
             else:
-                self._keep(_key_of(prefix, compiled[0], bindings), compiled[0], bindings)
+                self._key = _key_of(prefix, compiled[0], bindings)
+                self._keep(self._key, compiled[0], bindings)
         return result
 
     def _learned(

@@ -69,10 +69,11 @@ class Made:
     Attributes:
         key: of its entries, if it has any.
         step: what runs.
+        bindings: where its inputs come from.
     """
 
     def __init__(self, key: str, step: NamedStep, bindings: Bindings, tensors: Sequence[Tensor | None]) -> None:
-        self.key, self.step = key, step
+        self.key, self.step, self.bindings = key, step, bindings
         self._caller = Caller(bindings, step, step.kept.inputs, step.kept.readings, tensors)
 
     def accepts(self, leaves: Sequence[Any]) -> bool:
