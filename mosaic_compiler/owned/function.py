@@ -150,8 +150,8 @@ class Owned:
                 try:
                     return made(leaves)
                 finally:
-                    if self._folder is not None:
-                        behind(functools.partial(self._keep, made.key, made.step, made.bindings))
+                    if (folder := self._folder) is not None:
+                        behind(functools.partial(self._keep, folder, made.key, made.step, made.bindings))
         return self._compile(prefix, args, kwargs, leaves)
 
     def _guarded(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -237,10 +237,8 @@ class Owned:
         _steps[prefix] = [*alive, (key, weakref.ref(step), bindings)]
         return Made(key, step, bindings, tensors)
 
-    def _keep(self, key: str, step: NamedStep, bindings: Bindings) -> None:
+    def _keep(self, folder: Folder, key: str, step: NamedStep, bindings: Bindings) -> None:
         """Write a compiled graph down, or say why not."""
-        if (folder := self._folder) is None:
-            return
         try:
             keep(folder, key, step, bindings, self._label)
         except CacheError as error:
@@ -296,14 +294,14 @@ class Owned:
         ):
             now("tracing")
             result = compile_now(*args, **kwargs)
-        if compiled and self._folder is not None and prefix not in self._unkept:
+        if compiled and (folder := self._folder) is not None and prefix not in self._unkept:
             try:
                 bindings = self._learned(compiled, ran, leaves, trees.flatten((args, kwargs))[0], result)
             except CacheError as error:
                 self._say(error)
             else:
                 self._key = _key_of(prefix, compiled[0], bindings)
-                self._keep(self._key, compiled[0], bindings)
+                self._keep(folder, self._key, compiled[0], bindings)
         return result
 
     def _learned(
