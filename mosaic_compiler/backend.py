@@ -28,15 +28,19 @@ from mosaic_compiler.kernels.fused import start_workers
 from mosaic_compiler.methods import watch_methods
 from mosaic_compiler.one_depth import give_one_depth
 from mosaic_compiler.options import MosaicOptions
-from mosaic_compiler.passes.base import Machine
+from mosaic_compiler.passes.base import Machine, Pass
 from mosaic_compiler.passes.mixtures import MixturesPass
 from mosaic_compiler.passes.needed_rows import settle_sizes, token_ids_of
 from mosaic_compiler.passes.pipeline import make_family, passes_until, run_passes
 from mosaic_compiler.passes.state import (
+    Attended,
     Coding,
     Cut,
+    KeepSelectedPass,
     KeepStatePass,
+    ReuseSelectedPass,
     ReuseStatePass,
+    attended_in,
     codings_of,
     find_cut,
     find_reach,
@@ -156,6 +160,7 @@ class Kept:
         is_heavy: there are products in it.
         reach: which rows depend on which, where that is known.
         codings: how each value is written.
+        chosen: the attentions whose keys are chosen, if some are.
     """
 
     module: fx.GraphModule
@@ -163,6 +168,7 @@ class Kept:
     is_heavy: bool
     reach: Reach | None = None
     codings: Mapping[fx.Node, Coding] = field(default_factory=dict)
+    chosen: tuple[Attended, ...] = ()
 
     @property
     def nbytes(self) -> sympy.Expr:
@@ -179,8 +185,12 @@ def kept_of(module: fx.GraphModule, options: MosaicOptions) -> Kept:
         cut = find_cut(canonical.graph)
         reach = None if cut.problem else find_reach(canonical.graph, cut, STATIC_INPUTS.of(canonical))
         codings, problem = codings_of(cut, options.cache_dtype)
+        chosen: list[Attended] = []
+        if options.selection is not None and not cut.problem:
+            reach = None  # what was chosen is right for some rows only
+            chosen, problem = attended_in(cut, options.cache_dtype)
         cut = replace(cut, problem=problem) if problem and not cut.problem else cut
-        return Kept(canonical, cut, is_heavy, reach, codings)
+        return Kept(canonical, cut, is_heavy, reach, codings, tuple(chosen))
 
 
 def _kinds_of(module: fx.GraphModule, options: MosaicOptions, kept: Kept | None = None) -> Kinds:
@@ -191,7 +201,12 @@ def _kinds_of(module: fx.GraphModule, options: MosaicOptions, kept: Kept | None 
         if cut.problem:
             return Kinds(problem=cut.problem, is_heavy=kept.is_heavy)
         made = []
-        for kind in (KeepStatePass(options.cache_dtype), ReuseStatePass(options.cache_dtype)):
+        selection = options.selection
+        passes: list[Pass] = [KeepStatePass(options.cache_dtype), ReuseStatePass(options.cache_dtype)]
+        if selection is not None:
+            given_to = options.cache_dtype, selection
+            passes = [KeepSelectedPass(*given_to), ReuseSelectedPass(*given_to)]
+        for kind in passes:
             derived = kind(canonical)
             dump = None if options.dump is None else os.path.join(options.dump, kind.name)
             given = replace(options, needed_rows="all", cache="none", dump=dump)
@@ -214,6 +229,7 @@ def _kinds_of(module: fx.GraphModule, options: MosaicOptions, kept: Kept | None 
         reach=kept.reach,
         parts=tuple(leading.get(weight) for weight in weights),
         is_rounded=not all(coding.is_exact for coding in kept.codings.values()),
+        selects=selection is not None,
     )
 
 

@@ -13,6 +13,7 @@ from mosaic_compiler.planning.budget import parse_budget
 from mosaic_compiler.planning.caches import POLICIES, Refresh, refresh_of
 from mosaic_compiler.planning.placement import DEADLINE
 from mosaic_compiler.planning.precisions import precision_of
+from mosaic_compiler.planning.selection import Selection, check_keep, selection_of
 from mosaic_compiler.recipes import PASS_NAMES
 from mosaic_compiler.settings import Settings, read_settings
 
@@ -57,6 +58,10 @@ class MosaicOptions:
         cache_refresh: all rows are computed again every so many calls (or ``never``); also for another text.
         cache_dtype: the precision in which values are kept from step to step: ``bf16``, ``fp8``, ``int8``, ``int4``
             (``planning/precisions.py``), an approximation; ``None``: as they are computed.
+        cache_keep: how many keys of other rows than those that a session's steps compute are kept: a share (``0.05``),
+            or a number (``2048``) for each head, chosen in each step for all rows; an approximation.  ``None``: all.
+        cache_score, cache_sets: how keys are scored for that (``planning/selection.py``), and whether each head of
+            keys has a set of its own (``head``), or each ``layer``.
         chunk_rows: force every loop to this many rows per chunk, whatever the budget (for experiments).
         program_cache: how many bound programs (one per length and set of weights) a graph keeps.
     """
@@ -74,6 +79,9 @@ class MosaicOptions:
     cache: str = "none"
     cache_refresh: int | str = 8
     cache_dtype: str | None = None
+    cache_keep: float | int | None = None
+    cache_score: str = "probability"
+    cache_sets: str | None = None
     chunk_rows: int | None = None
     program_cache: int = 64
 
@@ -126,8 +134,16 @@ class MosaicOptions:
         _expect(not refresh.at_blocks, "cache_refresh", "a number of calls from 1, or 'never'", self.cache_refresh)
         try:
             precision_of(self.cache_dtype)
+            check_keep(self.cache_keep)
+            selection_of(self.cache_score, self.cache_sets)
         except (ValueError, TypeError) as error:
             raise OptionsError(str(error)) from None
+        if self.cache_keep is not None and self.cache != "none":
+            raise OptionsError(
+                f"cache_keep={self.cache_keep!r} needs to know the rows of the steps to come: it is for "
+                "generate(cache='select') and Session.full(ids, rows=...), and not for cache="
+                f"{self.cache!r}"
+            )
         if POLICIES[self.cache].is_kept and self.needed_rows == "all":
             raise OptionsError(
                 f"cache={self.cache!r} computes rows of masked tokens: say that no others are read, with "
@@ -140,9 +156,15 @@ class MosaicOptions:
         return self.memory_budget if isinstance(self.memory_budget, int) else None
 
     @property
+    def selection(self) -> Selection | None:
+        """How keys are chosen; ``None``: all are kept."""
+        return None if self.cache_keep is None else selection_of(self.cache_score, self.cache_sets)
+
+    @property
     def for_passes(self) -> tuple[Any, ...]:
         """Those that decide what is compiled; the others are for running it."""
-        return tuple(getattr(self, name) for name in _FOR_PASSES)
+        selects = () if self.selection is None else (str(self.selection),)
+        return (*(getattr(self, name) for name in _FOR_PASSES), *selects)
 
     @classmethod
     def parse(

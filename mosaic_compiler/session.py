@@ -77,18 +77,21 @@ class Session:
         self.computed_rows = 0
 
     # ---------------------------------------------------------------------------------------- steps
-    def full(self, ids: Tensor, *more: Any, **named: Any) -> Any:
+    def full(self, ids: Tensor, *more: Any, rows: Any = None, **named: Any) -> Any:
         """Call the function, for all rows, and keep state.
 
         Args:
             ids: int64 [B, N]; ``more`` and ``named`` are what the function takes besides.
+            rows: with the option ``cache_keep``: the rows of the steps to come (as of :meth:`reuse`), for which keys
+                are chosen.
 
         Raises:
             StateError: if the function has nothing that can be kept, or the session is closed, or in use.
             BudgetError: if step and state do not fit ``memory_budget``.
         """
         with self._taken() as store:
-            return self._full(store, (ids, *more), named)
+            chosen_for = None if rows is None else rows_of(rows, *_shape_of(ids), ids.device)
+            return self._full(store, (ids, *more), named, chosen_for)
 
     def reuse(self, ids: Tensor, rows: Any, *more: Any, **named: Any) -> Any:
         """Call the function for some rows, with all others as they were kept.
@@ -117,6 +120,8 @@ class Session:
         Args, raises: as :meth:`reuse` and :meth:`full`.
         """
         with self._taken() as store:
+            if store.selects:
+                raise StateError("with cache_keep, keys are chosen for some rows, and nothing is exact: call reuse()")
             shape = _shape_of(ids)
             wanted = rows_of(rows, *shape, ids.device)
             known = self._written if shape == self._shape and not self._differs else None
@@ -139,14 +144,14 @@ class Session:
 
     @property
     def is_approximate(self) -> bool:
-        """State was used with other arguments than it was kept with, or in fewer bits than it was computed in
-        (``cache_dtype``): results may differ from those of full steps."""
+        """State was used with other arguments than it was kept with, in fewer bits than it was computed in
+        (``cache_dtype``), or without all keys (``cache_keep``): results may differ from those of full steps."""
         return self._has_used_rounded or bool(self._differs)
 
-    def _full(self, store: Store, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    def _full(self, store: Store, args: Sequence[Any], named: Mapping[str, Any], rows: Tensor | None = None) -> Any:
         self._shape, self._written, self._differs = _shape_of(args[0]), None, False
         self._has_used_rounded = False
-        result = self._run(store, "full", None, args, named)
+        result = self._run(store, "full", rows, args, named)
         self._written = _copied((args, named))
         return result
 

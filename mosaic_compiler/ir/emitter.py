@@ -15,7 +15,15 @@ from mosaic_compiler.compat.symbols import new_number
 from mosaic_compiler.compat.tensors import symbolic_kernel
 from mosaic_compiler.ir.graphs import BINDS, fake_mode_of
 from mosaic_compiler.ir.sizes import UnreadableSizeError, parts_of, size_sources
-from mosaic_compiler.ir.values import argument_value, is_contiguous, layout_of, memory_order, tensor_of, value_of
+from mosaic_compiler.ir.values import (
+    argument_value,
+    expr_of,
+    is_contiguous,
+    layout_of,
+    memory_order,
+    tensor_of,
+    value_of,
+)
 
 aten = torch.ops.aten
 
@@ -146,6 +154,10 @@ class SizeEmitter(Emitter):
             with self.graph.inserting_before(self.front):
                 self._sizes[expr] = self._emit_size(expr)
         return self._sizes[expr]
+
+    def know(self, number: Any, node: fx.Node) -> None:
+        """A size that a node says."""
+        self._sizes[expr_of(number)] = node
 
     def _emit_size(self, expr: sympy.Expr) -> fx.Node:
         if expr in self.sources:

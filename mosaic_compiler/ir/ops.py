@@ -8,6 +8,7 @@
 ``mosaic::mixture``           a mixture of experts: its ops, as data
 ``mosaic::interval_attention``  attention whose queries each see a run of keys, instead of a mask
 ``mosaic::attention_behind``    the rest of one whose keys up to the query's own are done
+``mosaic::select_keys``       positions of the keys that some queries attend to most
 
 Here are their schemas and what they return; ``kernels/ops.py`` has what runs.
 """
@@ -36,6 +37,8 @@ for _schema in (
     " float? scale, int[] order) -> Tensor",
     "attention_behind(Tensor query, Tensor key, Tensor value, Tensor done, Tensor sums, Tensor last, float? scale,"
     " int[] order) -> Tensor",
+    "select_keys(Tensor query, Tensor key, Tensor rows, Tensor? first, Tensor? last, Tensor? only, float? scale,"
+    " SymInt count, str score, str sets) -> Tensor",
 ):
     LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -100,6 +103,22 @@ def _empty_behind(
     return empty_attended(query, key, value, None, last, None, scale, order)
 
 
+def empty_positions(
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    first: Tensor | None,
+    last: Tensor | None,
+    only: Tensor | None,
+    scale: float | None,
+    count: int,
+    score: str,
+    sets: str,
+) -> Tensor:
+    """What ``select_keys`` returns: int64 [B, G, count], G heads of keys, or one."""
+    return key.new_empty((key.shape[0], key.shape[1] if sets == "head" else 1, count), dtype=torch.int64)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "gather_logits": empty_logits,
     "head_statistics": empty_statistics,
@@ -108,6 +127,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "put_rows": _empty_value,
     "interval_attention": empty_attended,
     "attention_behind": _empty_behind,
+    "select_keys": empty_positions,
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"mosaic::{_name}", _fake, lib=LIBRARY)
@@ -120,3 +140,4 @@ put_rows = torch.ops.mosaic.put_rows.default
 mixture = torch.ops.mosaic.mixture.default
 interval_attention = torch.ops.mosaic.interval_attention.default
 attention_behind = torch.ops.mosaic.attention_behind.default
+select_keys = torch.ops.mosaic.select_keys.default

@@ -13,13 +13,21 @@ from mosaic_compiler import ir
 from mosaic_compiler.book import STANDARD, Call, Op, whole_operands
 from mosaic_compiler.book.families import attention
 from mosaic_compiler.ir import ops
-from mosaic_compiler.ir.ops import LIBRARY, Statistics, empty_attended, empty_logits, empty_statistics
-from mosaic_compiler.kernels import attention_behind, interval_attention
+from mosaic_compiler.ir.ops import (
+    LIBRARY,
+    Statistics,
+    empty_attended,
+    empty_logits,
+    empty_positions,
+    empty_statistics,
+)
+from mosaic_compiler.kernels import attention_behind, interval_attention, key_selection
 from mosaic_compiler.kernels import mixture as mixtures
 from mosaic_compiler.kernels.attention_behind import attend_behind_
 from mosaic_compiler.kernels.gather_logits import gather_logits_triton
 from mosaic_compiler.kernels.head_statistics import head_statistics_
 from mosaic_compiler.kernels.interval_attention import attend_intervals_
+from mosaic_compiler.kernels.key_selection import select_keys_
 from mosaic_compiler.kernels.mixture import mixture
 from mosaic_compiler.kernels.scatter_rows import count_pages, scatter_rows_reference
 
@@ -82,6 +90,22 @@ def _attention_behind(
     return attend_behind_(out, query, key, value, done, sums, last, scale)
 
 
+def _select_keys(
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    first: Tensor | None,
+    last: Tensor | None,
+    only: Tensor | None,
+    scale: float | None,
+    count: int,
+    score: str,
+    sets: str,
+) -> Tensor:
+    out = empty_positions(query, key, rows, first, last, only, scale, count, score, sets)
+    return select_keys_(out, query, key, rows, first, last, only, scale, score)
+
+
 for _name, _kernel in {
     "gather_logits": _gather_logits,
     "head_statistics": _head_statistics,
@@ -91,6 +115,7 @@ for _name, _kernel in {
     "interval_attention": _interval_attention,
     "attention_behind": _attention_behind,
     "mixture": mixture,
+    "select_keys": _select_keys,
 }.items():
     LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
 
@@ -117,6 +142,10 @@ def _write_interval_attention(outs: Sequence[Any], args: Sequence[Any], kwargs: 
 
 def _write_attention_behind(outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
     return [Call(attend_behind_, (outs[0], *args[:7]))]
+
+
+def _write_select_keys(outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
+    return [Call(select_keys_, (outs[0], *args[:7], args[8]))]
 
 
 torch.library.register_fake("mosaic::mixture", mixture, lib=LIBRARY)
@@ -170,6 +199,7 @@ STANDARD.teach(
             scratch=interval_attention.scratch_bytes,
             groups_heads=True,
         ),
+        ops.select_keys: Op("selection", write=_write_select_keys, scratch=key_selection.scratch_bytes, is_dear=True),
         ops.attention_behind: Op(
             "attention behind", write=_write_attention_behind, scratch=attention_behind.scratch_bytes, is_heavy=True
         ),

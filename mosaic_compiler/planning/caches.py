@@ -23,6 +23,7 @@ class Policy:
         takes_changed: rows whose token is another one than in the step before.
         is_kept: state is kept, whatever is known of it.
         is_exact: state is kept where it is proven which of it stays as it is, and only that is used.
+        chooses: of keys some are kept, if nobody says how many (``planning/selection.py``).
         says: what it does, for people.
     """
 
@@ -32,6 +33,7 @@ class Policy:
     takes_changed: bool = False
     is_kept: bool = True
     is_exact: bool = False
+    chooses: bool = False
     says: str = ""
 
 
@@ -43,6 +45,7 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
         ),
         "prefix": Policy("block", "sequence", says="the block and what is behind it"),
         "dual": Policy("block", "block", says="the block"),
+        "select": Policy("block", "block", chooses=True, says="the block, against the keys that count for it"),
         "delayed": Policy(takes_masked=True, takes_changed=True, says="masked tokens, and those of the last step"),
     }
 )

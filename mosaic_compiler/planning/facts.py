@@ -139,6 +139,7 @@ class KeptKinds:
     reach: Reach | None
     parts: tuple[Any, ...]
     is_rounded: bool
+    selects: bool
 
 
 @dataclass(frozen=True)

@@ -221,8 +221,9 @@ class Step:
         return Bound(variant, planned, program, weights)
 
     def numbers(self, inputs: Sequence[Any]) -> Sizes:
-        """The symbols that the inputs say."""
-        return Sizes({symbol: read(inputs) for symbol, read in self._readers})
+        """The symbols that the inputs say (those that are there: state may be missing)."""
+        known = zip(self.kept.readings, self._readers, strict=True)
+        return Sizes({symbol: read(inputs) for reading, (symbol, read) in known if reading.index < len(inputs)})
 
     def forget(self, inputs: Sequence[Any]) -> None:
         """Drop programs that are bound to one of these tensors."""

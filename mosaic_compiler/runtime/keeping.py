@@ -101,7 +101,7 @@ def kinds_facts(kinds: Kinds) -> KeptKinds:
     )
     return KeptKinds(
         full, reuse, (notes[0], notes[1]), tuple(kinds.space), kinds.origins, kinds.problem, kinds.is_heavy, kinds.ids,
-        kinds.weights, kinds.reach, kinds.parts, kinds.is_rounded,
+        kinds.weights, kinds.reach, kinds.parts, kinds.is_rounded, kinds.selects,
     )  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def kinds_from(facts: KeptKinds, options: MosaicOptions) -> Kinds:
     )
     return Kinds(
         full, reuse, (notes[0], notes[1]), facts.space, facts.origins, facts.problem, facts.is_heavy, facts.ids,
-        facts.weights, facts.reach, facts.parts, facts.is_rounded,
+        facts.weights, facts.reach, facts.parts, facts.is_rounded, facts.selects,
     )  # fmt: skip
 
 

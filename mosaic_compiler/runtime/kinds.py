@@ -31,6 +31,7 @@ class Kinds:
         weights: which inputs are weights that kept values are computed with.
         reach: which rows depend on which; ``None``: all on all, for all that is known.
         is_rounded: values are kept in fewer bits than they are computed in.
+        selects: keys are chosen for some rows in a step for all of them, and the others are not kept.
         parts: for each of them (dim, size), if it is only read up to that size; a table that may be made again longer.
     """
 
@@ -46,6 +47,7 @@ class Kinds:
     reach: Reach | None = None
     parts: tuple[tuple[int, Any] | None, ...] = ()
     is_rounded: bool = False
+    selects: bool = False
 
     @property
     def keeps(self) -> bool:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mosaic_compiler.errors import MissingStateError
+from mosaic_compiler.errors import MissingStateError, StateError
 from mosaic_compiler.planning.buffers import stacked
+from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.planning.room import most_for
+from mosaic_compiler.planning.selection import kept_keys
 from mosaic_compiler.planning.words import in_words
 from mosaic_compiler.runtime.engine import Step, holding
 from mosaic_compiler.runtime.instructions import DEAD
@@ -32,6 +34,7 @@ class Block:
         tensors: one for each kept value, over memory that nobody else writes.
         nbytes: of all.
         is_rounded: values are kept in fewer bits than they are computed in.
+        is_partial: some keys are not kept.
         is_read: a step has used them since that was asked for.
         is_valid: a full step has filled it, and no step has failed since.
         validity: of its rows; ``None``: nobody asked, or rows depend on all others.
@@ -43,6 +46,7 @@ class Block:
         assert kinds.reuse is not None
         self.full, self.reuse = kinds.full, kinds.reuse
         self._kinds, self.is_rounded, self.is_read = kinds, kinds.is_rounded, False
+        self.is_partial = False
         graph = kinds.full.main_graph
         self._facts: list[TensorFacts] = []
         for place in kinds.notes[0].places:
@@ -51,6 +55,9 @@ class Block:
             self._facts.append(facts)
         numbers = [number for facts in self._facts for number in (*facts.shape, *facts.strides)]
         self._symbols = sorted({symbol for number in numbers for symbol in number.free_symbols}, key=str)
+        self._chosen = self._facts[0].shape[2] if kinds.selects else None
+        self._keys = 0
+        self._for_rows: Tensor | None = None
         self.device = kinds.full.device
         self._own(new_arena(self.device))
         self.tensors: list[Tensor] = []
@@ -61,6 +68,11 @@ class Block:
         self._weights: _Weights | None = None
         self._served: set[int] = set()
 
+    @property
+    def selects(self) -> bool:
+        """Keys are chosen for some rows."""
+        return self._kinds.selects
+
     def _own(self, arena: Arena) -> None:
         """Take an arena, to be given back with this block."""
         self.arena = arena
@@ -70,6 +82,7 @@ class Block:
     def adopt(self, other: Block, inputs: Sequence[Any]) -> bool:
         """Take over the state of another graph of the same model, if it holds the same values: a model may be compiled
         again in its second call (because it has made tables in its first one)."""
+        self._keys, self._for_rows, self.is_partial = other._keys, other._for_rows, other.is_partial
         layouts = zip(self._facts, *self._shapes(inputs), strict=True)
         values = [(facts.dtype, shape, step) for facts, shape, step in layouts]
         known = [(str(t.dtype), tuple(t.shape), t.stride()) for t in other.tensors]
@@ -90,7 +103,7 @@ class Block:
 
     def _shapes(self, inputs: Sequence[Any]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
         """Sizes and strides of all values."""
-        sizes = self.full.numbers(inputs)
+        sizes = self._numbers(inputs)
         shapes = [tuple(map(sizes, facts.shape)) for facts in self._facts]
         return shapes, [tuple(map(sizes, facts.strides)) for facts in self._facts]
 
@@ -105,16 +118,33 @@ class Block:
             return "the model's weights have changed since state was kept: it is stale; call full() first"
         return ""
 
-    def keep(self, inputs: Sequence[Any]) -> list[Any]:
-        """A step for all rows."""
+    def keep(self, inputs: Sequence[Any], rows: Tensor | None = None) -> list[Any]:
+        """A step for all rows.
+
+        Args:
+            rows: int64 [B, R], those of the steps to come: where keys are chosen for them.
+        """
         self.is_valid, self.validity = False, None
+        given = list(inputs)
+        if self._kinds.selects:
+            if rows is None:
+                raise StateError(
+                    "keys are chosen for rows (cache_keep): say which ones the next steps compute, full(ids, rows=...)"
+                )
+            self._for_rows = torch.sort(rows, 1).values
+            entries = self._kinds.rows_for_entries(self._for_rows, inputs)
+            given.append(entries)
+            length, keep = self.full.numbers(inputs)(self._kinds.space[-1]), self.full.options.cache_keep
+            assert keep is not None
+            self._keys = kept_keys(keep, length, rows.shape[1])
+            self.is_partial = self._keys < length
         if self._sizes_of(inputs) != self._sizes:
             self._map(inputs)
         if self.full.kept.outline.guard:
             self.arena.fill(0, self.nbytes, DEAD)
         try:
             with holding(self.nbytes):
-                results = Step.__call__(self.full, [*inputs, *self.tensors])
+                results = Step.__call__(self.full, [*given, *self.tensors])
         except BaseException:
             self.release()  # a step that did not fit leaves nothing behind
             raise
@@ -160,6 +190,10 @@ class Block:
         """
         if problem := self.problem(inputs):
             raise MissingStateError(problem)
+        if self._for_rows is not None and not bool(_are_among(rows, self._for_rows)):
+            raise MissingStateError(
+                "keys were chosen for other rows than these (cache_keep): call full() for them first"
+            )
         entries = self._kinds.rows_for_entries(self._with_room(rows), inputs)
         self.is_valid, self.is_read = False, True
         with holding(self.nbytes):
@@ -176,8 +210,13 @@ class Block:
 
     def _sizes_of(self, inputs: Sequence[Any]) -> tuple[tuple[str, int], ...]:
         """The sizes that state depends on."""
-        numbers = self.full.numbers(inputs)
+        numbers = self._numbers(inputs)
         return tuple((str(symbol), numbers(symbol)) for symbol in self._symbols)
+
+    def _numbers(self, inputs: Sequence[Any]) -> Sizes:
+        """The inputs' symbols, and the number of keys that are kept."""
+        found = self.full.numbers(inputs)
+        return found if self._chosen is None else Sizes({**found.symbols, self._chosen: self._keys})
 
     @torch.inference_mode(False)
     def _map(self, inputs: Sequence[Any]) -> None:
@@ -214,6 +253,12 @@ class Block:
         self.is_valid = False
         self._forget()
         self.arena.release()
+
+
+def _are_among(rows: Tensor, known: Tensor) -> Tensor:
+    """Whether all rows [B, C] are among those known, int64 [B, R] in ascending order."""
+    places = torch.searchsorted(known, rows.contiguous()).clamp(max=known.shape[1] - 1)
+    return (known.gather(1, places) == rows).all()
 
 
 class _Weights:

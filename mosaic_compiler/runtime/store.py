@@ -55,7 +55,8 @@ class Store:
         kind: what the next steps are: ``full``; ``reuse``; or ``exact``: for all rows or for some, whatever is right
             (where rows depend on all others, nothing is kept for that).
         shape: of the token ids.
-        rows: int64 [B, R], which rows they compute; of ``exact`` steps those that somebody reads (or bool [B, N]).
+        rows: int64 [B, R], which rows they compute; of ``exact`` steps those that somebody reads (or bool [B, N]); of
+            ``full`` ones, where keys are chosen, those of the steps to come.
         ran: kinds of the graphs that ran in the last call.
         computed: the most rows that a graph with state computed in a sequence of it; 0: none has state.
     """
@@ -78,8 +79,13 @@ class Store:
 
     @property
     def has_read_rounded(self) -> bool:
-        """The last step has used state that is kept in fewer bits than it was computed in."""
-        return any(block.is_rounded and block.is_read for block in self._blocks.values())
+        """The last step has used state that is kept in fewer bits than it was computed in, or without all keys."""
+        return any((block.is_rounded or block.is_partial) and block.is_read for block in self._blocks.values())
+
+    @property
+    def selects(self) -> bool:
+        """Keys are chosen for some rows."""
+        return any(block.selects for block in self._blocks.values())
 
     @property
     def is_proven(self) -> bool:
@@ -128,7 +134,7 @@ class Store:
         self._used.add(step)
         if self.kind == "full":
             self.computed = self.shape[1]
-            results = block.keep(inputs)
+            results = block.keep(inputs, self.rows)
             block.track(inputs, self.shape)
             return results
         assert self.rows is not None

@@ -15,13 +15,19 @@ class Schedule:
 
     Args:
         shifted: position n is predicted from row n - 1.
+        selects: a step for all rows chooses keys for the rows of those that follow.
+        delay: so many steps in front of that keep nothing.
 
     Attributes:
         counts: how many steps of each kind there were.
+        selects: see above.
     """
 
-    def __init__(self, policy: Policy, refresh: Refresh, mask: int, *, shifted: bool) -> None:
+    def __init__(
+        self, policy: Policy, refresh: Refresh, mask: int, *, shifted: bool, selects: bool = False, delay: int = 0
+    ) -> None:
         self._policy, self._refresh, self._mask, self._shifted = policy, refresh, mask, shifted
+        self.selects, self._delay, self._waits = selects, delay, 0
         self._since: int | None = None
         self._block: slice | None = None
         self._last: Tensor | None = None
@@ -35,23 +41,33 @@ class Schedule:
             needed: int64 [M], rows that proposals are made of, numbered through all sequences.
 
         Returns:
-            ``full`` and ``None``; ``reuse`` and int64 [B, R]; or ``exact`` and bool [B, N], those that are needed (what
-            was computed is to be told to :meth:`ran`).
+            ``full`` and ``None`` (or the rows that keys are chosen for); ``plain`` and ``None``: all rows, and nothing
+            is kept; ``reuse`` and int64 [B, R]; or ``exact`` and bool [B, N], those that are needed (what was computed
+            is to be told to :meth:`ran`).
         """
         if self._policy.is_exact:
             read = torch.zeros_like(ids, dtype=torch.bool)
             read.view(-1)[needed] = True
             return "exact", read
-        if not self._policy.is_kept or self._refresh.is_due(self._since, wanted.block != self._block):
-            kind, rows = "full", None
-        else:
-            computed = self._rows(ids, wanted.block)
-            computed.view(-1)[needed] = True
-            kind, rows = "reuse", numbers_in(computed, max(int(computed.sum(1).max()), 1))
-        self._since = 0 if kind == "full" else (self._since or 0) + 1
+        kind, rows = "full", None
+        if self._policy.is_kept:
+            begins = wanted.block != self._block
+            due = self._refresh.is_due(self._since, begins) or (self.selects and begins and self._is_one_block)
+            self._waits = self._delay if due and begins else max(self._waits - 1, 0) if due else 0
+            kind = "plain" if self._waits else "full" if due else "reuse"
+            if kind == "reuse" or (kind == "full" and self.selects):
+                computed = self._rows(ids, wanted.block)
+                computed.view(-1)[needed] = True
+                rows = numbers_in(computed, max(int(computed.sum(1).max()), 1))
+        self._since = {"full": 0, "plain": None}.get(kind, (self._since or 0) + 1)
         self._block, self._last = wanted.block, ids
-        self.counts[kind] += 1
+        self.counts["reuse" if kind == "reuse" else "full"] += 1
         return kind, rows
+
+    @property
+    def _is_one_block(self) -> bool:
+        """Rows of one block know nothing of those of the next."""
+        return self._policy.begins is not None and self._policy.ends == "block"
 
     def ran(self, rows: int, length: int) -> None:
         """An ``exact`` step has computed so many rows of each sequence; 0: all of them, keeping nothing."""

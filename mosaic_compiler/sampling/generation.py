@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mosaic_compiler.planning.caches import policy_of, refresh_of
 from mosaic_compiler.planning.precisions import ladder_of
+from mosaic_compiler.planning.selection import DEFAULT_KEEP, check_keep, selection_of
 from mosaic_compiler.sampling.bidirectional import (
     check_bidirectional,
     check_block_causal,
@@ -71,6 +72,9 @@ def generate(
     cache: str = "exact",
     cache_refresh: str | int = "block",
     cache_dtype: str | None = None,
+    cache_keep: float | int | None = None,
+    cache_score: str = "probability",
+    cache_sets: str | None = None,
     memory_budget: int | str | None = None,
     options: dict[str, Any] | None = None,
     compile: bool = True,
@@ -133,14 +137,23 @@ def generate(
             with it.
         cache: what is kept from step to step: ``none``; ``exact`` (the default): what is proven to stay what it is, and
             that is nothing for models whose rows attend to all others; ``prefix``, ``dual``: steps compute the rows
-            from the block on, or of the block (Fast-dLLM); ``delayed``: those of masked tokens and of the tokens that
-            the last step committed (dKV-Cache).  The last three are approximations: other text may come out.
+            from the block on, or of the block (Fast-dLLM); ``select``: as ``dual``, against the keys that count for
+            the block; ``delayed``: those of masked tokens and of the tokens that the last step committed (dKV-Cache).
+            The last four are approximations: other text may come out.
         cache_refresh: when all rows are computed again: ``block`` (the first step of each block), ``never`` (but for
             the first step), or every so many steps; 1 is no cache.
         cache_dtype: the precision of what is kept: ``bf16``, ``fp8``, ``int8``, ``int4`` (one scale per token and
             head), an approximation, which needs a half to an eighth of the memory; ``None``: as it is computed;
             ``auto``: as it is computed, or in ``int8``, or in ``int4``: the first that fits ``memory_budget`` (which
             the log, and ``cache_dtype`` of the result say).
+        cache_keep: with a cache that is an approximation: how many keys of other rows than those that steps compute are
+            kept, a share of them (``0.05``, the default of ``select``) or a number (``2048``), chosen in each step for
+            all rows; ``None``: all.
+        cache_score: how they are chosen: ``probability``, the largest that any of the computed rows gives a key;
+            ``mage``, how many of them have it among their likeliest; ``sparse-dllm``, as that publishes it (one step
+            late, without a softmax).
+        cache_sets: ``head``: each head of keys has its own; ``layer``: one set for all heads; ``None``: as the score
+            was published.
         memory_budget, options: of the backend, see :class:`~mosaic_compiler.MosaicOptions`; the budget is for what is
             kept as well.
         compile: ``False``: run the same in eager PyTorch.
@@ -162,7 +175,7 @@ def generate(
             "top_k": top_k, "temperature": temperature, "block_length": block_length, "block_causal": block_causal,
             "edit_threshold": edit_threshold, "attention_mask": has_padding(attention_mask) or None, "cache": cache,
             "sampler": sampler, "eos_rule": eos_rule, "cache_refresh": cache_refresh, "eps": eps,
-            "cache_dtype": cache_dtype,
+            "cache_dtype": cache_dtype, "cache_keep": cache_keep, "cache_score": cache_score, "cache_sets": cache_sets,
             "mask_token_id": mask_token_id, "mask_id": mask_id, "eot_token_id": eot_token_id,
             "max_post_steps": max_post_steps, "sub_block_length": sub_block_length, "bidirectional": bidirectional,
             "progress": progress,
@@ -181,13 +194,23 @@ def generate(
     policy, refresh = policy_of(cache), refresh_of(cache_refresh)
     if policy.is_kept and not compile:
         raise ValueError(f"cache={cache!r} needs a compiled model: leave out compile=False, or take cache='none'")
-    if "cache_dtype" in (options or {}):
-        raise ValueError("options: cache_dtype is an argument of generate by itself: say it there")
+    for name in ("cache_dtype", "cache_keep", "cache_score", "cache_sets"):
+        if name in (options or {}):
+            raise ValueError(f"options: {name} is an argument of generate by itself: say it there")
     precisions = ladder_of(cache_dtype)
     if cache_dtype is not None and (not compile or not (policy.is_kept or policy.is_exact)):
         raise ValueError(
             f"cache_dtype={cache_dtype!r} is for what is kept from step to step, and nothing is: choose a cache, "
             "'dual' for example, and a compiled model"
+        )
+    if cache_keep is None and policy.chooses:
+        cache_keep = DEFAULT_KEEP
+    check_keep(cache_keep)
+    selection = selection_of(cache_score, cache_sets)
+    if cache_keep is not None and not policy.is_kept:
+        raise ValueError(
+            f"cache_keep={cache_keep!r} is for keys that are kept approximately, and cache={cache!r} keeps none so: "
+            "choose a cache, 'select' for example"
         )
     config = getattr(model, "config", None)
     if sampler not in CHECKS:
@@ -250,7 +273,10 @@ def generate(
             check_padding(model, sampling.mask, input_ids.device, sampling.block_causal, form)
         call = call_for(model, padded, sampling.block_causal, form)
         sampling = replace(sampling, seed=int(drawn))
-        run = Run(model, call, input_ids, attention_mask, sampling, given, compile, policy, refresh, precisions)
+        run = Run(
+            model, call, input_ids, attention_mask, sampling, given, compile, policy, refresh, precisions,
+            cache_keep, None if cache_keep is None else selection,
+        )  # fmt: skip
         try:
             with torch.no_grad(), dynamo_as_needed(), _bar(progress, run) as advance:
                 history = watched(run, on_step, streamer, keep=output_history, advance=advance)

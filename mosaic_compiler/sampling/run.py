@@ -13,6 +13,7 @@ from mosaic_compiler.errors import BudgetError, MissingStateError
 from mosaic_compiler.planning.caches import Policy, Refresh
 from mosaic_compiler.planning.plan import Fallback, MemoryPlan
 from mosaic_compiler.planning.room import capacity, serves
+from mosaic_compiler.planning.selection import SCORES, Selection
 from mosaic_compiler.runtime.store import Store, stepping
 from mosaic_compiler.sampling import noise
 from mosaic_compiler.sampling.caching import Schedule
@@ -39,6 +40,7 @@ class Run:
         is_compiled: ``False``: run in eager PyTorch.
         policy, refresh: which rows steps compute, see ``planning/caches.py``.
         precisions: of what is kept, the first of them that fits, see ``planning/precisions.py``.
+        keep, selection: how many keys of other rows are kept, and which, see ``planning/selection.py``.
 
     Attributes:
         schedule: which kinds of steps there were.
@@ -59,6 +61,8 @@ class Run:
         policy: Policy,
         refresh: Refresh,
         precisions: Sequence[str | None] = (None,),
+        keep: float | int | None = None,
+        selection: Selection | None = None,
     ) -> None:
         self.sampling = sampling
         batch, self.start = prompt.shape
@@ -70,13 +74,18 @@ class Run:
             self.real = torch.cat([attention_mask.bool().to(prompt.device), torch.ones_like(new, dtype=torch.bool)], 1)
         self.forwards = self._room = 0
         self._kind, self._numbers = SAMPLERS[sampling.sampler], numbers_of(sampling)
-        self.schedule = Schedule(policy, refresh, sampling.mask, shifted=self._kind.is_shifted)
+        delay = 0 if selection is None else SCORES[selection.score].delay
+        self.schedule = Schedule(
+            policy, refresh, sampling.mask, shifted=self._kind.is_shifted, selects=selection is not None, delay=delay
+        )
         self._store = Store() if policy.is_kept or (policy.is_exact and is_compiled) else None
         self.state_bytes, self.is_rounded = 0, False
         self._has_said = False
         self._rungs = list(precisions)
         self._proposes = model, call, self._kind.rule(sampling)
-        self._options, self._is_compiled = options, is_compiled
+        self._options, self._is_compiled = dict(options), is_compiled
+        if selection is not None:
+            self._options |= {"cache_keep": keep, "cache_score": selection.score, "cache_sets": selection.sets}
         self._go_down()
 
     def _go_down(self) -> None:
@@ -148,7 +157,7 @@ class Run:
     def _propose(self, wanted: Wanted, rows: Tensor, arguments: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """A step of the kind that is due; ``rows`` (flat) are those that proposals are made of."""
         kind, computed = self.schedule.next(self.ids, wanted, rows)
-        if self._store is None:
+        if self._store is None or kind == "plain":
             if kind == "exact":
                 self.schedule.ran(0, self.ids.shape[1])
             return self._proposer(*arguments)
@@ -171,7 +180,8 @@ class Run:
                 logger.warning("mosaic: values are kept in %s, and not in %s: %s", self.precision, before, error)
             self._store.release()
             if kind == "reuse":
-                kind, computed = self.schedule.all_rows(), None
+                kind = self.schedule.all_rows()
+                computed = computed if self.schedule.selects else None
         if kind == "exact":
             self.schedule.ran(self._store.computed, self.ids.shape[1])
             if not self._store.computed:

@@ -1,6 +1,7 @@
 """State: steps that keep values for other steps, and steps for some rows that use them.
 
-``cut.py`` finds what has to be kept, ``keep.py`` and ``reuse.py`` make the two kinds of steps of one captured graph.
+``cut.py`` finds what has to be kept, ``keep.py`` and ``reuse.py`` make the two kinds of steps of one captured graph;
+``select.py`` those of which only chosen keys are kept.
 They change what a graph takes and returns, so they are no part of a pipeline: what they make goes through one.
 """
 
@@ -11,12 +12,17 @@ from mosaic_compiler.passes.state.cut import Cut, find_cut, inputs_of, leading_p
 from mosaic_compiler.passes.state.keep import KeepStatePass
 from mosaic_compiler.passes.state.reach import find_reach
 from mosaic_compiler.passes.state.reuse import ReuseStatePass
+from mosaic_compiler.passes.state.select import Attended, KeepSelectedPass, ReuseSelectedPass, attended_in
 
 __all__ = [
+    "Attended",
     "Coding",
     "Cut",
+    "KeepSelectedPass",
     "KeepStatePass",
+    "ReuseSelectedPass",
     "ReuseStatePass",
+    "attended_in",
     "codings_of",
     "find_cut",
     "find_reach",

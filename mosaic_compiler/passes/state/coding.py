@@ -59,27 +59,37 @@ def codings_of(cut: Cut, precision: str | None) -> tuple[Mapping[fx.Node, Coding
     """For each kept value how it is written, and why that cannot be, if so."""
     found: dict[fx.Node, Coding] = {}
     for value in cut.values:
-        tensor = ir.only_tensor(value)
-        if precision is None or (PRECISIONS[precision].most is None and tensor.dtype == torch.bfloat16):
-            found[value] = Coding(None)
-            continue
-        if not tensor.dtype.is_floating_point:
-            return {}, f"{value.name} is {tensor.dtype}, which cannot be kept in {precision}"
         dim = _features(value, cut.labels.layout(value))
         if dim is None:
-            return {}, f"{value.name} has no features beside its rows, which could be kept in {precision}"
-        whole = int(tensor.shape[dim])
+            found[value], problem = coding_of(value, precision, 0, 0)
+            if not found[value].is_exact:
+                problem = f"{value.name} has no features beside its rows, which could be kept in {precision}"
+            if problem:
+                return {}, problem
+            continue
+        whole = int(ir.only_tensor(value).shape[dim])
         heads = [
             size
             for operand, kept in cut.kept_as
             if kept is value and (at := _features(operand, cut.labels.layout(operand))) is not None
             if whole % (size := int(ir.only_tensor(operand).shape[at])) == 0
         ]
-        group = min(heads, default=whole)
-        if PRECISIONS[precision].bits == 4 and group % 2:
-            return {}, f"its heads have {group} numbers, and {precision} puts two in a byte: take int8"
-        found[value] = Coding(precision, dim, group)
+        found[value], problem = coding_of(value, precision, dim, min(heads, default=whole))
+        if problem:
+            return {}, problem
     return found, ""
+
+
+def coding_of(value: fx.Node, precision: str | None, dim: int, group: int) -> tuple[Coding, str]:
+    """How a value is written whose groups of so many numbers lie along a dim, and why that cannot be, if so."""
+    dtype = ir.only_tensor(value).dtype
+    if precision is None or (PRECISIONS[precision].most is None and dtype == torch.bfloat16):
+        return Coding(None), ""
+    if not dtype.is_floating_point:
+        return Coding(None), f"{value.name} is {dtype}, which cannot be kept in {precision}"
+    if PRECISIONS[precision].bits == 4 and group % 2:
+        return Coding(None), f"its heads have {group} numbers, and {precision} puts two in a byte: take int8"
+    return Coding(precision, dim, group), ""
 
 
 def _features(value: fx.Node, layout: Layout) -> int | None:
@@ -126,16 +136,16 @@ class Coder:
         both = emit(aten.add.Tensor, emit(aten.mul.Tensor, back, 16), emit(aten.add.Tensor, front, 8 + 16 * 8))
         return emit(aten._to_copy.default, both, dtype=torch.uint8)
 
-    def decode(self, parts: Sequence[fx.Node], coding: Coding, like: fx.Node) -> fx.Node:
-        """What was encoded (not exactly), as far as the codes tell it, laid out as ``like``."""
-        emit, tensor = self._emitter.emit, ir.only_tensor(like)
+    def decode(self, parts: Sequence[fx.Node], coding: Coding, dtype: torch.dtype, order: Sequence[int]) -> fx.Node:
+        """What was encoded (not exactly), as far as the codes tell it, with its dims in memory in an order."""
+        emit = self._emitter.emit
         if len(parts) == 1:
-            return self._laid_out(emit(aten._to_copy.default, parts[0], dtype=tensor.dtype), like)
+            return self._emitter.laid_out(emit(aten._to_copy.default, parts[0], dtype=dtype), order)
         codes = self._split(parts[0], coding.dim, coding.group // (2 if coding.precision == "int4" else 1))
         scale = self._split(parts[1], coding.dim, 1)
         numbers = emit(aten.mul.Tensor, self._numbers(codes, coding), scale)
-        merged = self._merged(emit(aten._to_copy.default, numbers, dtype=tensor.dtype), coding.dim)
-        return self._laid_out(merged, like)
+        merged = self._merged(emit(aten._to_copy.default, numbers, dtype=dtype), coding.dim)
+        return self._emitter.laid_out(merged, order)
 
     def _numbers(self, codes: fx.Node, coding: Coding) -> fx.Node:
         emit = self._emitter.emit
@@ -150,9 +160,6 @@ class Coder:
         if ir.only_tensor(value).dtype == torch.float32:
             return value
         return self._emitter.emit(aten._to_copy.default, value, dtype=torch.float32)
-
-    def _laid_out(self, value: fx.Node, like: fx.Node) -> fx.Node:
-        return self._emitter.laid_out(value, ir.memory_order(ir.only_tensor(like)))
 
     # Groups as a dim of their own, and back.  (Views of memory that lies in another order would be copies.)
     def _split(self, value: fx.Node, dim: int, group: int) -> fx.Node:

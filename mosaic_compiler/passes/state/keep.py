@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -52,19 +52,22 @@ class KeepStatePass(Pass):
         assert not cut.problem, cut.problem
         codings, problem = codings_of(cut, self.precision)
         assert not problem, problem
-        _Keeper(module, cut, codings).rewrite()
+        Keeper(module, cut, codings).rewrite()
         module.graph.lint()
         module.recompile()
         return module
 
 
-class _Keeper(SizeEmitter):
+class Keeper(SizeEmitter):
     def __init__(self, module: fx.GraphModule, cut: Cut, codings: Mapping[fx.Node, Coding]) -> None:
         super().__init__(module)
         self.module, self.cut, self.codings = module, cut, codings
 
     def rewrite(self) -> None:
-        parts = [part for value in self.cut.values for part in self._parts(value)]
+        self._keep([part for value in self.cut.values for part in self._parts(value)])
+
+    def _keep(self, parts: Sequence[fx.Node], memory: Sequence[int] = ()) -> None:
+        """Return these, to be written into inputs that are there (their positions), or that are made here."""
         storage = ir.StorageMap(self.graph)
         taken = ir.escaping_roots(self.graph, storage) | ir.written_roots(self.graph, storage)
         output = self.graph.output_node()
@@ -77,7 +80,7 @@ class _Keeper(SizeEmitter):
             is_own = root is not None and root[0] is value and root not in taken
             if not is_own or form_of(value, ir.main_device_of(self.module)).kind is not Kind.DESTINATION:
                 value = self._copied(value)
-            index = add_state(self, value, len(places))
+            index = memory[len(places)] if memory else add_state(self, value, len(places))
             places.append(StatePlace(index, len(results) + len(kept)))
             kept.append(value)
         output.args = ((*results, *kept),)

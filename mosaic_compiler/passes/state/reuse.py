@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -67,14 +67,14 @@ class ReuseStatePass(Pass):
         assert not cut.problem, cut.problem
         codings, problem = codings_of(cut, self.precision)
         assert not problem, problem
-        _Rewriter(module, cut, codings).rewrite()
+        Rewriter(module, cut, codings).rewrite()
         ir.remove_dead_code(module.graph)
         module.graph.lint()
         module.recompile()
         return module
 
 
-class _Rewriter(SizeEmitter):
+class Rewriter(SizeEmitter):
     def __init__(self, module: fx.GraphModule, cut: Cut, codings: Mapping[fx.Node, Coding]) -> None:
         super().__init__(module)
         self.codings, self.coder = codings, Coder(self)
@@ -87,6 +87,7 @@ class _Rewriter(SizeEmitter):
         self._gathered: dict[tuple[fx.Node, Layout, Layout], fx.Node] = {}
         self._all_rows: dict[fx.Node, fx.Node] = {}
         self._places: list[StatePlace] = []
+        self._states: dict[fx.Node, list[fx.Node]] = {}
 
     def rewrite(self) -> None:
         self._add_inputs()
@@ -95,12 +96,15 @@ class _Rewriter(SizeEmitter):
             if node in self.cut.inside:
                 with self.graph.inserting_before(node.next):
                     self._computed[node] = self._compute(node)
-                    if node in self._states:
-                        self._kept[node] = self._replace_rows(node)
+                    self._computed_now(node)
             elif node.op == "call_function" or node.op == "output":
                 with self.graph.inserting_before(node):
                     self._read_all_rows(node)
         note_state(self.module, self._places)
+
+    def _computed_now(self, node: fx.Node) -> None:
+        if node in self._states:
+            self._kept[node] = self._replace_rows(node)
 
     # ------------------------------------------------------------------------------------- inputs
     def _add_inputs(self) -> None:
@@ -115,13 +119,7 @@ class _Rewriter(SizeEmitter):
             self._given.meta[ir.COMPUTED_ROWS] = True
             self._given.meta["val"] = torch.empty((number, count), dtype=torch.int64, device=device)
         STATE.write(self.module, replace(STATE.of(self.module), rows=len(placeholders)))
-        self._states: dict[fx.Node, list[fx.Node]] = {}
-        for value in self.cut.values:
-            with self.graph.inserting_before(value.next):
-                parts = self.coder.encode(value, self.codings[value])  # of all rows: for their layouts only
-            indices = [add_state(self, part, len(self._places) + number) for number, part in enumerate(parts)]
-            self._states[value] = [self.graph.find_nodes(op="placeholder")[index] for index in indices]
-            self._places += [StatePlace(index, None) for index in indices]
+        self._add_states()
         with self.graph.inserting_before(self.front):
             self._count = self.emit(aten.sym_size.int, self._given, 1)
             if len(self.space) == 1:
@@ -140,12 +138,31 @@ class _Rewriter(SizeEmitter):
             self._sizes[ir.expr_of(ir.argument_value(self._flat_count))] = self._flat_count
             self._flat_positions = self.emit(aten.reshape.default, self._given, [self._flat_count])
 
+    def _add_states(self) -> None:
+        for value in self.cut.values:
+            with self.graph.inserting_before(value.next):
+                parts = self.coder.encode(value, self.codings[value])  # of all rows: for their layouts only
+            self._states[value] = [self._state(part) for part in parts]
+
+    def _state(self, like: fx.Node) -> fx.Node:
+        """Memory for a value."""
+        index = add_state(self, like, len(self._places))
+        self._places.append(StatePlace(index, None))
+        found: fx.Node = self.graph.find_nodes(op="placeholder")[index]
+        return found
+
     # ------------------------------------------------------------------------------ computed rows
     def _compute(self, node: fx.Node) -> fx.Node:
         """The node's op on the computed rows."""
         if node.target is operator.getitem:
             source, index = node.args
             return self.emit_getitem(self._computed[source], index)  # type: ignore[index]
+        args, kwargs = self._operands(node)
+        target: Any = aten.reshape.default if node.target is aten.view.default else node.target
+        return self.emit(target, *args, **kwargs)
+
+    def _operands(self, node: fx.Node) -> tuple[Sequence[Any], Mapping[str, Any]]:
+        """What the node's op takes for the computed rows."""
         queue = iter(self.labels.edges(node))
 
         def replace_operand(operand: fx.Node) -> Any:
@@ -168,9 +185,7 @@ class _Rewriter(SizeEmitter):
             )
         else:
             args = fx.node.map_arg(args, replace_operand)
-        if node.target is aten.view.default:
-            return self.emit(aten.reshape.default, *args)
-        return self.emit(node.target, *args, **fx.node.map_arg(dict(node.kwargs), replace_operand))
+        return args, fx.node.map_arg(dict(node.kwargs), replace_operand)
 
     def _has_rows(self, layout: Layout) -> bool:
         return FLAT in layout or len(self.space) - 1 in layout
@@ -234,7 +249,8 @@ class _Rewriter(SizeEmitter):
         written = [self._written(state, part, layout) for state, part in zip(self._states[value], parts, strict=True)]
         if coding.is_exact:
             return written[0]
-        known = self.coder.decode(written, coding, value)
+        tensor = ir.only_tensor(value)
+        known = self.coder.decode(written, coding, tensor.dtype, ir.memory_order(tensor))
         return self._written(known, self._computed[value], layout)  # its own rows as they are
 
     def _written(self, state: fx.Node, computed: fx.Node, layout: Layout) -> fx.Node:

@@ -1,0 +1,178 @@
+"""Which keys some queries attend to most: scores in tiles of keys, and the positions of the best.
+
+``probability`` takes the softmax first: a key's score is the largest probability that any of the queries (of all heads
+that share it) gives it.  No matrix of queries and keys exists: the first walk over the keys finds each query's sum of
+exponentials, the second one the scores::
+
+    score[n] = max_r exp(q_r . k_n - lse_r)        lse_r = log sum_n exp(q_r . k_n)
+
+Keys of the queries' own rows are always chosen.  Of keys with equal scores the first ones are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from mosaic_compiler import ir
+from mosaic_compiler.kernels.few_queries import scale_of
+
+_TILES = {"cpu": 512, "cuda": 4096}
+"""Keys that are taken at a time."""
+
+
+def select_keys_(
+    out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    first: Tensor | None,
+    last: Tensor | None,
+    only: Tensor | None,
+    scale: float | None,
+    score: str,
+) -> Tensor:
+    """Positions of the keys that score best, in ascending order.
+
+    Args:
+        out: int64 [B, G, S]; G heads of keys, or 1: one set for all of them.
+        query: [B, H, R, d], of some rows.
+        key: [B, H / g, N, d].
+        rows: int64 [B, R]: where in the sequence the queries stand, in ascending order; the last one may come again.
+        first, last: int64 [1 or B, 1, R, 1]: a query sees keys [first, last).
+        only: bool [1 or B, 1, 1, N], of those keys the ones that count.
+        scale: ``None``: 1 / sqrt(d).
+        score: see ``planning/selection.py``.
+    """
+    batch, heads, queries, depth = query.shape
+    groups, count = key.shape[1], out.shape[2]
+    wide = torch.float64 if key.dtype == torch.float64 else torch.float32
+    scale = scale_of(scale, depth)
+    packed = query.to(wide).reshape(batch, groups, heads // groups, queries, depth)
+    is_new = torch.ones_like(rows, dtype=torch.bool)
+    is_new[:, 1:] = rows[:, 1:] != rows[:, :-1]
+    seen = _Seen(first, last, only, heads // groups)
+    if score == "probability":
+        scores = _probabilities(packed * scale, key, seen, out.shape[1])
+    elif score == "mage":
+        scores = _votes(packed * scale, key, seen, is_new, out.shape[1], count - queries)
+    else:
+        mean = (packed * is_new[:, None, None, :, None]).sum(3) / is_new.sum(1)[:, None, None, None]
+        scores = _pooled(_means(mean, key, seen), rows)
+    scores.nan_to_num_(nan=torch.finfo(wide).max, neginf=-float("inf"))
+    scores.scatter_(-1, rows.unsqueeze(1).expand(-1, scores.shape[1], -1), float("inf"))
+    best = torch.sort(scores, stable=True, dim=-1, descending=True).indices[..., :count]
+    return out.copy_(torch.sort(best, -1).values)
+
+
+class _Seen:
+    """Which keys of a tile the queries see."""
+
+    def __init__(self, first: Tensor | None, last: Tensor | None, only: Tensor | None, share: int) -> None:
+        self._first, self._last, self._only, self._share = first, last, only, share
+
+    def __call__(self, tile: slice, device: torch.device) -> Tensor | None:
+        """bool [1 or B, 1, 1, 1 or R, keys]; ``None``: all."""
+        places = torch.arange(tile.start, tile.stop, device=device)
+        parts = [] if self._first is None else [places >= self._first]
+        parts += [] if self._last is None else [places < self._last]
+        parts += [] if self._only is None else [self._only[..., tile]]
+        found = None
+        for part in parts:
+            found = part if found is None else found & part
+        return None if found is None else found.unsqueeze(1)
+
+
+def _tiles(keys: int, device: torch.device) -> Iterator[slice]:
+    size = _TILES["cpu" if device.type == "cpu" else "cuda"]
+    return (slice(begin, min(begin + size, keys)) for begin in range(0, keys, size))
+
+
+def _scores(packed: Tensor, key: Tensor, seen: _Seen, tile: slice) -> Tensor:
+    """[B, G, g * R, keys] of queries [B, G, g, R, d]; -inf where a query does not see a key."""
+    batch, groups, share, queries, depth = packed.shape
+    part = key[:, :, tile].to(packed.dtype)
+    found = packed.reshape(batch, groups, share * queries, depth) @ part.transpose(-1, -2)
+    mask = seen(tile, key.device)
+    if mask is not None:
+        found.view(batch, groups, share, queries, -1).masked_fill_(~mask, float("-inf"))
+    return found
+
+
+def _probabilities(packed: Tensor, key: Tensor, seen: _Seen, sets: int) -> Tensor:
+    """Logs of the largest probabilities, [B, G or 1, N]."""
+    batch, groups, share, queries, _ = packed.shape
+    sums = packed.new_full((batch, groups, share * queries, 1), float("-inf"))
+    for tile in _tiles(key.shape[2], key.device):
+        sums = torch.logaddexp(sums, torch.logsumexp(_scores(packed, key, seen, tile), -1, keepdim=True))
+    found = packed.new_empty(batch, sets, key.shape[2])
+    for tile in _tiles(key.shape[2], key.device):
+        logs = _scores(packed, key, seen, tile)
+        hidden = logs == float("-inf")
+        best = logs.sub_(sums).masked_fill_(hidden, float("-inf")).amax(2)
+        found[..., tile] = best if sets == groups else best.amax(1, keepdim=True)
+    return found
+
+
+def _votes(packed: Tensor, key: Tensor, seen: _Seen, is_new: Tensor, sets: int, most: int) -> Tensor:
+    """How many queries have a key among their ``most`` likeliest, [B, G or 1, N]; one head at a time."""
+    batch, groups, share, _, _ = packed.shape
+    keys = key.shape[2]
+    found = packed.new_zeros(batch, groups, keys)
+    for group in range(groups):
+        heads = slice(group, group + 1)
+        logs = torch.cat([_scores(packed[:, heads], key[:, heads], seen, t) for t in _tiles(keys, key.device)], -1)[
+            :, 0
+        ]
+        best = torch.sort(logs, stable=True, dim=-1, descending=True)
+        counts = (best.values[..., :most] > float("-inf")) & is_new.repeat(1, share).unsqueeze(-1)
+        chosen = best.indices[..., :most].reshape(batch, -1)
+        found[:, group].scatter_add_(1, chosen, counts.reshape(batch, -1).to(found.dtype))
+    return found if sets == groups else found.sum(1, keepdim=True)
+
+
+def _means(mean: Tensor, key: Tensor, seen: _Seen) -> Tensor:
+    """Mean over heads of mean query [B, G, g, d] times key, [B, 1, N]; -inf where no query sees a key."""
+    found = mean.new_empty(mean.shape[0], 1, key.shape[2])
+    for tile in _tiles(key.shape[2], key.device):
+        part = (mean @ key[:, :, tile].to(mean.dtype).transpose(-1, -2)).mean((1, 2))
+        mask = seen(tile, key.device)
+        if mask is not None:
+            part = part.masked_fill(~mask.any(-2)[:, 0, 0], float("-inf"))
+        found[:, 0, tile] = part
+    return found
+
+
+def _pooled(scores: Tensor, rows: Tensor) -> Tensor:
+    """The largest of each key's score and those of its neighbours, where the queries' own rows are not there."""
+    own = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, rows.unsqueeze(1), True)
+    order = torch.sort(own.to(torch.uint8), stable=True, dim=-1).indices
+    line = scores.masked_fill(own, float("-inf")).gather(-1, order)
+    pooled = line.clone()
+    torch.maximum(pooled[..., 1:], line[..., :-1], out=pooled[..., 1:])
+    torch.maximum(pooled[..., :-1], line[..., 1:], out=pooled[..., :-1])
+    return torch.empty_like(scores).scatter_(-1, order, pooled)
+
+
+def scratch_bytes(node: fx.Node) -> sympy.Expr:
+    """What :func:`select_keys_` allocates: queries, a tile of keys and of scores, all keys' scores, and their sort."""
+    query, key, score = node.args[0], node.args[1], node.args[8]
+    assert isinstance(query, fx.Node)
+    assert isinstance(key, fx.Node)
+    out = ir.only_tensor(node)
+    batch, heads, queries, depth = (ir.expr_of(size) for size in ir.only_tensor(query).shape)
+    groups, keys = (ir.expr_of(size) for size in ir.only_tensor(key).shape[1:3])
+    sets, kept = (ir.expr_of(size) for size in out.shape[1:])
+    size = 8 if ir.only_tensor(key).dtype == torch.float64 else 4
+    most = _TILES["cpu" if out.device.type == "cpu" else "cuda"]
+    tile = sympy.Min(keys, most) if not keys.is_Integer else min(keys, sympy.Integer(most))
+    inside = 3 * batch * heads * queries * depth * size + batch * groups * tile * depth * size
+    inside += batch * heads * queries * (tile * (3 * size + 2) + 4 * size) + 24 * tile
+    if score == "mage":
+        inside += batch * heads / groups * queries * keys * (2 * size + 16)
+    held = batch * sets * keys * (4 * size + 10) if score != "mage" else batch * groups * keys * (size + 2)
+    ends = batch * sets * (keys * (2 * size + 24) + 32 * kept)
+    return inside + held + ends + 64 * batch * queries + 4096

@@ -1,0 +1,421 @@
+"""Selected keys: a step for all rows that keeps keys which some rows attend to most, and a step for those rows.
+
+For the rows of a block few of the keys count, and which ones changes little from step to step.  So a step for all rows
+chooses them, attention by attention, and the steps that follow attend to those only.  The computed rows' own keys are
+always among them; where all are chosen, the steps are those of ``keep.py`` and ``reuse.py``, number for number.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from mosaic_compiler import ir
+from mosaic_compiler.book import rows
+from mosaic_compiler.compat.symbols import new_number
+from mosaic_compiler.ir import ops
+from mosaic_compiler.ir.emitter import SizeEmitter
+from mosaic_compiler.ir.notes import STATE, StatePlace
+from mosaic_compiler.passes.base import Pass
+from mosaic_compiler.passes.split_attention import CPU, CUDNN, EFFICIENT, FLASH
+from mosaic_compiler.passes.state.coding import Coder, Coding, coding_of
+from mosaic_compiler.passes.state.cut import Cut, find_cut
+from mosaic_compiler.passes.state.keep import Keeper, add_state
+from mosaic_compiler.passes.state.reuse import Rewriter
+from mosaic_compiler.planning.selection import Selection
+
+aten = torch.ops.aten
+
+_HINT, _KEYS_HINT = 31, 37
+"""Examples of a number of rows, and of keys; primes, so that no other size is equal to them by accident."""
+
+
+@dataclass(frozen=True)
+class Attended:
+    """One attention, and what it reads whole.
+
+    Attributes:
+        node: it.
+        parts: keys and values [B, G, N, d], with heads that are shared not yet repeated.
+        codings: how those are written.
+    """
+
+    node: fx.Node
+    parts: tuple[fx.Node, fx.Node]
+    codings: tuple[Coding, ...] = ()
+
+    @property
+    def bounds(self) -> tuple[Any, Any, Any]:
+        """Which keys its queries see: ``first``, ``last``, ``only`` of an attention of runs of keys."""
+        return tuple(self.node.args[3:6]) if self.node.target is ops.interval_attention else (None, None, None)  # type: ignore[return-value]
+
+    @property
+    def scale(self) -> Any:
+        """Of its scores."""
+        return self.node.args[6] if self.node.target is ops.interval_attention else self.node.kwargs.get("scale")
+
+
+def attended_in(cut: Cut, precision: str | None) -> tuple[list[Attended], str]:
+    """The attentions whose keys and values a graph keeps, and why keys cannot be chosen for them, if so."""
+    found: list[Attended] = []
+    operands = [operand for operand, _ in cut.kept_as]
+    for node in dict.fromkeys(user for operand in operands for user in operand.users if user in cut.inside):
+        if node.target not in (CPU, FLASH, EFFICIENT, CUDNN, ops.interval_attention):
+            return [], f"{node.name} ({node.target}) reads all rows of what it takes, and is no attention"
+        named = ("attn_mask", "attn_bias", "is_causal", "dropout_p")
+        if node.target is not ops.interval_attention and any(ir.argument(node, name) for name in named):
+            return [], f"the mask of {node.name} is no run of keys, so that nothing can be chosen of them"
+        parts = []
+        for operand in node.args[1:3]:
+            assert isinstance(operand, fx.Node)
+            source = _unrepeated(operand)
+            if operand not in operands or source not in cut.inside or not _lies_as_it_should(source, cut):
+                return (
+                    [],
+                    f"{operand.name}, which {node.name} reads, is no [batch, heads, rows, depth] that is computed",
+                )
+            parts.append(source)
+        codings = []
+        for part in parts:
+            coding, problem = coding_of(part, precision, 3, int(ir.only_tensor(part).shape[3]))
+            if problem:
+                return [], problem
+            codings.append(coding)
+        found.append(Attended(node, (parts[0], parts[1]), tuple(codings)))
+    return found, ""
+
+
+def _lies_as_it_should(value: fx.Node, cut: Cut) -> bool:
+    expected = (0, None, 1, None) if len(cut.space) > 1 else (None, None, 0, None)
+    return cut.labels.layout(value) == expected and ir.expr_of(ir.only_tensor(value).shape[3]).is_Integer
+
+
+def _unrepeated(operand: fx.Node) -> fx.Node:
+    """Keys [B, G, N, d] whose heads are repeated to [B, g * G, N, d]; itself, where they are not."""
+    node: Any = operand
+    while node.target in (aten.view.default, aten.clone.default):
+        node = node.args[0]
+    if node is operand or node.target is not aten.expand.default or len(rows.shape_of(node)) != 5:
+        return operand
+    source = node.args[0]
+    if source.target is not aten.unsqueeze.default or source.args[1] != 2:
+        return operand
+    return source.args[0] if len(rows.shape_of(operand)) == 4 else operand
+
+
+@dataclass(frozen=True)
+class KeepSelectedPass(Pass):
+    """Return keys and values of some positions, chosen for given rows, and the positions.
+
+    Requires: a canonical graph with a cut of attentions.  Guarantees: the same outputs, and those values behind them.
+
+    Before::
+
+        return attention(q, k, v)                            # k [E, G, N, d]
+
+    After::
+
+        def step(..., computed_rows, positions, state_k, state_v):
+            chosen = select_keys(q[computed_rows], k, computed_rows, ..., S)     # [E, G, S], ascending
+            return attention(q, k, v), chosen, gather(k, 2, chosen), gather(v, 2, chosen)
+    """
+
+    name: ClassVar[str] = "keep-selected"
+    precision: str | None = None
+    selection: Selection = field(default_factory=Selection)
+
+    def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
+        module = ir.copy_graph(module)
+        cut = find_cut(module.graph)
+        attended, problem = attended_in(cut, self.precision)
+        assert not problem, problem
+        _Chooser(module, cut, attended, self.selection).rewrite()
+        ir.remove_dead_code(module.graph)
+        module.graph.lint()
+        module.recompile()
+        return module
+
+
+@dataclass(frozen=True)
+class ReuseSelectedPass(Pass):
+    """As ``reuse-state``, with chosen keys: computed rows are replaced where they stand among those.
+
+    Before::
+
+        k = rotary(mm(h, wk))                                # h [N, D]
+        return attention(q, k, v)
+
+    After::
+
+        def step(..., computed_rows, positions, state_k, state_v):
+            place = searchsorted(positions, computed_rows)   # [E, G, C]
+            k = index_put_(state_k, [.., .., place], rotary(mm(h[computed_rows], wk)))
+            return attention(q, k, v)                        # C queries, S keys
+    """
+
+    name: ClassVar[str] = "reuse-selected"
+    precision: str | None = None
+    selection: Selection = field(default_factory=Selection)
+
+    def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
+        module = ir.copy_graph(module)
+        cut = find_cut(module.graph)
+        attended, problem = attended_in(cut, self.precision)
+        assert not problem, problem
+        _SelectedRewriter(module, cut, attended, self.selection).rewrite()
+        ir.remove_dead_code(module.graph)
+        module.graph.lint()
+        module.recompile()
+        return module
+
+
+class _States:
+    """Inputs for the memory of what is chosen."""
+
+    def __init__(self, emitter: SizeEmitter, attended: Sequence[Attended], selection: Selection) -> None:
+        self._emitter, self._selection = emitter, selection
+        self._count: fx.Node | None = None
+        self.indices: dict[fx.Node, list[int]] = {}
+        _, self._number = new_number(emitter.mode.shape_env, "chosen_keys", _KEYS_HINT)
+        coder, self._made = Coder(emitter), 0
+        for each in attended:
+            emitter.origin = each.node
+            with emitter.graph.inserting_before(each.node):
+                places = self._positions(each.parts[0])
+            self.indices[each.node] = [self._add(places)]
+            self._read_count(self.indices[each.node][0])
+            with emitter.graph.inserting_before(each.node):
+                for part, coding in zip(each.parts, each.codings, strict=True):
+                    self.indices[each.node] += [self._add(piece) for piece in coder.encode(self._picked(part), coding)]
+
+    def _read_count(self, index: int) -> None:
+        if self._count is None:
+            memory = self._emitter.graph.find_nodes(op="placeholder")[index]
+            with self._emitter.graph.inserting_before(self._emitter.front):
+                self._count = self._emitter.emit(aten.sym_size.int, memory, 2)
+            self._emitter.know(self._number, self._count)
+
+    @property
+    def count(self) -> fx.Node:
+        """How many keys are chosen."""
+        assert self._count is not None
+        return self._count
+
+    def _add(self, like: fx.Node) -> int:
+        index = add_state(self._emitter, like, self._made)
+        self._made += 1
+        return index
+
+    def _positions(self, key: fx.Node) -> fx.Node:
+        """Stands for positions: for their layout only."""
+        with self._emitter.mode:
+            tensor = ir.only_tensor(key)
+            heads = tensor.shape[1] if self._selection.sets == "head" else 1
+            value = torch.empty((tensor.shape[0], heads, self._number), dtype=torch.int64, device=tensor.device)
+        node = self._emitter.bare(aten.empty.memory_format, [])
+        node.meta["val"] = value
+        return node
+
+    def _picked(self, part: fx.Node) -> fx.Node:
+        """Stands for chosen rows of a value."""
+        with self._emitter.mode:
+            tensor = ir.only_tensor(part)
+            value = tensor.new_empty((*tensor.shape[:2], self._number, tensor.shape[3]))
+        node = self._emitter.bare(aten.empty.memory_format, [])
+        node.meta["val"] = value
+        return node
+
+
+def _whole(emitter: SizeEmitter, operand: fx.Node, dim: int) -> Any:
+    """A size of an operand, as an argument."""
+    return emitter.size(ir.expr_of(rows.shape_of(operand)[dim]))
+
+
+def _taken(emitter: SizeEmitter, source: fx.Node, positions: fx.Node, sizes: Sequence[Any]) -> fx.Node:
+    """source[b, h, positions[b, h or 0, s], d]: [B, H, S, d] of a value [B, H, N, d]."""
+    wide = emitter.emit(aten.expand.default, emitter.emit(aten.unsqueeze.default, positions, 3), list(sizes))
+    return emitter.emit(aten.gather.default, source, 2, wide)
+
+
+class _Chooser(Keeper):
+    def __init__(self, module: fx.GraphModule, cut: Cut, attended: Sequence[Attended], selection: Selection) -> None:
+        super().__init__(module, cut, {})
+        self._attended, self._selection = attended, selection
+
+    def rewrite(self) -> None:
+        given = self._add_rows()
+        states = _States(self, self._attended, self._selection)
+        coder, parts = Coder(self), []
+        for each in self._attended:
+            self.origin = each.node
+            with self.graph.inserting_before(each.node.next):
+                chosen = self._chosen(each, given, states.count)
+                parts.append(chosen)
+                for part, coding in zip(each.parts, each.codings, strict=True):
+                    sizes = [_whole(self, part, 0), _whole(self, part, 1), states.count, _whole(self, part, 3)]
+                    parts += coder.encode(_taken(self, part, chosen, sizes), coding)
+        self._keep(parts, [index for each in self._attended for index in states.indices[each.node]])
+
+    def _add_rows(self) -> fx.Node:
+        """The input with the numbers of the rows that keys are chosen for."""
+        placeholders = self.graph.find_nodes(op="placeholder")
+        entries = self.cut.space[0] if len(self.cut.space) > 1 else 1
+        _, count = new_number(self.mode.shape_env, "computed_rows", _HINT)
+        number = ir.argument_value(self.size(entries))
+        with self.mode, self.graph.inserting_after(placeholders[-1]):
+            given = self.graph.placeholder("computed_rows")
+            given.meta["val"] = torch.empty((number, count), dtype=torch.int64, device=ir.main_device_of(self.module))
+        STATE.write(self.module, replace(STATE.of(self.module), rows=len(placeholders)))
+        return given
+
+    def _chosen(self, each: Attended, given: fx.Node, count: fx.Node) -> fx.Node:
+        query, (key, _) = each.node.args[0], each.parts
+        assert isinstance(query, fx.Node)
+        if self._rows_of is None:
+            with self.graph.inserting_before(self.front):
+                self._rows_of = self.emit(aten.sym_size.int, given, 1)
+        by_head = self.emit(aten.unsqueeze.default, given, 1)  # [E, 1, R]
+        sizes = [_whole(self, query, 0), _whole(self, query, 1), self._rows_of, _whole(self, query, 3)]
+        first, last = (self._of_rows(bound, by_head) for bound in each.bounds[:2])
+        return self.emit(
+            ops.select_keys, _taken(self, query, by_head, sizes), key, given, first, last, each.bounds[2], each.scale,
+            count, self._selection.score, self._selection.sets,
+        )  # fmt: skip
+
+    def _of_rows(self, bound: Any, by_head: fx.Node) -> Any:
+        """Bounds [1 or E, 1, N, 1] of the rows, [E, 1, R, 1]."""
+        if bound is None:
+            return None
+        entries = self.size(self.cut.space[0]) if len(self.cut.space) > 1 else 1
+        wide = self.emit(aten.expand.default, bound, [entries, 1, _whole(self, bound, 2), 1])
+        return _taken(self, wide, by_head, [entries, 1, self._rows_of, 1])
+
+    _rows_of: fx.Node | None = None
+
+
+class _SelectedRewriter(Rewriter):
+    def __init__(self, module: fx.GraphModule, cut: Cut, attended: Sequence[Attended], selection: Selection) -> None:
+        super().__init__(module, cut, {})
+        self._attended: Mapping[fx.Node, Attended] = {each.node: each for each in attended}
+        self._selection = selection
+        self._of_selected: dict[fx.Node, list[fx.Node]] = {}
+        self._indexes: list[fx.Node] = []
+
+    def _add_states(self) -> None:
+        self._chosen = _States(self, list(self._attended.values()), self._selection)
+        placeholders = self.graph.find_nodes(op="placeholder")
+        for node, indices in self._chosen.indices.items():
+            self._of_selected[node] = [placeholders[index] for index in indices]
+            self._places += [StatePlace(index, None) for index in indices]
+
+    def _computed_now(self, node: fx.Node) -> None:
+        pass
+
+    def _in_full(self, operand: fx.Node) -> fx.Node:
+        return self._now.get(operand) or super()._in_full(operand)
+
+    def _compute(self, node: fx.Node) -> fx.Node:
+        if node not in self._attended:
+            return super()._compute(node)
+        each = self._attended[node]
+        positions, *memory = self._of_selected[node]
+        entries, heads = _whole(self, each.parts[0], 0), _whole(self, each.parts[0], 1)
+        places = self._places_of(positions, self.emit(aten.unsqueeze.default, self._given, 1), each)
+        seen: list[fx.Node] = []
+        for part, coding in zip(each.parts, each.codings, strict=True):
+            number = 1 if coding.is_exact or coding.precision == "bf16" else 2
+            states, memory = memory[:number], memory[number:]
+            new = self._computed[part]
+            written = [
+                self._put(state, places, piece, entries, heads)
+                for state, piece in zip(states, self.coder.encode(new, coding), strict=True)
+            ]
+            if coding.is_exact:
+                seen += written
+                continue
+            known = self.coder.decode(written, coding, ir.only_tensor(part).dtype, range(4))
+            seen.append(self._put(known, places, new, entries, heads))  # its own rows as they are
+        self._now = dict(zip(each.node.args[1:3], seen, strict=True))
+        if node.target is ops.interval_attention:
+            return self._attend_runs(node, positions, seen, entries, heads)
+        for operand, part in zip(node.args[1:3], each.parts, strict=True):
+            assert isinstance(operand, fx.Node)
+            if operand is not part:
+                self._now[operand] = self._repeated(self._now[operand], operand, part)
+        args, kwargs = self._operands(node)
+        return self.emit(node.target, *args, **kwargs)
+
+    _now: Mapping[Any, fx.Node] = {}
+
+    def _places_of(self, positions: fx.Node, wanted: fx.Node, each: Attended) -> fx.Node:
+        """Where positions [E, 1, C] stand among the chosen ones [E, G or 1, S]: [E, G or 1, C]."""
+        sizes = [_whole(self, positions, 0), _whole(self, positions, 1), _whole(self, wanted, 2)]
+        wide = self.emit(aten.clone.default, self.emit(aten.expand.default, wanted, sizes),
+                         memory_format=torch.contiguous_format)  # fmt: skip
+        return self.emit(aten.searchsorted.Tensor, positions, wide)
+
+    def _put(self, target: fx.Node, places: fx.Node, new: fx.Node, entries: Any, heads: Any) -> fx.Node:
+        """target[e, h, places[e, h]] = new[e, h], in place."""
+        if not self._indexes:
+            device = ir.main_device_of(self.module)
+            with self.graph.inserting_before(self.front):
+                for size, dims in ((entries, (1, 2)), (heads, (0, 2))):
+                    index = self.emit(aten.arange.default, size, device=device, pin_memory=False)
+                    for dim in dims:
+                        index = self.emit(aten.unsqueeze.default, index, dim)
+                    self._indexes.append(index)
+        return self.emit(aten.index_put_.default, target, [*self._indexes, places], new)
+
+    def _repeated(self, seen: fx.Node, operand: fx.Node, part: fx.Node) -> fx.Node:
+        """Heads that several heads of queries share, as often as they are read."""
+        entries, heads, depth = (_whole(self, part, dim) for dim in (0, 1, 3))
+        every = _whole(self, operand, 1)
+        share = int(ir.expr_of(rows.shape_of(operand)[1]) / ir.expr_of(rows.shape_of(part)[1]))
+        wide = self.emit(
+            aten.expand.default, self.emit(aten.unsqueeze.default, seen, 2),
+            [entries, heads, share, self._chosen.count, depth],
+        )  # fmt: skip
+        return self.emit(aten.reshape.default, wide, [entries, every, self._chosen.count, depth])
+
+    def _attend_runs(
+        self, node: fx.Node, positions: fx.Node, seen: Sequence[fx.Node], entries: Any, heads: Any
+    ) -> fx.Node:
+        """Runs of positions are runs of the chosen ones, other ones for each head: heads are batch entries there."""
+        (query, _, _, first, last, only, scale, order), _ = self._operands(node)
+        count, rows_now = self._chosen.count, _whole(self, query, 2)
+        share = int(ir.expr_of(rows.shape_of(node.args[0])[1]) / ir.expr_of(rows.shape_of(seen[0])[1]))
+        depth, value_depth = (_whole(self, part, 3) for part in seen)
+        both = self.arithmetic(operator.mul, entries, heads)
+        wide = self.emit(aten.clone.default, self.emit(aten.expand.default, positions, [entries, heads, count]),
+                         memory_format=torch.contiguous_format)  # fmt: skip
+        bounds: list[Any] = []
+        for bound in (first, last):
+            if bound is None:
+                bounds.append(None)
+                continue
+            flat = self.emit(aten.expand.default, bound, [entries, heads, rows_now, 1])
+            flat = self.emit(aten.reshape.default, flat, [entries, heads, rows_now])
+            found = self.emit(aten.searchsorted.Tensor, wide, flat)
+            bounds.append(self.emit(aten.view.default, found, [both, 1, rows_now, 1]))
+        if only is not None:
+            every = self.emit(aten.expand.default, only, [entries, heads, 1, _whole(self, only, 3)])
+            taken = self.emit(aten.gather.default, every, 3, self.emit(aten.unsqueeze.default, wide, 2))
+            bounds.append(self.emit(aten.view.default, taken, [both, 1, 1, count]))
+        else:
+            bounds.append(None)
+        folded = [
+            self.emit(aten.reshape.default, operand, sizes)
+            for operand, sizes in (
+                (query, [both, share, rows_now, depth]),
+                (seen[0], [both, 1, count, depth]),
+                (seen[1], [both, 1, count, value_depth]),
+            )
+        ]
+        out = self.emit(ops.interval_attention, *folded, *bounds, scale, [0, 1, 2, 3])
+        whole = self.emit(aten.view.default, out, [entries, _whole(self, query, 1), rows_now, value_depth])
+        return self.laid_out(whole, order)
