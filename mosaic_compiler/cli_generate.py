@@ -20,9 +20,11 @@ from mosaic_compiler.cli_values import (
     parse_bytes,
     parse_dtype,
     parse_factor,
+    parse_keep,
 )
 from mosaic_compiler.errors import ConfigError, MosaicError
 from mosaic_compiler.planning.budget import format_bytes
+from mosaic_compiler.planning.selection import SCORES, selection_of
 from mosaic_compiler.waiting import doing
 
 
@@ -38,7 +40,10 @@ def generate(
     block_length: Annotated[int | None, typer.Option(help="LLaDA: tokens per block")] = None,
     budget: Annotated[str | None, typer.Option(help="memory for activations, such as 64MiB")] = None,
     cache: Annotated[
-        str, typer.Option(help="what is kept from step to step: none, exact, or approximately: prefix, dual, delayed")
+        str,
+        typer.Option(
+            help="what is kept from step to step: none, exact, or approximately: prefix, dual, select, delayed"
+        ),
     ] = "exact",
     cache_refresh: Annotated[
         str, typer.Option(help="when all rows are computed again: block, never, or a number of steps")
@@ -49,6 +54,11 @@ def generate(
             help="precision of what is kept: bf16, fp8, int8, int4, or auto: what fits; as computed if left out"
         ),
     ] = None,
+    cache_keep: Annotated[
+        str | None, typer.Option(help="other keys that are kept: a share (0.05), a number (2048), or all")
+    ] = None,
+    cache_score: Annotated[str, typer.Option(help=f"how they are chosen: {', '.join(SCORES)}")] = "probability",
+    cache_sets: Annotated[str | None, typer.Option(help="chosen for each head, or each layer")] = None,
     temperature: Annotated[float, typer.Option(help="0: the most likely tokens")] = 0.0,
     cfg: Annotated[float, typer.Option(help="LLaDA: scale of the guidance")] = 0.0,
     remasking: Annotated[
@@ -102,6 +112,7 @@ def generate(
     length = _length(infill, prompt, gen_length, eos)
     refresh = int(cache_refresh) if cache_refresh.isdecimal() else cache_refresh
     limit = None if budget is None else parse_bytes("--budget", budget)
+    keep = 1.0 if cache_keep == "all" and cache == "select" else parse_keep(cache_keep)
     factor = None if rope_factor is None else parse_factor(rope_factor)
     try:  # what can be known to be wrong without a model, before one is loaded
         Sampling(
@@ -114,6 +125,7 @@ def generate(
         policy_of(cache)
         refresh_of(refresh)
         ladder_of(cache_dtype)
+        selection_of(cache_score, cache_sets)
         check_factor(factor)
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -150,6 +162,7 @@ def generate(
                 sub_block_length=sub_block_length,
                 mask_token_id=None if mask < 0 else mask, eos_token_id=eos,
                 stop_at_eos=eos is not None, cache=cache, cache_refresh=refresh, cache_dtype=cache_dtype,
+                cache_keep=keep, cache_score=cache_score, cache_sets=cache_sets,
                 streamer=LiveText(tokenizer, mask, shown, out) if live else None,
                 progress=sys.stderr.isatty() and not live and not as_json and mask >= 0,
                 generator=torch.Generator().manual_seed(seed),

@@ -11,10 +11,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mosaic_compiler.cli_values import Device, Dtype, MaskId, TrustRemoteCode, parse_dtype
+from mosaic_compiler.cli_values import Device, Dtype, MaskId, TrustRemoteCode, parse_dtype, parse_keep
 from mosaic_compiler.errors import ConfigError, MosaicError
 from mosaic_compiler.planning.budget import format_bytes
 from mosaic_compiler.planning.precisions import PRECISIONS
+from mosaic_compiler.planning.selection import SCORES, selection_of
 
 if TYPE_CHECKING:
     from mosaic_compiler.quality.measure import Figures
@@ -35,6 +36,13 @@ def quality(
     precisions: Annotated[
         str, typer.Option("--cache-dtype", help="comma-separated: as-computed, bf16, fp8, int8, int4")
     ] = "as-computed,bf16,fp8,int8,int4",
+    keeps: Annotated[
+        str, typer.Option("--cache-keep", help="comma-separated: all, shares (0.05) or numbers (512) of other keys")
+    ] = "all",
+    scores: Annotated[
+        str, typer.Option("--cache-score", help=f"how keys are chosen, comma-separated: {', '.join(SCORES)}")
+    ] = "probability",
+    sets: Annotated[str | None, typer.Option("--cache-sets", help="sets of keys per head, or per layer")] = None,
     generated: Annotated[int, typer.Option(help="of so many sequences count the steps to finish", min=0)] = 0,
     block_causal: Annotated[int | None, typer.Option(help="tokens of a block, of block-causal models")] = None,
     mask_id: MaskId = None,
@@ -43,7 +51,7 @@ def quality(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
 ) -> None:
-    """What a cache in fewer bits costs: recall of facts and accuracy on a text, against no cache.
+    """What a cache in fewer bits, or with fewer keys, costs: recall of facts and accuracy on a text, against no cache.
 
     The last 32 tokens are computed against what a step for all rows has kept.  Facts are asked for where the tokenizer
     has their words (the shipped models').
@@ -54,6 +62,7 @@ def quality(
     for name in names:
         if name != "as-computed" and name not in PRECISIONS:
             raise ConfigError(f"--cache-dtype {name!r} is none of as-computed, {', '.join(PRECISIONS)}")
+    methods = _methods(names, [parse_keep(part) for part in keeps.split(",")], scores.split(","), sets)
     if model is None and not SHIPPED.is_dir():
         raise ConfigError("which model? give a folder (the shipped ones are in the repository's examples)")
     folders = [model] if model is not None else [SHIPPED / name for name in BLOCKS_OF_SHIPPED]
@@ -61,7 +70,7 @@ def quality(
     for folder in folders:
         block = BLOCKS_OF_SHIPPED[folder.name] if model is None else block_causal or 0
         figures = _measured(
-            folder, text, tokens, sequences, names, generated, block, mask_id, parse_dtype(dtype), device,
+            folder, text, tokens, sequences, methods, generated, block, mask_id, parse_dtype(dtype), device,
             trust_remote_code,
         )  # fmt: skip
         told[str(folder)] = [dataclasses.asdict(row) for row in figures]
@@ -72,7 +81,7 @@ def quality(
 
 
 def _measured(
-    folder: Path, text: Path | None, tokens: int, count: int, names: list[str], generated: int, block: int,
+    folder: Path, text: Path | None, tokens: int, count: int, told: list[dict[str, Any]], generated: int, block: int,
     mask_id: int | None, dtype: str, device: str, trust_remote_code: bool,
 ) -> list[Figures]:  # fmt: skip
     from mosaic_compiler.report.load import load_model
@@ -86,7 +95,7 @@ def _measured(
     from mosaic_compiler.quality.sequences import Asked, facts, words
     from mosaic_compiler.sampling.generation import mask_of
 
-    methods = [Method(None if name == "as-computed" else name) for name in names]
+    methods = [Method(**each) for each in told]
     try:
         mask = mask_of(loaded, mask_id, tokenizer.mask_token_id)
         unseen = _text_of(text, tokenizer)
@@ -100,6 +109,23 @@ def _measured(
             )  # fmt: skip
     except ValueError as error:
         raise error if isinstance(error, MosaicError) else ConfigError(str(error)) from None
+
+
+def _methods(
+    names: list[str], keeps: list[float | int | None], scores: list[str], sets: str | None
+) -> list[dict[str, Any]]:
+    """What is measured: each precision with each number of keys, chosen in each way."""
+    found = []
+    for keep in keeps:
+        for score in map(str.strip, scores if keep is not None else scores[:1]):
+            try:
+                selection_of(score, sets)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
+            for name in names:
+                more = {} if keep is None else {"cache_keep": keep, "cache_score": score, "cache_sets": sets}
+                found.append({"cache_dtype": None if name == "as-computed" else name, **more})
+    return found
 
 
 def _text_of(path: Path | None, tokenizer: Any) -> Any:

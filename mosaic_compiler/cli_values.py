@@ -9,6 +9,7 @@ import typer
 
 from mosaic_compiler.errors import OptionsError
 from mosaic_compiler.planning.budget import parse_budget
+from mosaic_compiler.planning.selection import check_keep
 from mosaic_compiler.report.known_cards import card, nearest_cards
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -27,6 +28,25 @@ TrustRemoteCode = Annotated[
 def parse_dtype(given: str) -> str:
     """``bf16`` -> ``bfloat16``; what is no abbreviation stays."""
     return _DTYPES.get(given, given)
+
+
+def parse_keep(given: str | None) -> float | int | None:
+    """``0.05`` -> 0.05, ``2048`` -> 2048, ``all`` -> ``None``.
+
+    Raises:
+        OptionsError: for anything else.
+    """
+    text = "all" if given is None else given.strip()
+    if text == "all":
+        return None
+    try:
+        keep = int(text) if text.isdecimal() else float(text)
+        check_keep(keep)
+    except ValueError:
+        raise OptionsError(
+            f"--cache-keep {text}: write a share of the keys above 0 and up to 1.0 (0.05), a number of keys (2048), or all"
+        ) from None
+    return keep
 
 
 def parse_tokens(given: str) -> list[int]:

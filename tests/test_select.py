@@ -153,8 +153,10 @@ def test_any_steps_equal_an_independent_implementation(
 
 
 @settings(max_examples=examples(4, 30), deadline=None)
-@given(toy=toys, batch=st.integers(1, 2), precision=st.sampled_from([None, "int8"]),
-       sets=st.sampled_from(["head", "layer"]), keep=st.sampled_from([1.0, 1000]), chunk=st.sampled_from([None, 3]), seed=st.integers(0, 9))  # fmt: skip
+@given(
+    toy=toys, batch=st.integers(1, 2), precision=st.sampled_from([None, "int8"]), seed=st.integers(0, 9),
+    sets=st.sampled_from(["head", "layer"]), keep=st.sampled_from([1.0, 1000]), chunk=st.sampled_from([None, 3]),
+)  # fmt: skip
 def test_all_keys_are_what_is_kept_without_choosing(toy, batch, precision, sets, keep, chunk, seed):
     """Bit for bit, where all queries see all keys, and nothing is rounded."""
     weights, tokens, rows = toy.weights(seed), ids(batch, 17, seed), torch.tensor([[3, 4, 5, 9]] * batch)

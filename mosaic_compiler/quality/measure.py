@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,15 +23,28 @@ class Method:
     """What is kept, and how.
 
     Attributes:
-        cache_dtype: as :func:`~mosaic_compiler.generate` takes it.
+        cache_dtype, cache_keep, cache_score, cache_sets: as :func:`~mosaic_compiler.generate` takes them.
     """
 
     cache_dtype: str | None = None
+    cache_keep: float | int | None = None
+    cache_score: str = "probability"
+    cache_sets: str | None = None
 
     @property
     def name(self) -> str:
         """For people."""
-        return self.cache_dtype or "as computed"
+        if self.cache_keep is None:
+            return self.cache_dtype or "as computed"
+        share = f"{self.cache_keep:.1%}".replace(".0%", "%") if isinstance(self.cache_keep, float) else self.cache_keep
+        score = "" if self.cache_score == "probability" else f" by {self.cache_score}"
+        sets = " per layer" if self.cache_sets == "layer" and not score else ""
+        return f"{share}{score}{sets}" + (f", {self.cache_dtype}" if self.cache_dtype else "")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of a session."""
+        return {name: given for name, given in dataclasses.asdict(self).items() if given is not None}
 
 
 @dataclass(frozen=True)
@@ -104,13 +118,13 @@ def measure(
     done = itertools.count(1)
     found: list[Figures] = []
     for method in methods:
-        given = {**(options or {}), "cache_dtype": method.cache_dtype}
+        given = {**(options or {}), **method.options}
         whole: dict[str, Tensor] = {}
         reused: dict[str, Tensor] = {}
         for name, sequences in asked.items():
             pairs = []
             for shown, masked in zip(sequences.shown(mask).to(device), sequences.masked.to(device), strict=True):
-                *pair, bytes_per_token = _answered(answers, given, shown[None], masked.nonzero()[:, 0])
+                *pair, bytes_per_token = _answered(answers, method, given, shown[None], masked.nonzero()[:, 0])
                 pairs.append(pair)
                 if on_sequence is not None:
                     on_sequence(next(done), total)
@@ -124,11 +138,13 @@ def measure(
     return found
 
 
-def _answered(answers: nn.Module, options: dict[str, Any], ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, float]:
+def _answered(
+    answers: nn.Module, method: Method, options: dict[str, Any], ids: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor, float]:
     """Logits [M, V] of rows of a sequence, of a step for all rows and of one for the last block; bytes kept a token."""
     with Session(answers, options=options) as session:
-        whole = session.full(ids, rows)[0].cpu()
         last = range(max(ids.shape[1] - BLOCK, 0), ids.shape[1])
+        whole = session.full(ids, rows, rows=last if method.cache_keep is not None else None)[0].cpu()
         return whole, session.reuse(ids, last, rows)[0].cpu(), session.nbytes / ids.shape[1]
 
 
@@ -158,7 +174,7 @@ def _steps(
     device, steps = next(model.parameters()).device, []
     for sequences in asked.values():
         for shown in sequences.shown(mask)[:count]:
-            kept = {"cache": "none"} if method is None else {"cache": "dual", "cache_dtype": method.cache_dtype}
+            kept: dict[str, Any] = {"cache": "none"} if method is None else {"cache": "dual", **method.options}
             result = generate(
                 model, shown[None].to(device), gen_length=0, block_length=BLOCK, threshold=0.9, mask_token_id=mask,
                 block_causal=block_causal or None, **kept,
