@@ -20,10 +20,11 @@ from rich.text import Text
 from mosaic_compiler import cli_cache
 from mosaic_compiler.cli_generate import generate
 from mosaic_compiler.cli_quality import quality
-from mosaic_compiler.cli_values import parse_bytes, parse_card, parse_dtype, parse_tokens
+from mosaic_compiler.cli_values import parse_bytes, parse_card, parse_dtype, parse_keep, parse_tokens
 from mosaic_compiler.errors import ConfigError, MosaicError, OptionsError, PlanError
 from mosaic_compiler.planning.budget import format_bytes
 from mosaic_compiler.planning.plan import MemoryPlan
+from mosaic_compiler.planning.selection import DEFAULT_KEEP, SCORES, selection_of
 from mosaic_compiler.report import tables
 from mosaic_compiler.report.known_cards import SPEEDS
 
@@ -68,19 +69,20 @@ def read_plan(path: Path) -> MemoryPlan:
 
 def _fit_with_state(
     model: Traced, config: str, dtype: str, card: str, room: int, lengths: list[int], rows: int, masked: float,
-    precision: str | None, output: Path | None, as_json: bool,
+    precision: str | None, keep: float | int | None, output: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """``fit --cache``: steps that keep state, and steps for some rows that use it."""
     from mosaic_compiler.ahead.cached import answer_cached, longest_cached
     from mosaic_compiler.ahead.configs import name_of
 
     assert model.stateful is not None
-    speed = SPEEDS.get(card) if precision is None else None  # what reading codes takes was not measured
+    is_measured = precision is None and keep is None  # what reading codes, or choosing keys takes was not
+    speed = SPEEDS.get(card) if is_measured else None
     answers = [
-        answer_cached(model.stateful, model.weights, length, room, rows=rows, row_share=masked, speed=speed)
+        answer_cached(model.stateful, model.weights, length, room, rows=rows, row_share=masked, keep=keep, speed=speed)
         for length in lengths
     ]
-    most = longest_cached(model.stateful, room, masked)
+    most = longest_cached(model.stateful, room, masked, rows, keep)
     if output is not None:
         plans = [a.full for a in answers if a.full is not None]
         if not plans:
@@ -112,9 +114,10 @@ def _fit_with_state(
         times = [_seconds(a.seconds[kind]) for kind in ("full", "reuse")]
         table.add_row(f"{a.tokens:,}", _yes(a.full is not None), format_bytes(a.state), *peaks, *times)
     console.print(table)
-    console.print(f"longest sequence: {most:,} tokens with all of it kept (predicted)")
-    if precision is not None:
-        console.print(f"no times are predicted: none were measured for steps that read {precision}")
+    what = "all of it" if keep is None else "chosen keys"
+    console.print(f"longest sequence: {most:,} tokens with {what} kept (predicted)")
+    if not is_measured:
+        console.print(f"no times are predicted: none were measured for steps that read {precision or 'chosen keys'}")
     elif speed is None:
         console.print(f"how fast {card} is is not known: name the card (--gpu RTX4090) for predicted times")
     for a in answers:
@@ -142,11 +145,16 @@ def fit(
         str, typer.Option(help="whose kernels: cuda, cpu, or auto (a GPU's where there is one)")
     ] = "auto",
     cache: Annotated[
-        str, typer.Option(help="what is kept from step to step, as in generate: none, prefix, dual or delayed")
+        str, typer.Option(help="what is kept from step to step, as in generate: none, prefix, dual, select or delayed")
     ] = "none",
     cache_dtype: Annotated[
         str | None, typer.Option(help="with --cache: precision of what is kept: bf16, fp8, int8, int4")
     ] = None,
+    cache_keep: Annotated[
+        str | None, typer.Option(help="with --cache: other keys that are kept: a share (0.05), a number (2048), or all")
+    ] = None,
+    cache_score: Annotated[str, typer.Option(help=f"how they are chosen: {', '.join(SCORES)}")] = "probability",
+    cache_sets: Annotated[str | None, typer.Option(help="chosen for each head, or each layer")] = None,
     rows: Annotated[int, typer.Option(help="with --cache: rows that a step computes (those of a block)", min=1)] = 32,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="write the plan of the longest of them")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
@@ -161,18 +169,24 @@ def fit(
     (card, memory), kept = parse_card(gpu), parse_bytes("--reserve", reserve)
     described = load_config(config)
     try:
-        is_kept = policy_of(cache).is_kept
+        policy = policy_of(cache)
         precision_of(cache_dtype)
+        selection = selection_of(cache_score, cache_sets)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if cache_dtype is not None and not is_kept:
-        raise ConfigError(f"--cache-dtype {cache_dtype} is for what is kept: choose --cache, dual for example")
+    keep = parse_keep(cache_keep)
+    if keep is None and policy.chooses and cache_keep is None:
+        keep = DEFAULT_KEEP
+    for name, given in (("dtype", cache_dtype), ("keep", keep)):
+        if given is not None and not policy.is_kept:
+            raise ConfigError(f"--cache-{name} {given} is for what is kept: choose --cache, dual for example")
     model = traced(
-        described, parse_dtype(dtype), device, on_trace=_say_tracing, with_state=is_kept, precision=cache_dtype
-    )
+        described, parse_dtype(dtype), device, on_trace=_say_tracing, with_state=policy.is_kept,
+        precision=cache_dtype, selection=None if keep is None else selection,
+    )  # fmt: skip
     room = memory - kept - model.weights
     if model.stateful is not None:
-        _fit_with_state(model, config, dtype, card, room, lengths, rows, masked, cache_dtype, output, as_json)
+        _fit_with_state(model, config, dtype, card, room, lengths, rows, masked, cache_dtype, keep, output, as_json)
         return
     answers = [answer(model, length, room, masked) for length in lengths]
     most, eager = longest(model, room, masked)

@@ -98,7 +98,7 @@ def generate(
     import time
 
     from mosaic_compiler.planning.caches import policy_of, refresh_of
-    from mosaic_compiler.planning.precisions import ladder_of
+    from mosaic_compiler.planning.ladder import rungs_of
     from mosaic_compiler.sampling.request import Sampling, check_factor
 
     if (prompt is not None) + (file is not None) + (infill is not None) != 1:
@@ -124,7 +124,7 @@ def generate(
         ).check()  # fmt: skip
         policy_of(cache)
         refresh_of(refresh)
-        ladder_of(cache_dtype)
+        rungs_of(cache, cache_dtype, keep)
         selection_of(cache_score, cache_sets)
         check_factor(factor)
     except ValueError as error:

@@ -44,7 +44,7 @@ def parse_keep(given: str | None) -> float | int | None:
         check_keep(keep)
     except ValueError:
         raise OptionsError(
-            f"--cache-keep {text}: write a share of the keys above 0 and up to 1.0 (0.05), a number of keys (2048), or all"
+            f"--cache-keep {text}: write a share of the keys above 0 and up to 1.0 (0.05), a number (2048), or all"
         ) from None
     return keep
 

@@ -17,6 +17,7 @@ from mosaic_compiler.compat.dynamo import forget_compiled
 from mosaic_compiler.compat.tracing import tree_flatten, tree_map_only
 from mosaic_compiler.errors import MissingStateError, StateError
 from mosaic_compiler.kept_graphs import made_anew
+from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.owned.function import Owned
 from mosaic_compiler.planning.budget import parse_budget
 from mosaic_compiler.planning.plan import MemoryPlan
@@ -63,11 +64,16 @@ class Session:
         memory_budget: int | str | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        self._function = compiled_once(function, dict(options or {}))
+        given = dict(options or {})
+        keep = MosaicOptions.parse(given).cache_keep
+        if keep is not None:
+            given["cache_keep"] = 1.0  # how many are kept is the session's number: nothing is compiled for it
+        self._function = compiled_once(function, given)
         if isinstance(self._function, Owned):
             self._function.refresh()
         self._budget = parse_budget(memory_budget)
         self._store: Store | None = Store()
+        self._store.keep = keep
         self._lock = threading.Lock()
         self._shape: tuple[int, int] | None = None
         self._written: tuple[Sequence[Any], Mapping[str, Any]] | None = None

@@ -19,7 +19,7 @@ from mosaic_compiler import Session
 from mosaic_compiler.backend import _kinds_of, kept_of
 from mosaic_compiler.errors import BudgetError
 from mosaic_compiler.options import MosaicOptions
-from mosaic_compiler.planning import precisions
+from mosaic_compiler.planning import ladder
 from mosaic_compiler.planning.precisions import PRECISIONS
 from mosaic_compiler.runtime.state import Block
 
@@ -177,7 +177,7 @@ def test_heads_of_odd_size_do_not_go_into_four_bits():
 @pytest.mark.slow
 def test_auto_goes_down_until_it_fits(tiny_llada, caplog, monkeypatch):
     """As computed, or in 8 bits: the first whose state and steps fit; if none does, the last one says so."""
-    monkeypatch.setattr(precisions, "LADDER", (None, "int8"))
+    monkeypatch.setattr(ladder, "LADDER", (None, "int8"))
     model, prompt = tiny_llada, prompt_of(1, 1200, 1)
     options = {"gen_length": 8, "block_length": 8, "steps": 2, "mask_token_id": 3, "cache": "dual"}
     needed = {}
@@ -190,7 +190,7 @@ def test_auto_goes_down_until_it_fits(tiny_llada, caplog, monkeypatch):
     with caplog.at_level("WARNING", "mosaic_compiler"):
         got = mosaic_compiler.generate(model, prompt, **options, cache_dtype="auto", memory_budget=budget)
     alone = mosaic_compiler.generate(model, prompt, **options, cache_dtype="int8")
-    assert "values are kept in int8, and not in the precision that they are computed in" in caplog.text
+    assert "all keys in int8, and not all keys in the precision that they are computed in" in caplog.text
     assert (got.cache_dtype, got.state_bytes, got.is_approximate) == ("int8", alone.state_bytes, True)
     assert got.plan.workspace <= budget
     assert torch.equal(got.sequences, alone.sequences)

@@ -14,12 +14,13 @@ from toy_models import Toy, ids, toys
 
 import mosaic_compiler
 from mosaic_compiler import Session
-from mosaic_compiler.backend import _kinds_of
-from mosaic_compiler.errors import MissingStateError, OptionsError, StateError
+from mosaic_compiler.backend import _kinds_of, observing
+from mosaic_compiler.errors import BudgetError, MissingStateError, OptionsError, StateError
 from mosaic_compiler.kernels.key_selection import select_keys_
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes import CanonicalizePass, Verifier, run_passes
 from mosaic_compiler.passes.state import KeepSelectedPass, ReuseSelectedPass
+from mosaic_compiler.planning.ladder import rungs_of
 from mosaic_compiler.planning.selection import SCORES, kept_keys, selection_of
 from mosaic_compiler.runtime.state import Block
 
@@ -250,6 +251,53 @@ def test_never_refreshed_is_chosen_again_for_each_block():
         model, prompt, gen_length=12, block_length=4, steps=6, mask_token_id=MASK, cache="select", cache_refresh="never"
     )
     assert got.steps_by_kind == {"full": 3, "reuse": 3}
+
+
+@pytest.mark.slow
+def test_auto_goes_down_until_it_fits(caplog):
+    """Each rung fits where it alone does, and the log says which one was taken, and why."""
+    model, prompt = TidyLike(0), torch.full((1, 800), 11)
+    options = {"gen_length": 8, "block_length": 8, "steps": 4, "mask_token_id": MASK}
+    rungs = rungs_of("auto", None, None)
+    assert [str(rung) for rung in rungs[3:]] == [
+        "5% of the keys in the precision that they are computed in",
+        "5% of the keys in int4",
+        "nothing (every step computes all rows)",
+    ]
+    needed = {}
+    for rung in rungs:
+        kept = {"cache": "dual", "cache_dtype": rung.precision, "cache_keep": rung.keep}
+        with pytest.raises(BudgetError) as refused:
+            more = kept if rung.is_kept else {"cache": "none"}
+            mosaic_compiler.generate(model, prompt, **options, **more, memory_budget=8 << 10)
+        needed[rung] = refused.value.needed
+    assert max(needed[rung] for rung in rungs[1:]) < needed[rungs[0]]
+    for number, rung in enumerate(rungs):
+        budget = needed[rung] + (2 << 10)
+        expected = next(other for other in rungs if needed[other] <= budget)
+        caplog.clear()
+        with caplog.at_level("WARNING", "mosaic_compiler"):
+            got = mosaic_compiler.generate(model, prompt, **options, cache="auto", memory_budget=budget)
+        assert (got.cache_dtype, got.cache_keep) == (expected.precision, expected.keep)
+        assert got.steps_by_kind["reuse"] == (3 if expected.is_kept else 0)
+        assert got.is_approximate == expected.is_kept
+        assert got.plan.workspace <= budget
+        assert (str(expected) in caplog.text) == (expected is not rungs[0]), number
+
+
+def test_sessions_with_other_numbers_of_keys_compile_nothing():
+    model, tokens = TidyLike(2), torch.randint(10, VOCABULARY, (1, 300), generator=torch.Generator().manual_seed(1))
+    sizes, steps = [], []
+    with observing(steps.append):
+        for keep in (0.2, 0.5, 7):
+            with Session(model, options={"cache_keep": keep}) as session:
+                session.full(tokens, rows=range(4))
+                session.reuse(tokens, range(4))
+                sizes.append(session.nbytes)
+            if keep == 0.2:
+                steps.clear()
+    assert not steps
+    assert sizes[0] < sizes[2] < sizes[1]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.planning.outline import StepOutline
 from mosaic_compiler.planning.plan import MemoryPlan
 from mosaic_compiler.planning.room import capacity
+from mosaic_compiler.planning.selection import kept_keys
 
 if TYPE_CHECKING:
     from torch import fx
@@ -40,18 +41,26 @@ class Stateful:
     Attributes:
         full, reuse: as planning sees them.
         work: of both, by kind.
+        chosen: where keys are chosen: which symbols of both are the number of rows that they are chosen for, and the
+            number of keys.
     """
 
     full: StepOutline
     reuse: StepOutline
     work: Mapping[str, Work]
+    chosen: tuple[tuple[sympy.Symbol, ...], tuple[sympy.Symbol, ...]] = ((), ())
 
-    def sizes(self, tokens: int, rows: int, row_share: float) -> dict[str, Sizes]:
-        """Sizes of both kinds of steps: ``rows`` of them are computed in a ``reuse`` step, and needed."""
-        full = self.full.sizes_for(tokens, row_share)
-        values = {symbol: full.symbols.get(symbol, rows) for symbol in self.reuse.hints}
+    def sizes(self, tokens: int, rows: int, row_share: float, keep: float | int | None = None) -> dict[str, Sizes]:
+        """Sizes of both kinds of steps: ``rows`` of them are computed in a ``reuse`` step, and needed; of other keys a
+        share or number is kept, where keys are chosen."""
+        full = dict(self.full.sizes_for(tokens, row_share).symbols)
+        values = {symbol: full.get(symbol, rows) for symbol in self.reuse.hints}
         values |= {number.symbol: capacity(rows) for number in self.reuse.selected}
-        return {"full": full, "reuse": Sizes(values)}
+        keys = kept_keys(1.0 if keep is None else keep, tokens, rows)
+        for number, symbols in zip((rows, keys), self.chosen, strict=True):
+            full |= {symbol: number for symbol in symbols if symbol in full}
+            values |= {symbol: number for symbol in symbols if symbol in values}
+        return {"full": Sizes(full), "reuse": Sizes(values)}
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,17 @@ def stateful(captured: CompiledStep) -> Stateful:
     steps = {"full": kinds.full, "reuse": kinds.reuse}
     outlines = {name: step.outline.data() for name, step in steps.items()}
     work = {name: _work(next(iter(step.graphs.values()))) for name, step in steps.items()}
-    return Stateful(outlines["full"], outlines["reuse"], work)
+    return Stateful(outlines["full"], outlines["reuse"], work, _chosen(kinds) if kinds.selects else ((), ()))
+
+
+def _chosen(kinds: Any) -> tuple[tuple[sympy.Symbol, ...], tuple[sympy.Symbol, ...]]:
+    """Symbols of both kinds of steps: how many rows keys are chosen for, and how many keys."""
+    rows, keys = [], []
+    for step, note in zip((kinds.full, kinds.reuse), kinds.notes, strict=True):
+        inputs = step.main_graph.inputs
+        rows.append(inputs[note.rows].tensor.shape[1])
+        keys.append(inputs[note.places[0].input].tensor.shape[2])
+    return tuple(rows), tuple(keys)
 
 
 def _work(module: fx.GraphModule) -> Work:
@@ -104,6 +123,7 @@ def answer_cached(
     *,
     rows: int = 32,
     row_share: float = 0.5,
+    keep: float | int | None = None,
     speed: tuple[float, float] | None = None,
 ) -> CachedAnswer:
     """Plans for one length in ``room`` bytes besides weights.
@@ -111,9 +131,10 @@ def answer_cached(
     Args:
         weights: bytes of the model's parameters.
         rows: that a ``reuse`` step computes.
+        keep: other keys that are kept, where keys are chosen.
         speed: of the card: bytes and floating-point operations per second.
     """
-    sizes = model.sizes(tokens, rows, row_share)
+    sizes = model.sizes(tokens, rows, row_share, keep)
     state = sum(align(sizes["full"](b.nbytes)) for b in model.full.planner.lives.buffers if b.space == "state")
     seconds: dict[str, float | None] = dict.fromkeys(sizes)
     if speed is not None:
@@ -133,7 +154,27 @@ def answer_cached(
     return CachedAnswer(tokens, plans["full"], plans["reuse"], problem, state, seconds)
 
 
-def longest_cached(model: Stateful, room: int, row_share: float = 0.5) -> int:
+def longest_cached(
+    model: Stateful, room: int, row_share: float = 0.5, rows: int = 32, keep: float | int | None = None
+) -> int:
     """The most tokens whose full step fits ``room`` bytes besides weights, with what it keeps (a ``reuse`` step takes
     less)."""
-    return model.full.longest(room, row_share) if room > 0 else 0
+    if room <= 0:
+        return 0
+    if not any(model.chosen):
+        return model.full.longest(room, row_share)
+
+    def fits(tokens: int) -> bool:
+        try:
+            model.full.planner.plan(model.sizes(tokens, rows, row_share, keep)["full"], room)
+        except BudgetError:
+            return False
+        return True
+
+    low, high = 0, 2 * rows
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > max(low // 1000, 1):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

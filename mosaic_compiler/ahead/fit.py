@@ -22,6 +22,7 @@ from mosaic_compiler.errors import BudgetError, CaptureError, ConfigError
 from mosaic_compiler.planning.buffers import lower_bound
 from mosaic_compiler.planning.outline import StepOutline
 from mosaic_compiler.planning.plan import MemoryPlan
+from mosaic_compiler.planning.selection import Selection
 
 RESERVE = 600 << 20
 """Bytes of a card that CUDA itself takes."""
@@ -65,6 +66,7 @@ def traced(
     on_trace: Callable[[], None] = lambda: None,
     with_state: bool = False,
     precision: str | None = None,
+    selection: Selection | None = None,
 ) -> Traced:
     """Trace a model's step, or take it from the cache.
 
@@ -75,6 +77,7 @@ def traced(
         on_trace: called if the model has to be traced.
         with_state: also steps that keep state.
         precision: of state, as ``generate(cache_dtype=)`` takes it.
+        selection: how keys are chosen; ``None``: all are kept.
         cache: folder; ``None``: what ``MOSAIC_CACHE`` says.
 
     Raises:
@@ -85,11 +88,11 @@ def traced(
     if device not in ("auto", "cuda", "cpu"):
         raise ConfigError(f"device {device!r} is none of auto, cuda, cpu")
     folder = the_folder() if cache is None else Folder(cache)
-    key = _key(config, dtype, device, with_state, precision)
+    key = _key(config, dtype, device, with_state, precision, selection)
     known = read(folder, "fit", key)
     if isinstance(known, Traced):
         return known
-    found = _trace(config, dtype, device, on_trace, with_state, precision)
+    found = _trace(config, dtype, device, on_trace, with_state, precision, selection)
     write(folder, "fit", key, found, str(config.get("model_type", "")))
     return found
 
@@ -127,14 +130,21 @@ def _eager_peak(model: Traced, tokens: int) -> int:
     return lower_bound(model.eager.planner.lives.at(model.eager.sizes_for(tokens))) + IN_AND_OUT * tokens
 
 
-def _key(config: Mapping[str, Any], dtype: str, device: str, with_state: bool, precision: str | None) -> str:
+def _key(
+    config: Mapping[str, Any],
+    dtype: str,
+    device: str,
+    with_state: bool,
+    precision: str | None,
+    selection: Selection | None,
+) -> str:
     """A hash of everything that a trace depends on: config, versions, and this package's sources."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "sympy")}
     try:
         versions["transformers"] = importlib.metadata.version("transformers")
     except importlib.metadata.PackageNotFoundError:
         versions["transformers"] = ""
-    text = json.dumps([dict(config), dtype, device, with_state, precision, versions], sort_keys=True)
+    text = json.dumps([dict(config), dtype, device, with_state, precision, str(selection), versions], sort_keys=True)
     return hashlib.sha256(text.encode() + sources_digest().encode()).hexdigest()
 
 
@@ -145,6 +155,7 @@ def _trace(
     on_trace: Callable[[], None],
     with_state: bool,
     precision: str | None,
+    selection: Selection | None,
 ) -> Traced:
     import torch
 
@@ -166,7 +177,10 @@ def _trace(
         torch.empty(1, dtype=torch.int64, device="meta"),
     )
     try:
-        captured = capture_step(step, example, {"cache_dtype": precision}, device=device, is_direct=True)
+        more = {} if selection is None else {
+            "cache_keep": 1.0, "cache_score": selection.score, "cache_sets": selection.sets
+        }  # fmt: skip
+        captured = capture_step(step, example, {"cache_dtype": precision, **more}, device=device, is_direct=True)
     except CaptureError as error:
         raise ConfigError(
             f"{config['model_type']}: {error}, or look for a value of the config that is missing or wrong"

@@ -46,6 +46,7 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
         "prefix": Policy("block", "sequence", says="the block and what is behind it"),
         "dual": Policy("block", "block", says="the block"),
         "select": Policy("block", "block", chooses=True, says="the block, against the keys that count for it"),
+        "auto": Policy("block", "block", says="the block, against as much as fits the memory budget"),
         "delayed": Policy(takes_masked=True, takes_changed=True, says="masked tokens, and those of the last step"),
     }
 )

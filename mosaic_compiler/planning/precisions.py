@@ -45,18 +45,6 @@ LADDER: tuple[str | None, ...] = (None, "int8", "int4")
 """What ``auto`` tries, in this order, until state and steps fit the memory budget."""
 
 
-def ladder_of(name: str | None) -> tuple[str | None, ...]:
-    """The precisions to try.
-
-    Raises:
-        ValueError: as :func:`precision_of`.
-    """
-    if name == "auto":
-        return LADDER
-    precision_of(name)
-    return (name,)
-
-
 def precision_of(name: str | None) -> Precision | None:
     """The precision with this name.
 

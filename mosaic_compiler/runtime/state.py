@@ -118,11 +118,12 @@ class Block:
             return "the model's weights have changed since state was kept: it is stale; call full() first"
         return ""
 
-    def keep(self, inputs: Sequence[Any], rows: Tensor | None = None) -> list[Any]:
+    def keep(self, inputs: Sequence[Any], rows: Tensor | None = None, keep: float | int | None = None) -> list[Any]:
         """A step for all rows.
 
         Args:
             rows: int64 [B, R], those of the steps to come: where keys are chosen for them.
+            keep: how many of the others are kept; ``None``: as the options say.
         """
         self.is_valid, self.validity = False, None
         given = list(inputs)
@@ -134,8 +135,9 @@ class Block:
             self._for_rows = torch.sort(rows, 1).values
             entries = self._kinds.rows_for_entries(self._for_rows, inputs)
             given.append(entries)
-            length, keep = self.full.numbers(inputs)(self._kinds.space[-1]), self.full.options.cache_keep
+            keep = self.full.options.cache_keep if keep is None else keep
             assert keep is not None
+            length = self.full.numbers(inputs)(self._kinds.space[-1])
             self._keys = kept_keys(keep, length, rows.shape[1])
             self.is_partial = self._keys < length
         if self._sizes_of(inputs) != self._sizes:

@@ -54,6 +54,7 @@ class Store:
     Attributes:
         kind: what the next steps are: ``full``; ``reuse``; or ``exact``: for all rows or for some, whatever is right
             (where rows depend on all others, nothing is kept for that).
+        keep: other keys that are kept, where keys are chosen; ``None``: as many as the options say.
         shape: of the token ids.
         rows: int64 [B, R], which rows they compute; of ``exact`` steps those that somebody reads (or bool [B, N]); of
             ``full`` ones, where keys are chosen, those of the steps to come.
@@ -63,6 +64,7 @@ class Store:
 
     def __init__(self) -> None:
         self.kind = "full"
+        self.keep: float | int | None = None
         self.shape = (1, 1)
         self.rows: Tensor | None = None
         self.ran: list[Kinds] = []
@@ -134,7 +136,7 @@ class Store:
         self._used.add(step)
         if self.kind == "full":
             self.computed = self.shape[1]
-            results = block.keep(inputs, self.rows)
+            results = block.keep(inputs, self.rows, self.keep)
             block.track(inputs, self.shape)
             return results
         assert self.rows is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mosaic_compiler.planning.caches import Policy, Refresh
+from mosaic_compiler.planning.caches import POLICIES, Policy, Refresh
 from mosaic_compiler.runtime.rows import numbers_in, with_rows_before
 from mosaic_compiler.sampling.filling import Wanted
 
@@ -15,19 +15,15 @@ class Schedule:
 
     Args:
         shifted: position n is predicted from row n - 1.
-        selects: a step for all rows chooses keys for the rows of those that follow.
-        delay: so many steps in front of that keep nothing.
 
     Attributes:
         counts: how many steps of each kind there were.
-        selects: see above.
+        selects: a step for all rows chooses keys for the rows of those that follow.
     """
 
-    def __init__(
-        self, policy: Policy, refresh: Refresh, mask: int, *, shifted: bool, selects: bool = False, delay: int = 0
-    ) -> None:
+    def __init__(self, policy: Policy, refresh: Refresh, mask: int, *, shifted: bool) -> None:
         self._policy, self._refresh, self._mask, self._shifted = policy, refresh, mask, shifted
-        self.selects, self._delay, self._waits = selects, delay, 0
+        self.selects, self._delay, self._waits = False, 0, 0
         self._since: int | None = None
         self._block: slice | None = None
         self._last: Tensor | None = None
@@ -56,13 +52,25 @@ class Schedule:
             self._waits = self._delay if due and begins else max(self._waits - 1, 0) if due else 0
             kind = "plain" if self._waits else "full" if due else "reuse"
             if kind == "reuse" or (kind == "full" and self.selects):
-                computed = self._rows(ids, wanted.block)
-                computed.view(-1)[needed] = True
-                rows = numbers_in(computed, max(int(computed.sum(1).max()), 1))
+                rows = self.rows_for(ids, wanted, needed)
         self._since = {"full": 0, "plain": None}.get(kind, (self._since or 0) + 1)
         self._block, self._last = wanted.block, ids
         self.counts["reuse" if kind == "reuse" else "full"] += 1
         return kind, rows
+
+    def rows_for(self, ids: Tensor, wanted: Wanted, needed: Tensor) -> Tensor:
+        """int64 [B, R]: the rows that the policy says, and those that are needed (as of :meth:`next`)."""
+        computed = self._rows(ids, wanted.block)
+        computed.view(-1)[needed] = True
+        return numbers_in(computed, max(int(computed.sum(1).max()), 1))
+
+    def choose(self, delay: int | None) -> None:
+        """From now on keys are chosen, after so many steps of a block that keep nothing; ``None``: all are kept."""
+        self.selects, self._delay, self._waits, self._since = delay is not None, delay or 0, 0, None
+
+    def keep_nothing(self) -> None:
+        """From now on every step computes all rows."""
+        self._policy = POLICIES["none"]
 
     @property
     def _is_one_block(self) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mosaic_compiler.planning.caches import policy_of, refresh_of
-from mosaic_compiler.planning.precisions import ladder_of
+from mosaic_compiler.planning.ladder import rungs_of
 from mosaic_compiler.planning.selection import DEFAULT_KEEP, check_keep, selection_of
 from mosaic_compiler.sampling.bidirectional import (
     check_bidirectional,
@@ -139,7 +139,9 @@ def generate(
             that is nothing for models whose rows attend to all others; ``prefix``, ``dual``: steps compute the rows
             from the block on, or of the block (Fast-dLLM); ``select``: as ``dual``, against the keys that count for
             the block; ``delayed``: those of masked tokens and of the tokens that the last step committed (dKV-Cache).
-            The last four are approximations: other text may come out.
+            ``auto``: as ``dual``, the first of these that fits ``memory_budget``: all keys as they are computed, in
+            ``int8``, in ``int4``; 5 % of them; 5 % in ``int4``; nothing.  All but the first two are approximations:
+            other text may come out.
         cache_refresh: when all rows are computed again: ``block`` (the first step of each block), ``never`` (but for
             the first step), or every so many steps; 1 is no cache.
         cache_dtype: the precision of what is kept: ``bf16``, ``fp8``, ``int8``, ``int4`` (one scale per token and
@@ -197,7 +199,6 @@ def generate(
     for name in ("cache_dtype", "cache_keep", "cache_score", "cache_sets"):
         if name in (options or {}):
             raise ValueError(f"options: {name} is an argument of generate by itself: say it there")
-    precisions = ladder_of(cache_dtype)
     if cache_dtype is not None and (not compile or not (policy.is_kept or policy.is_exact)):
         raise ValueError(
             f"cache_dtype={cache_dtype!r} is for what is kept from step to step, and nothing is: choose a cache, "
@@ -206,7 +207,7 @@ def generate(
     if cache_keep is None and policy.chooses:
         cache_keep = DEFAULT_KEEP
     check_keep(cache_keep)
-    selection = selection_of(cache_score, cache_sets)
+    selection, rungs = selection_of(cache_score, cache_sets), rungs_of(cache, cache_dtype, cache_keep)
     if cache_keep is not None and not policy.is_kept:
         raise ValueError(
             f"cache_keep={cache_keep!r} is for keys that are kept approximately, and cache={cache!r} keeps none so: "
@@ -274,8 +275,7 @@ def generate(
         call = call_for(model, padded, sampling.block_causal, form)
         sampling = replace(sampling, seed=int(drawn))
         run = Run(
-            model, call, input_ids, attention_mask, sampling, given, compile, policy, refresh, precisions,
-            cache_keep, None if cache_keep is None else selection,
+            model, call, input_ids, attention_mask, sampling, given, compile, policy, refresh, rungs, selection,
         )  # fmt: skip
         try:
             with torch.no_grad(), dynamo_as_needed(), _bar(progress, run) as advance:
@@ -292,7 +292,8 @@ def generate(
         counts,
         run.state_bytes,
         counts["reuse"] > 0 and (run.is_rounded or not policy.is_exact),
-        run.precision,
+        run.rung.precision,
+        run.rung.keep,
     )
 
 

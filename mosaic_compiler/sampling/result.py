@@ -44,6 +44,8 @@ class Generation:
     """Some step used state that is not proven to be what all rows would give."""
     cache_dtype: str | None = None
     """The precision in which values were kept; ``None``: as they are computed, if any were."""
+    cache_keep: float | int | None = None
+    """How many keys of other rows were kept, a share or a number; ``None``: all, if any were."""
 
 
 class Steps(Protocol):

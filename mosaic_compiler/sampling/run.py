@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mosaic_compiler.errors import BudgetError, MissingStateError
 from mosaic_compiler.planning.caches import Policy, Refresh
+from mosaic_compiler.planning.ladder import Rung
 from mosaic_compiler.planning.plan import Fallback, MemoryPlan
 from mosaic_compiler.planning.room import capacity, serves
 from mosaic_compiler.planning.selection import SCORES, Selection
@@ -39,14 +40,14 @@ class Run:
         options: of the backend.
         is_compiled: ``False``: run in eager PyTorch.
         policy, refresh: which rows steps compute, see ``planning/caches.py``.
-        precisions: of what is kept, the first of them that fits, see ``planning/precisions.py``.
-        keep, selection: how many keys of other rows are kept, and which, see ``planning/selection.py``.
+        rungs: what is kept, the first of them that fits, see ``planning/ladder.py``.
+        selection: how keys are chosen, where some are, see ``planning/selection.py``.
 
     Attributes:
         schedule: which kinds of steps there were.
         state_bytes: the most that lived from step to step.
         is_rounded: it lived in fewer bits than it was computed in.
-        precision: of what was kept at last.
+        rung: what was kept at last.
     """
 
     def __init__(
@@ -60,8 +61,7 @@ class Run:
         is_compiled: bool,
         policy: Policy,
         refresh: Refresh,
-        precisions: Sequence[str | None] = (None,),
-        keep: float | int | None = None,
+        rungs: Sequence[Rung] = (Rung(),),
         selection: Selection | None = None,
     ) -> None:
         self.sampling = sampling
@@ -74,24 +74,28 @@ class Run:
             self.real = torch.cat([attention_mask.bool().to(prompt.device), torch.ones_like(new, dtype=torch.bool)], 1)
         self.forwards = self._room = 0
         self._kind, self._numbers = SAMPLERS[sampling.sampler], numbers_of(sampling)
-        delay = 0 if selection is None else SCORES[selection.score].delay
-        self.schedule = Schedule(
-            policy, refresh, sampling.mask, shifted=self._kind.is_shifted, selects=selection is not None, delay=delay
-        )
+        self.schedule = Schedule(policy, refresh, sampling.mask, shifted=self._kind.is_shifted)
         self._store = Store() if policy.is_kept or (policy.is_exact and is_compiled) else None
         self.state_bytes, self.is_rounded = 0, False
         self._has_said = False
-        self._rungs = list(precisions)
+        self._rungs, self._selection = list(rungs), selection or Selection()
         self._proposes = model, call, self._kind.rule(sampling)
         self._options, self._is_compiled = dict(options), is_compiled
-        if selection is not None:
-            self._options |= {"cache_keep": keep, "cache_score": selection.score, "cache_sets": selection.sets}
         self._go_down()
 
     def _go_down(self) -> None:
-        """Take the next precision."""
-        self.precision = self._rungs.pop(0)
-        more = {} if self.precision is None else {"cache_dtype": self.precision}
+        """Take the next rung."""
+        self.rung = self._rungs.pop(0)
+        more: dict[str, Any] = {} if self.rung.precision is None else {"cache_dtype": self.rung.precision}
+        self.schedule.choose(None)
+        if self.rung.keep is not None:
+            more |= {"cache_keep": 1.0, "cache_score": self._selection.score, "cache_sets": self._selection.sets}
+            self.schedule.choose(SCORES[self._selection.score].delay)
+        if self._store is not None:
+            self._store.keep = self.rung.keep
+        if not self.rung.is_kept:
+            self._store = None
+            self.schedule.keep_nothing()
         self._proposer = Proposer(*self._proposes, {**self._options, **more}, self._is_compiled)
 
     @property
@@ -157,14 +161,15 @@ class Run:
     def _propose(self, wanted: Wanted, rows: Tensor, arguments: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """A step of the kind that is due; ``rows`` (flat) are those that proposals are made of."""
         kind, computed = self.schedule.next(self.ids, wanted, rows)
-        if self._store is None or kind == "plain":
+        store = self._store
+        if store is None or kind == "plain":
             if kind == "exact":
                 self.schedule.ran(0, self.ids.shape[1])
             return self._proposer(*arguments)
         has_begun_anew = False
         while True:
             try:
-                result = self._with_state(self._store, kind, computed, arguments)
+                result = self._with_state(store, kind, computed, arguments)
                 break
             except MissingStateError as missing:
                 # the model was compiled again (its graph is another one in its second call), or its weights changed
@@ -175,19 +180,22 @@ class Run:
             except BudgetError as error:
                 if not self._rungs:
                     raise
-                before = self.precision or "the precision that they are computed in"
+                before = self.rung
                 self._go_down()
-                logger.warning("mosaic: values are kept in %s, and not in %s: %s", self.precision, before, error)
-            self._store.release()
+                logger.warning("mosaic: kept from step to step: %s, and not %s: %s", self.rung, before, error)
+            store.release()
             if kind == "reuse":
                 kind = self.schedule.all_rows()
-                computed = computed if self.schedule.selects else None
+            if not self.rung.is_kept:
+                return self._proposer(*arguments)
+            if kind != "exact":
+                computed = self.schedule.rows_for(self.ids, wanted, rows) if self.schedule.selects else None
         if kind == "exact":
-            self.schedule.ran(self._store.computed, self.ids.shape[1])
-            if not self._store.computed:
+            self.schedule.ran(store.computed, self.ids.shape[1])
+            if not store.computed:
                 self._say_what_would_save()
-        self.state_bytes = max(self.state_bytes, self._store.nbytes)
-        self.is_rounded |= self._store.has_read_rounded
+        self.state_bytes = max(self.state_bytes, store.nbytes)
+        self.is_rounded |= store.has_read_rounded
         return result
 
     def _with_state(

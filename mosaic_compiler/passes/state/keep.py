@@ -52,40 +52,19 @@ class KeepStatePass(Pass):
         assert not cut.problem, cut.problem
         codings, problem = codings_of(cut, self.precision)
         assert not problem, problem
-        Keeper(module, cut, codings).rewrite()
+        _Keeper(module, cut, codings).rewrite()
         module.graph.lint()
         module.recompile()
         return module
 
 
-class Keeper(SizeEmitter):
+class _Keeper(SizeEmitter):
     def __init__(self, module: fx.GraphModule, cut: Cut, codings: Mapping[fx.Node, Coding]) -> None:
         super().__init__(module)
         self.module, self.cut, self.codings = module, cut, codings
 
     def rewrite(self) -> None:
-        self._keep([part for value in self.cut.values for part in self._parts(value)])
-
-    def _keep(self, parts: Sequence[fx.Node], memory: Sequence[int] = ()) -> None:
-        """Return these, to be written into inputs that are there (their positions), or that are made here."""
-        storage = ir.StorageMap(self.graph)
-        taken = ir.escaping_roots(self.graph, storage) | ir.written_roots(self.graph, storage)
-        output = self.graph.output_node()
-        places: list[StatePlace] = []
-        kept: list[fx.Node] = []
-        given: Any = output.args[0]
-        results = [given] if isinstance(given, fx.Node) else list(given)
-        for value in parts:
-            root = storage.root(value)
-            is_own = root is not None and root[0] is value and root not in taken
-            if not is_own or form_of(value, ir.main_device_of(self.module)).kind is not Kind.DESTINATION:
-                value = self._copied(value)
-            index = memory[len(places)] if memory else add_state(self, value, len(places))
-            places.append(StatePlace(index, len(results) + len(kept)))
-            kept.append(value)
-        output.args = ((*results, *kept),)
-        output.meta["val"] = tuple(ir.argument_value(result) for result in output.args[0])
-        note_state(self.module, places)
+        keep_results(self, self.module, [part for value in self.cut.values for part in self._parts(value)])
 
     def _parts(self, value: fx.Node) -> list[fx.Node]:
         """What is kept of a value."""
@@ -93,18 +72,44 @@ class Keeper(SizeEmitter):
         with self.graph.inserting_before(value.next):
             return Coder(self).encode(value, self.codings[value])
 
-    def _copied(self, value: fx.Node) -> fx.Node:
-        """In memory of its own, which all of its readers read from now on."""
-        users = list(value.users)
-        self.origin = value
-        with self.graph.inserting_before(value.next):
-            copy = self.emit(aten.clone.default, value, memory_format=torch.preserve_format)
-        for user in users:
-            if user.op != "output":
-                user.replace_input_with(value, copy)
-        if ir.layout_of(ir.value_of(copy)) != ir.layout_of(ir.value_of(value)):
-            self.propagate({copy})
-        return copy
+
+def keep_results(
+    emitter: Emitter, module: fx.GraphModule, parts: Sequence[fx.Node], memory: Sequence[int] = ()
+) -> None:
+    """Return these behind the outputs, to be written into inputs that are there (their positions), or that are made
+    here."""
+    storage = ir.StorageMap(emitter.graph)
+    taken = ir.escaping_roots(emitter.graph, storage) | ir.written_roots(emitter.graph, storage)
+    output = emitter.graph.output_node()
+    places: list[StatePlace] = []
+    kept: list[fx.Node] = []
+    given: Any = output.args[0]
+    results = [given] if isinstance(given, fx.Node) else list(given)
+    for value in parts:
+        root = storage.root(value)
+        is_own = root is not None and root[0] is value and root not in taken
+        if not is_own or form_of(value, ir.main_device_of(module)).kind is not Kind.DESTINATION:
+            value = _copied(emitter, value)
+        index = memory[len(places)] if memory else add_state(emitter, value, len(places))
+        places.append(StatePlace(index, len(results) + len(kept)))
+        kept.append(value)
+    output.args = ((*results, *kept),)
+    output.meta["val"] = tuple(ir.argument_value(result) for result in output.args[0])
+    note_state(module, places)
+
+
+def _copied(emitter: Emitter, value: fx.Node) -> fx.Node:
+    """In memory of its own, which all of its readers read from now on."""
+    users = list(value.users)
+    emitter.origin = value
+    with emitter.graph.inserting_before(value.next):
+        copy = emitter.emit(aten.clone.default, value, memory_format=torch.preserve_format)
+    for user in users:
+        if user.op != "output":
+            user.replace_input_with(value, copy)
+    if ir.layout_of(ir.value_of(copy)) != ir.layout_of(ir.value_of(value)):
+        emitter.propagate({copy})
+    return copy
 
 
 def add_state(emitter: Emitter, value: fx.Node, number: int) -> int:

@@ -75,6 +75,9 @@ class ReuseStatePass(Pass):
 
 
 class Rewriter(SizeEmitter):
+    are_all_others_kept = True
+    """Every row that is picked is a computed one."""
+
     def __init__(self, module: fx.GraphModule, cut: Cut, codings: Mapping[fx.Node, Coding]) -> None:
         super().__init__(module)
         self.codings, self.coder = codings, Coder(self)
@@ -116,7 +119,8 @@ class Rewriter(SizeEmitter):
         with self.mode, self.graph.inserting_after(placeholders[-1]):
             self._given = self.graph.placeholder("computed_rows")
             device = ir.main_device_of(self.module)
-            self._given.meta[ir.COMPUTED_ROWS] = True
+            if self.are_all_others_kept:
+                self._given.meta[ir.COMPUTED_ROWS] = True
             self._given.meta["val"] = torch.empty((number, count), dtype=torch.int64, device=device)
         STATE.write(self.module, replace(STATE.of(self.module), rows=len(placeholders)))
         self._add_states()

@@ -9,30 +9,31 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
-from mosaic_compiler import ir
+from mosaic_compiler import book, ir
 from mosaic_compiler.book import rows
 from mosaic_compiler.compat.symbols import new_number
 from mosaic_compiler.ir import ops
 from mosaic_compiler.ir.emitter import SizeEmitter
-from mosaic_compiler.ir.notes import STATE, StatePlace
+from mosaic_compiler.ir.notes import StatePlace
 from mosaic_compiler.passes.base import Pass
+from mosaic_compiler.passes.chunk_loops.labels import Edge
 from mosaic_compiler.passes.split_attention import CPU, CUDNN, EFFICIENT, FLASH
 from mosaic_compiler.passes.state.coding import Coder, Coding, coding_of
 from mosaic_compiler.passes.state.cut import Cut, find_cut
-from mosaic_compiler.passes.state.keep import Keeper, add_state
+from mosaic_compiler.passes.state.keep import add_state, keep_results
 from mosaic_compiler.passes.state.reuse import Rewriter
 from mosaic_compiler.planning.selection import Selection
 
 aten = torch.ops.aten
 
-_HINT, _KEYS_HINT = 31, 37
-"""Examples of a number of rows, and of keys; primes, so that no other size is equal to them by accident."""
+_HINT = 37
+"""An example of a number of keys; a prime, so that no other size is equal to it by accident."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ class _States:
         self._emitter, self._selection = emitter, selection
         self._count: fx.Node | None = None
         self.indices: dict[fx.Node, list[int]] = {}
-        _, self._number = new_number(emitter.mode.shape_env, "chosen_keys", _KEYS_HINT)
+        _, self._number = new_number(emitter.mode.shape_env, "chosen_keys", _HINT)
         coder, self._made = Coder(emitter), 0
         for each in attended:
             emitter.origin = each.node
@@ -242,60 +243,63 @@ def _taken(emitter: SizeEmitter, source: fx.Node, positions: fx.Node, sizes: Seq
     return emitter.emit(aten.gather.default, source, 2, wide)
 
 
-class _Chooser(Keeper):
+class _Chooser(Rewriter):
+    are_all_others_kept = False
+
     def __init__(self, module: fx.GraphModule, cut: Cut, attended: Sequence[Attended], selection: Selection) -> None:
         super().__init__(module, cut, {})
         self._attended, self._selection = attended, selection
 
     def rewrite(self) -> None:
-        given = self._add_rows()
-        states = _States(self, self._attended, self._selection)
+        self._add_inputs()
         coder, parts = Coder(self), []
         for each in self._attended:
-            self.origin = each.node
             with self.graph.inserting_before(each.node.next):
-                chosen = self._chosen(each, given, states.count)
+                chosen = self._chosen(each)
                 parts.append(chosen)
                 for part, coding in zip(each.parts, each.codings, strict=True):
-                    sizes = [_whole(self, part, 0), _whole(self, part, 1), states.count, _whole(self, part, 3)]
+                    sizes = [_whole(self, part, 0), _whole(self, part, 1), self._states_of.count, _whole(self, part, 3)]
                     parts += coder.encode(_taken(self, part, chosen, sizes), coding)
-        self._keep(parts, [index for each in self._attended for index in states.indices[each.node]])
+        places = [index for each in self._attended for index in self._states_of.indices[each.node]]
+        keep_results(self, self.module, parts, places)
 
-    def _add_rows(self) -> fx.Node:
-        """The input with the numbers of the rows that keys are chosen for."""
-        placeholders = self.graph.find_nodes(op="placeholder")
-        entries = self.cut.space[0] if len(self.cut.space) > 1 else 1
-        _, count = new_number(self.mode.shape_env, "computed_rows", _HINT)
-        number = ir.argument_value(self.size(entries))
-        with self.mode, self.graph.inserting_after(placeholders[-1]):
-            given = self.graph.placeholder("computed_rows")
-            given.meta["val"] = torch.empty((number, count), dtype=torch.int64, device=ir.main_device_of(self.module))
-        STATE.write(self.module, replace(STATE.of(self.module), rows=len(placeholders)))
-        return given
+    def _add_states(self) -> None:
+        self._states_of = _States(self, self._attended, self._selection)
 
-    def _chosen(self, each: Attended, given: fx.Node, count: fx.Node) -> fx.Node:
-        query, (key, _) = each.node.args[0], each.parts
-        assert isinstance(query, fx.Node)
-        if self._rows_of is None:
-            with self.graph.inserting_before(self.front):
-                self._rows_of = self.emit(aten.sym_size.int, given, 1)
-        by_head = self.emit(aten.unsqueeze.default, given, 1)  # [E, 1, R]
-        sizes = [_whole(self, query, 0), _whole(self, query, 1), self._rows_of, _whole(self, query, 3)]
-        first, last = (self._of_rows(bound, by_head) for bound in each.bounds[:2])
+    def _in_full(self, operand: fx.Node) -> fx.Node:
+        return operand  # all rows are there
+
+    def _chosen(self, each: Attended) -> fx.Node:
+        """The positions of the keys that count for the queries of the given rows."""
+        for node in _computed_again(each.node, self.order, self.cut):
+            self.origin = node
+            self._computed[node] = self._compute(node)
+        self.origin = each.node
+        (query, _, _, *bounds), _ = self._operands(each.node)
+        first, last, only = bounds[:3] if each.node.target is ops.interval_attention else (None, None, None)
         return self.emit(
-            ops.select_keys, _taken(self, query, by_head, sizes), key, given, first, last, each.bounds[2], each.scale,
-            count, self._selection.score, self._selection.sets,
+            ops.select_keys, query, each.parts[0], self._given, first, last, only, each.scale,
+            self._states_of.count, self._selection.score, self._selection.sets,
         )  # fmt: skip
 
-    def _of_rows(self, bound: Any, by_head: fx.Node) -> Any:
-        """Bounds [1 or E, 1, N, 1] of the rows, [E, 1, R, 1]."""
-        if bound is None:
-            return None
-        entries = self.size(self.cut.space[0]) if len(self.cut.space) > 1 else 1
-        wide = self.emit(aten.expand.default, bound, [entries, 1, _whole(self, bound, 2), 1])
-        return _taken(self, wide, by_head, [entries, 1, self._rows_of, 1])
 
-    _rows_of: fx.Node | None = None
+def _computed_again(node: fx.Node, order: Sequence[fx.Node], cut: Cut) -> list[fx.Node]:
+    """What the queries of some rows are computed from, in graph order: back to what something behind the attention
+    reads as well, and is there anyway.  (To take them out of all queries would keep all of those in memory.)"""
+    behind = {node}
+    for other in order[order.index(node) + 1 :]:
+        if behind.intersection(other.all_input_nodes):
+            behind.add(other)
+    found: set[fx.Node] = set()
+    waiting = [node.args[0]]
+    while waiting:
+        value = waiting.pop()
+        assert isinstance(value, fx.Node)
+        is_there = bool(behind.difference((node,)).intersection(value.users)) or book.is_attention(value)
+        if value in cut.inside and value not in found and not is_there and ir.has_tensors(value):
+            found.add(value)
+            waiting += [operand for operand, kind, _ in cut.labels.edges(value) if kind is Edge.ROW]
+    return [value for value in order if value in found]
 
 
 class _SelectedRewriter(Rewriter):
