@@ -14,6 +14,7 @@ from mosaic_compiler import ir
 from mosaic_compiler.compat.symbols import free_unbacked_symbols, has_hint, hint_of, sources_in
 from mosaic_compiler.errors import CaptureError
 from mosaic_compiler.ir import ops
+from mosaic_compiler.ir.notes import STATE
 from mosaic_compiler.kernels.scatter_rows import pages_per_row
 from mosaic_compiler.planning.lowered import Reading
 from mosaic_compiler.planning.outline import Selected
@@ -70,6 +71,13 @@ def meanings_of(module: fx.GraphModule) -> tuple[tuple[str, str], ...]:
         if tensor is not None and tensor.dtype == torch.int64 and tensor.dim() == 2:
             offer(tensor.shape[1], "tokens")
             offer(tensor.shape[0], "sequences")
+    inputs, state = module.graph.find_nodes(op="placeholder"), STATE.of(module)
+    if state.rows is not None:
+        offer(ir.only_tensor(inputs[state.rows]).shape[1], "computed rows")
+    for place in state.places:
+        tensor = ir.only_tensor(inputs[place.input])
+        if tensor.dtype == torch.int64:
+            offer(tensor.shape[2], "chosen keys")
     mode = ir.fake_mode_of(module)
     environment = None if mode is None else mode.shape_env
     for symbol in hints_of(module):

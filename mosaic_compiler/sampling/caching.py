@@ -66,7 +66,7 @@ class Schedule:
 
     def choose(self, delay: int | None) -> None:
         """From now on keys are chosen, after so many steps of a block that keep nothing; ``None``: all are kept."""
-        self.selects, self._delay, self._waits, self._since = delay is not None, delay or 0, 0, None
+        self.selects, self._delay, self._waits = delay is not None, delay or 0, 0
 
     def keep_nothing(self) -> None:
         """From now on every step computes all rows."""
