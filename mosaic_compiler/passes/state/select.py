@@ -42,7 +42,7 @@ class Attended:
 
     Attributes:
         node: it.
-        parts: keys and values [B, G, N, d], with heads that are shared not yet repeated.
+        parts: keys and values [B, G, N, d].
         codings: how those are written.
     """
 
@@ -74,13 +74,12 @@ def attended_in(cut: Cut, precision: str | None) -> tuple[list[Attended], str]:
         parts = []
         for operand in node.args[1:3]:
             assert isinstance(operand, fx.Node)
-            source = _unrepeated(operand)
-            if operand not in operands or source not in cut.inside or not _lies_as_it_should(source, cut):
+            if operand not in operands or operand not in cut.inside or not _lies_as_it_should(operand, cut):
                 return (
                     [],
                     f"{operand.name}, which {node.name} reads, is no [batch, heads, rows, depth] that is computed",
                 )
-            parts.append(source)
+            parts.append(operand)
         codings = []
         for part in parts:
             coding, problem = coding_of(part, precision, 3, int(ir.only_tensor(part).shape[3]))
@@ -94,19 +93,6 @@ def attended_in(cut: Cut, precision: str | None) -> tuple[list[Attended], str]:
 def _lies_as_it_should(value: fx.Node, cut: Cut) -> bool:
     expected = (0, None, 1, None) if len(cut.space) > 1 else (None, None, 0, None)
     return cut.labels.layout(value) == expected and ir.expr_of(ir.only_tensor(value).shape[3]).is_Integer
-
-
-def _unrepeated(operand: fx.Node) -> fx.Node:
-    """Keys [B, G, N, d] whose heads are repeated to [B, g * G, N, d]; itself, where they are not."""
-    node: Any = operand
-    while node.target in (aten.view.default, aten.clone.default):
-        node = node.args[0]
-    if node is operand or node.target is not aten.expand.default or len(rows.shape_of(node)) != 5:
-        return operand
-    source = node.args[0]
-    if source.target is not aten.unsqueeze.default or source.args[1] != 2:
-        return operand
-    return source.args[0] if len(rows.shape_of(operand)) == 4 else operand
 
 
 @dataclass(frozen=True)
@@ -347,10 +333,6 @@ class _SelectedRewriter(Rewriter):
         self._now = dict(zip(each.node.args[1:3], seen, strict=True))
         if node.target is ops.interval_attention:
             return self._attend_runs(node, positions, seen, entries, heads)
-        for operand, part in zip(node.args[1:3], each.parts, strict=True):
-            assert isinstance(operand, fx.Node)
-            if operand is not part:
-                self._now[operand] = self._repeated(self._now[operand], operand, part)
         args, kwargs = self._operands(node)
         return self.emit(node.target, *args, **kwargs)
 
@@ -374,17 +356,6 @@ class _SelectedRewriter(Rewriter):
                         index = self.emit(aten.unsqueeze.default, index, dim)
                     self._indexes.append(index)
         return self.emit(aten.index_put_.default, target, [*self._indexes, places], new)
-
-    def _repeated(self, seen: fx.Node, operand: fx.Node, part: fx.Node) -> fx.Node:
-        """Heads that several heads of queries share, as often as they are read."""
-        entries, heads, depth = (_whole(self, part, dim) for dim in (0, 1, 3))
-        every = _whole(self, operand, 1)
-        share = int(ir.expr_of(rows.shape_of(operand)[1]) / ir.expr_of(rows.shape_of(part)[1]))
-        wide = self.emit(
-            aten.expand.default, self.emit(aten.unsqueeze.default, seen, 2),
-            [entries, heads, share, self._chosen.count, depth],
-        )  # fmt: skip
-        return self.emit(aten.reshape.default, wide, [entries, every, self._chosen.count, depth])
 
     def _attend_runs(
         self, node: fx.Node, positions: fx.Node, seen: Sequence[fx.Node], entries: Any, heads: Any
