@@ -1,4 +1,4 @@
-"""What fewer bits cost: both shipped models, 64 sequences of each kind; writes benchmarks/results/ and docs/quality.md.
+"""What fewer bits and fewer keys cost, on both shipped models; writes benchmarks/results/ and docs/quality.md.
 
 make bench-quality
 """
@@ -21,43 +21,58 @@ COLOURS = ("#2b6cb0", "#dd8b4a")
 BEGIN, END = "<!-- figures: written by benchmarks/quality.py -->", "<!-- end of figures -->"
 
 
-def measured(tokens: int, sequences: int, generated: int, precisions: str) -> dict[str, Any]:
+RUNS: tuple[tuple[int, tuple[str, ...]], ...] = (
+    (64, ("--cache-dtype", "fp8,int8,int4", "--generated", "4")),
+    (64, ("--cache-dtype", "as-computed,int4", "--cache-keep", "0.05")),
+    (24, ("--cache-dtype", "as-computed", "--cache-keep", "0.5,0.05", "--cache-score", "sparse-dllm")),
+    (24, ("--cache-dtype", "as-computed", "--cache-keep", "0.05", "--cache-score", "mage")),
+)
+"""Sequences of each kind, and what is kept."""
+
+
+def measured(tokens: int, sequences: int, options: tuple[str, ...]) -> dict[str, Any]:
     """``mosaic quality`` in a process of its own."""
     command = [sys.executable, "-c", "from mosaic_compiler.cli import main; main()", "quality", "--json"]
-    command += ["--tokens", str(tokens), "--sequences", str(sequences), "--generated", str(generated)]
-    command += ["--cache-dtype", precisions]
+    command += ["--tokens", str(tokens), "--sequences", str(sequences), *options]
     started = time.perf_counter()
     ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return {**json.loads(ran.stdout), "seconds": round(time.perf_counter() - started)}
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The figures as Markdown."""
+    """The figures as Markdown, a table for each model, length and number of sequences."""
     lines = []
+    for (folder, tokens, sequences), rows in gathered(results).items():
+        kinds = list(rows[0]["right"])
+        head = ["kept", "bytes a token", *(f"{kind} right" for kind in kinds), "same token", "KL, nats"]
+        head += ["steps to finish"]
+        lines += [f"\n`{Path(folder).name}`, {tokens:,} tokens, {sequences} sequences of each kind:\n"]
+        lines += ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
+        for row in rows:
+            nbytes = format_bytes(round(row["bytes_per_token"])) if row["bytes_per_token"] else "none"
+            cells = [row["method"], nbytes, *(f"{row['right'][kind]:.3f}" for kind in kinds)]
+            cells += [f"{row['agreement']:.3f}", f"{row['divergence']:.2g}"]
+            cells += ["" if row["steps"] is None else f"{row['steps']:.1f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def gathered(results: list[dict[str, Any]]) -> dict[tuple[str, int, int], list[dict[str, Any]]]:
+    """Rows of runs with the same sequences, ``no cache`` once."""
+    found: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
     for result in results:
         for folder, rows in result["models"].items():
-            kinds = list(rows[0]["right"])
-            has_steps = rows[0]["steps"] is not None
-            head = ["kept", "bytes a token", *(f"{kind} right" for kind in kinds), "same token", "KL, nats"]
-            head += ["steps to finish"] if has_steps else []
-            lines += [
-                f"\n`{Path(folder).name}`, {result['tokens']:,} tokens, {result['sequences']} sequences of each kind:\n"
-            ]
-            lines += ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
-            for row in rows:
-                nbytes = format_bytes(round(row["bytes_per_token"])) if row["bytes_per_token"] else "none"
-                cells = [row["method"], nbytes, *(f"{row['right'][kind]:.3f}" for kind in kinds)]
-                cells += [f"{row['agreement']:.3f}", f"{row['divergence']:.2g}"]
-                cells += [f"{row['steps']:.1f}"] if has_steps else []
-                lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            known = found.setdefault((folder, result["tokens"], result["sequences"]), [])
+            known += [row for row in rows if row["method"] not in [other["method"] for other in known]]
+    return found
 
 
 def draw(results: list[dict[str, Any]]) -> None:
     """Right answers with each method, of the longest sequences."""
     from matplotlib.figure import Figure
 
-    models = {Path(folder).name: rows for folder, rows in results[-1]["models"].items()}
+    longest = max((tokens, count) for _, tokens, count in gathered(results))
+    models = {Path(key[0]).name: rows for key, rows in gathered(results).items() if key[1:] == longest}
     figure = Figure(figsize=(8.4, 3.2), layout="constrained")
     axes = figure.subplots(1, 2)
     for axis, kind, name in zip(axes, ("facts", "words"), ("recall of facts", "accuracy on a text"), strict=True):
@@ -79,18 +94,16 @@ def draw(results: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Measure, or only write the page again (``--page``)."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
-    parser.add_argument("--sequences", type=int, default=64)
-    parser.add_argument("--generated", type=int, default=4)
-    parser.add_argument("--cache-dtype", default="as-computed,fp8,int8,int4")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096])
     parser.add_argument("--page", action="store_true", help="from the figures that are there")
     given = parser.parse_args()
     if not given.page:
         results = []
         for tokens in given.tokens:
-            results.append(measured(tokens, given.sequences, given.generated, given.cache_dtype))
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-            print(table(results[-1:]), flush=True)
+            for sequences, options in RUNS:
+                results.append(measured(tokens, sequences, options))
+                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+                print(table(results[-1:]), flush=True)
     results = json.loads(RESULTS.read_text())
     before, _, rest = PAGE.read_text().partition(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{rest.partition(END)[2]}")
