@@ -49,6 +49,7 @@ from mosaic_compiler.passes.state import (
 )
 from mosaic_compiler.passes.visible_keys import VisibleKeysPass, hides_keys
 from mosaic_compiler.planning.reach import Reach
+from mosaic_compiler.planning.selection import Selection
 from mosaic_compiler.runtime.kinds import Kinds
 from mosaic_compiler.runtime.observers import Observers
 from mosaic_compiler.runtime.sparse import page_bytes
@@ -160,7 +161,7 @@ class Kept:
         is_heavy: there are products in it.
         reach: which rows depend on which, where that is known.
         codings: how each value is written.
-        chosen: the attentions whose keys are chosen, if some are.
+        chosen, selection: the attentions whose keys are chosen, if some are, and how.
     """
 
     module: fx.GraphModule
@@ -169,11 +170,18 @@ class Kept:
     reach: Reach | None = None
     codings: Mapping[fx.Node, Coding] = field(default_factory=dict)
     chosen: tuple[Attended, ...] = ()
+    selection: Selection | None = None
 
     @property
     def nbytes(self) -> sympy.Expr:
         """Bytes of all values, as they are kept, in the graph's symbols."""
         return sum((coding.nbytes(value) for value, coding in self.codings.items()), sympy.Integer(0))
+
+    @property
+    def key_nbytes(self) -> sympy.Expr:
+        """Where keys are chosen: bytes of each that is kept, in all attentions."""
+        sets = self.selection.sets if self.selection is not None else ""
+        return sum((each.key_nbytes(sets) for each in self.chosen), sympy.Integer(0))
 
 
 def kept_of(module: fx.GraphModule, options: MosaicOptions) -> Kept:
@@ -190,7 +198,7 @@ def kept_of(module: fx.GraphModule, options: MosaicOptions) -> Kept:
             reach = None  # what was chosen is right for some rows only
             chosen, problem = attended_in(cut, options.cache_dtype)
         cut = replace(cut, problem=problem) if problem and not cut.problem else cut
-        return Kept(canonical, cut, is_heavy, reach, codings, tuple(chosen))
+        return Kept(canonical, cut, is_heavy, reach, codings, tuple(chosen), options.selection)
 
 
 def _kinds_of(module: fx.GraphModule, options: MosaicOptions, kept: Kept | None = None) -> Kinds:

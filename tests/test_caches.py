@@ -222,7 +222,7 @@ def test_one_log_line_says_what_an_approximation_would_save(caplog):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cache": "duel"}, "cache must be one of none, exact, prefix, dual, delayed, got 'duel'"),
+        ({"cache": "duel"}, "cache must be one of none, exact, prefix, dual, select, auto, delayed, got 'duel'"),
         ({"cache": "dual", "cache_refresh": 0}, "cache_refresh must be block, never, or a number of steps from 1"),
         ({"cache": "dual", "cache_refresh": "often"}, "cache_refresh must be block, never, or a number of steps"),
         ({"cache": "dual", "compile": False}, "needs a compiled model"),

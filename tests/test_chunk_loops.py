@@ -361,6 +361,7 @@ def test_a_budget_is_obeyed_with_the_largest_chunks(toy, length, share):
         assert (loop.chunk == length) == (loop.reason == "fits without chunks")
 
 
+@pytest.mark.slow
 def test_measured_memory_stays_within_the_budget():
     from mosaic_compiler.report.measure import _cpu_peak
     from mosaic_compiler.runtime.pools import pool_for

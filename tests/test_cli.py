@@ -121,7 +121,7 @@ def test_a_broken_cache_is_made_again(run, config, tmp_path):
     assert "tracing" in err
 
 
-@pytest.mark.parametrize("budget", [None, "3MiB"])
+@pytest.mark.parametrize("budget", [None, pytest.param("3MiB", marks=pytest.mark.slow)])
 def test_the_predicted_peak_is_that_of_the_real_step(config, budget, tmp_path):
     """To the byte: traced at 64 tokens on the meta device, against a compiled step that ran."""
     from mosaic_compiler.planning.budget import parse_budget
@@ -243,6 +243,7 @@ def test_bad_input_is_one_line_and_exit_code_2(run, plans, tmp_path, arguments, 
     assert len(err.replace("mosaic: tracing the model; the next time it is remembered\n", "").splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_fit_counts_what_is_kept_in_fewer_bits(run, config):
     arguments = ("fit", "--config", config, "--tokens", "1k", "--cache", "dual", "--dtype", "fp32", "--gpu", "RTX4090")
     states = []

@@ -35,7 +35,7 @@ def traced(function, *args, **kwargs):
     return trace_directly(function, args, kwargs, Fingerprint(function))
 
 
-@settings(max_examples=examples(3, 30), deadline=None)
+@settings(max_examples=examples(2, 30), deadline=None)
 @given(toys, st.integers(0, 99), st.sampled_from([(1, 7), (2, 5)]))
 def test_results_are_those_of_eager(model, seed, shape):
     weights = model.weights(seed)

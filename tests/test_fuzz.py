@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 
 import pytest
+from effort import examples
 from fuzz import check, program_of
 
-SECONDS = 12  # of each run
+SECONDS = examples(6, 12)  # of each run
 PROGRAMS = 60
 
 

@@ -228,6 +228,7 @@ def test_readme_names_only_make_targets_that_exist():
     assert set(re.findall(r"make ([a-z-]+)", (ROOT / "README.md").read_text())) <= targets
 
 
+@pytest.mark.slow
 def test_the_pass_of_the_documentation_passes_its_own_tests(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "writing-passes.md").read_text(), re.S)
     (tmp_path / "test_neg_neg.py").write_text(code)

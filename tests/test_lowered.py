@@ -98,7 +98,7 @@ def test_it_plans_in_a_process_without_torch(tmp_path):
 
 
 @pytest.mark.parametrize("fuse", [False, pytest.param(True, marks=pytest.mark.fuse)])
-@pytest.mark.parametrize("chunks", [None, 7])
+@pytest.mark.parametrize("chunks", [pytest.param(None, marks=pytest.mark.slow), 7])
 def test_it_runs_in_another_process_with_weights_by_name(tmp_path, fuse, chunks):
     run = compiled(chunk_rows=chunks, **({} if fuse else {"disable": ("fuse",)}))
     assert bool(run.kept.variants["flat"].graph.clusters) == fuse

@@ -66,7 +66,7 @@ def toy_arguments(batch, length, share, seed):
     return ids, *made
 
 
-@settings(max_examples=examples(10, 40))
+@settings(max_examples=examples(6, 40))
 @given(
     batch=st.integers(1, 3), length=st.integers(2, 40), share=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     rows=st.sampled_from(["masked", "before_masked"]), chunk=st.sampled_from([None, 1, 7]), seed=st.integers(0, 9999),
@@ -222,6 +222,7 @@ def test_loops_of_their_own_give_the_same_tokens(make, loop, rows, monkeypatch):
     assert not [f for s in steps for f in s.fallbacks if f.name == "all-rows"]
 
 
+@pytest.mark.slow
 def test_resident_memory_of_the_logits(tiny_llada, genesis):
     """3,000 tokens, 32 of them masked, V = 8,192: 94 MiB of logits, of which 1 MiB is there."""
     ids = genesis[:, :3000].clone()

@@ -83,6 +83,7 @@ def test_facts_need_their_words(tokenizer, unseen):
         facts(Letters(), unseen, 512, 1)
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_model():
     """Nothing is lost where values are kept as they are computed; what fewer bits lose is told."""
     model = TidyLike(0)

@@ -36,8 +36,8 @@ def python(script):
 @pytest.mark.parametrize(
     "first",
     [
-        "import mosaic_compiler, torch\n",
-        "import torch, mosaic_compiler\n",
+        pytest.param("import mosaic_compiler, torch\n", marks=pytest.mark.slow),
+        pytest.param("import torch, mosaic_compiler\n", marks=pytest.mark.slow),
         'import torch; torch.compile(abs, backend="eager")(torch.ones(1)); import mosaic_compiler\n',
     ],
     ids=["mosaic first", "torch first", "torch has looked for backends before"],

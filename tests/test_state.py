@@ -47,7 +47,7 @@ schedules = given(
 )
 
 
-@settings(max_examples=examples(4, 8))
+@settings(max_examples=examples(3, 8))
 @schedules
 def test_any_schedule_of_steps_equals_an_independent_one(toy, batch, length, chunk, poison, steps, seed):
     """Full and reuse steps in any order, with any rows for each sequence, ids that change in between, in chunks."""

@@ -39,6 +39,7 @@ def check(model, ids, **named):
         assert torch.equal(got[:, rows].argmax(-1), expected[:, rows].argmax(-1))
 
 
+@pytest.mark.slow
 def test_tiny_llada(tiny_llada, genesis):
     ids = genesis[:, :400].clone()
     ids[:, 300:350] = MASK

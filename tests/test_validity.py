@@ -158,7 +158,10 @@ def between(x):
 
 
 @pytest.mark.filterwarnings("ignore:the forward of Broken breaks")
-@pytest.mark.parametrize("last", ["mixes", "row by row", "proven"])
+@pytest.mark.parametrize(
+    "last",
+    [pytest.param("mixes", marks=pytest.mark.slow), pytest.param("row by row", marks=pytest.mark.slow), "proven"],
+)
 def test_several_graphs_are_exact_together_or_not_at_all(last):
     """What a graph computes for some rows must not be read by another one that needs all of them."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -170,13 +170,16 @@ class Bindings:
 
 @dataclass(frozen=True)
 class StateShown:
-    """What ``explain()`` says of state: how many values could be kept, and their bytes; or why none can."""
+    """What ``explain()`` says of state: how many values could be kept, and their bytes, or those of each key that is
+    chosen; or why none can."""
 
     is_heavy: bool
     problem: str
     values: int
     nbytes: sympy.Expr
     reach: Reach | None
+    selection: str = ""
+    key_nbytes: sympy.Expr = field(default_factory=lambda: sympy.Integer(0))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
+import sympy
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
@@ -243,7 +244,10 @@ def _report_of(shown: Shown, plan: MemoryPlan | None, fallbacks: Sequence[Fallba
 def _shown(step: CompiledStep) -> Shown:
     """What is said of a graph whatever it is planned for."""
     module, kept = step.module, kept_of(step.captured, step.options)
-    state = StateShown(kept.is_heavy, kept.cut.problem, len(kept.cut.values), kept.nbytes, kept.reach)
+    selection = "" if kept.selection is None else str(kept.selection)
+    state = StateShown(
+        kept.is_heavy, kept.cut.problem, len(kept.cut.values), kept.nbytes, kept.reach, selection, kept.key_nbytes
+    )
     projections = tuple(GATHER_CHOICES.of(module).items())
     return Shown(step.passes, ROW_DECISIONS.of(module), projections, UNRULED.of(module), ORDERS.of(module), state)
 
@@ -255,9 +259,11 @@ def _state_line(state: StateShown, plan: MemoryPlan | None) -> str:
     if state.problem or not state.values:
         return f"state: nothing can be kept from step to step: {state.problem or 'each row depends on itself only'}"
     numbers = dict(plan.symbols) if plan is not None else {}
-    known = {symbol: numbers[str(symbol)] for symbol in state.nbytes.free_symbols if str(symbol) in numbers}
-    nbytes = state.nbytes.xreplace(known)
+    nbytes = state.key_nbytes if state.selection else state.nbytes
+    nbytes = nbytes.xreplace({s: sympy.Integer(numbers[str(s)]) for s in nbytes.free_symbols if str(s) in numbers})
     size = format_bytes(int(nbytes)) if nbytes.is_Integer else f"{nbytes} bytes"
+    if state.selection:
+        return f"state: keys can be chosen ({state.selection}), {size} for each that is kept; an approximation"
     proof = "only where no row that they see has changed since"
     if state.reach is not None:
         proof += f", and rows do not see all others: {state.reach.says}"

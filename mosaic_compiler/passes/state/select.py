@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import sympy
 import torch
 from torch import fx
 
@@ -50,10 +51,13 @@ class Attended:
     parts: tuple[fx.Node, fx.Node]
     codings: tuple[Coding, ...] = ()
 
-    @property
-    def bounds(self) -> tuple[Any, Any, Any]:
-        """Which keys its queries see: ``first``, ``last``, ``only`` of an attention of runs of keys."""
-        return tuple(self.node.args[3:6]) if self.node.target is ops.interval_attention else (None, None, None)  # type: ignore[return-value]
+    def key_nbytes(self, sets: str) -> sympy.Expr:
+        """Bytes of one chosen key: of its position, for each head or for the layer, and of its parts."""
+        entries, heads, length, _ = map(ir.expr_of, rows.shape_of(self.parts[0]))
+        pairs = zip(self.parts, self.codings, strict=True)
+        return (
+            8 * entries * (heads if sets == "head" else 1) + sum(coding.nbytes(part) for part, coding in pairs) / length
+        )
 
     @property
     def scale(self) -> Any:
