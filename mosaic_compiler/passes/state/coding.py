@@ -46,11 +46,15 @@ class Coding:
         return self.precision is None
 
     def nbytes(self, value: fx.Node) -> sympy.Expr:
+        """Bytes of the parts of a value, laid out as it is."""
+        return ir.storage_extent(ir.only_tensor(value)) if self.precision is None else self.dense_nbytes(value)
+
+    def dense_nbytes(self, value: fx.Node) -> sympy.Expr:
         """Bytes of the parts of a value, without gaps."""
         tensor = ir.only_tensor(value)
-        if self.precision is None:
-            return ir.storage_extent(tensor)
         numbers = sympy.prod([ir.expr_of(size) for size in tensor.shape])
+        if self.precision is None:
+            return numbers * tensor.dtype.itemsize
         scales = 0 if PRECISIONS[self.precision].most is None else 4 * numbers / self.group
         return numbers * PRECISIONS[self.precision].bits / 8 + scales
 

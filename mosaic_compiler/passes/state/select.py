@@ -54,10 +54,8 @@ class Attended:
     def key_nbytes(self, sets: str) -> sympy.Expr:
         """Bytes of one chosen key: of its position, for each head or for the layer, and of its parts."""
         entries, heads, length, _ = map(ir.expr_of, rows.shape_of(self.parts[0]))
-        pairs = zip(self.parts, self.codings, strict=True)
-        return (
-            8 * entries * (heads if sets == "head" else 1) + sum(coding.nbytes(part) for part, coding in pairs) / length
-        )
+        parts = [coding.dense_nbytes(part) for part, coding in zip(self.parts, self.codings, strict=True)]
+        return 8 * entries * (heads if sets == "head" else 1) + sympy.cancel(sympy.Add(*parts) / length)
 
     @property
     def scale(self) -> Any:
