@@ -178,6 +178,7 @@ CASES = {
 @pytest.mark.parametrize(
     "name", [name if name == "llada2" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
+@pytest.mark.slow
 def test_published_code_with_exact_state(name, caplog):
     """Id for id what is computed without state, of fewer rows; and not what is kept without a proof."""
     make, options = CASES[name]

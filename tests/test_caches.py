@@ -115,7 +115,7 @@ def _of_the_first_half(rows):
     return chosen
 
 
-@settings(max_examples=examples(2, 6))
+@settings(max_examples=examples(1, 6))
 @given(policies, refreshes, st.integers(1, 2), st.integers(1, 9), st.sampled_from(["maskgit_plus", "entropy"]),
        st.integers(0, 999))  # fmt: skip
 def test_dream_with_caches(policy, refresh, batch, length, algorithm, seed):
@@ -171,6 +171,7 @@ def test_left_padding_with_caches(policy, seed):
     assert torch.equal(got.sequences, expected)
 
 
+@pytest.mark.slow
 def test_infilling_with_caches():
     """Refreshed in every step, and exact: no cache."""
     prompt = prompt_of(2, 20, 3)

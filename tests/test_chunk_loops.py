@@ -338,6 +338,7 @@ def test_reading_rows_after_they_were_overwritten_is_refused():
 # ------------------------------------------------------------------------------------------ budgets
 @settings(max_examples=examples(4, 12))
 @given(toys, st.integers(40, 700), st.floats(0, 1))
+@pytest.mark.slow
 def test_a_budget_is_obeyed_with_the_largest_chunks(toy, length, share):
     module, weights = traced(toy, 1)
     step = compile_aten(module, MosaicOptions(disable=("fuse",)))

@@ -72,7 +72,9 @@ def told(value: object) -> str:
     if isinstance(value, frozenset):
         return f"frozenset({sorted(map(told, value))})"
     if isinstance(value, sympy.Basic):
-        return sympy.srepr(value)
+        symbols = sorted(value.free_symbols, key=str)
+        given = [(str(symbol), sorted(symbol.assumptions0.items())) for symbol in symbols]
+        return f"{sympy.srepr(value.xreplace({s: sympy.Symbol(str(s)) for s in symbols}))} {given}"
     return f"{type(value).__name__} {value!r}"
 
 

@@ -105,6 +105,7 @@ def bare(ids, table, mix, head):
     lead=st.sampled_from([(), (1,), (2,)]), chunk=st.sampled_from([None, 1, 4]),
     calls=st.lists(st.tuples(st.sampled_from([24, 40]), st.integers(0, 24), st.booleans()), min_size=3, max_size=6),
 )  # fmt: skip
+@pytest.mark.slow
 def test_one_step_follows_the_number_of_rows_up_and_down(lead, chunk, calls):
     _, *weights = toy_arguments(1, 2, 0, 3)
     example = torch.full((*lead, 11), 5)

@@ -8,7 +8,7 @@ from chosen import Chosen, chosen_of, scores_of
 from effort import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from remote_models import VOCABULARY, LLaDALike, TidyLike
+from remote_models import VOCABULARY, DreamLike, LLaDALike, TidyLike
 from test_state import at_rows, traced
 from toy_models import Toy, ids, toys
 
@@ -216,7 +216,9 @@ def test_a_session_for_a_block():
 
 
 # ------------------------------------------------------------------------------------------------- generation
-@pytest.mark.parametrize("score", ["probability", "sparse-dllm", pytest.param("mage", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "score", ["sparse-dllm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("probability", "mage"))]
+)
 def test_generation_keeps_chosen_keys(score):
     model = TidyLike(0)
     prompt = torch.randint(10, VOCABULARY, (2, 21), generator=torch.Generator().manual_seed(3))
@@ -340,3 +342,28 @@ def test_explain_says_what_a_key_takes():
     with Session(model, options={"cache_keep": 20}) as session:
         session.full(tokens, rows=range(4))
         assert session.nbytes - 24 * 2 * 4 * (8 + 2 * 8 * 4) < 6 * 512
+
+
+REQUESTS = {
+    "padding": (TidyLike, {"attention_mask": torch.tensor([[1] * 19, [0] * 6 + [1] * 13])}),
+    "guidance": (TidyLike, {"cfg_scale": 1.5}),
+    "shifted": (DreamLike, {"alg": "entropy", "block_length": None}),
+    "block-causal": (TidyLike, {"block_causal": 4, "block_length": None}),
+    "remote code": (LLaDALike, {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REQUESTS)
+def test_all_keys_are_dual_whatever_is_asked_for(name):
+    make, more = REQUESTS[name]
+    model, prompt = make(0), torch.randint(10, VOCABULARY, (2, 19), generator=torch.Generator().manual_seed(1))
+    options = {"gen_length": 12, "block_length": 6, "steps": 8, "mask_token_id": MASK, **more}
+    for _ in range(2):  # remote code may be compiled again in its second call
+        dual = mosaic_compiler.generate(model, prompt, **options, cache="dual")
+        every = mosaic_compiler.generate(model, prompt, **options, cache="select", cache_keep=1.0)
+        some = mosaic_compiler.generate(model, prompt, **options, cache="select", cache_keep=0.3)
+    assert torch.equal(every.sequences, dual.sequences)
+    assert every.steps_by_kind == some.steps_by_kind == dual.steps_by_kind
+    assert some.state_bytes < every.state_bytes
+    assert not bool((some.sequences == MASK).any())
