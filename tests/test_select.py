@@ -328,8 +328,14 @@ def test_bad_options():
 
 
 def test_masks_that_are_no_runs_are_refused():
-    """LLaDA's own code adds a bias that is given: nobody knows what it hides."""
+    """LLaDA's own code adds a bias that is given: nobody knows what it hides.  It has padding that way."""
     model, tokens = LLaDALike(1), torch.full((1, 12), 11)
+    padded = torch.ones(1, 12, dtype=torch.int64)
+    padded[0, :3] = 0
+    with pytest.raises(StateError, match="no run of keys"):
+        mosaic_compiler.generate(
+            TidyLike(0), tokens, attention_mask=padded, gen_length=4, steps=2, mask_token_id=MASK, cache="select"
+        )
     with Session(model, options={"cache_keep": 4}) as session, pytest.raises(StateError, match="no run of keys"):
         session.full(tokens, attention_bias=torch.zeros(1, 1, 12, 12), rows=[1, 2])
 
@@ -345,7 +351,6 @@ def test_explain_says_what_a_key_takes():
 
 
 REQUESTS = {
-    "padding": (TidyLike, {"attention_mask": torch.tensor([[1] * 19, [0] * 6 + [1] * 13])}),
     "guidance": (TidyLike, {"cfg_scale": 1.5}),
     "shifted": (DreamLike, {"alg": "entropy", "block_length": None}),
     "block-causal": (TidyLike, {"block_causal": 4, "block_length": None}),
