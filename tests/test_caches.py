@@ -158,6 +158,7 @@ def _unfilled(cached):
 
 @settings(max_examples=examples(2, 4))
 @given(policies, st.integers(0, 99))
+@pytest.mark.slow
 def test_left_padding_with_caches(policy, seed):
     prompt, real = prompt_of(2, 7, seed), torch.ones(2, 7, dtype=torch.bool)
     real[0, :3] = False

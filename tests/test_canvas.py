@@ -184,6 +184,7 @@ def test_conditioning_is_kept_as_embeddings(model):
     assert got.state_bytes == 4 * (kept + CANVAS * 32)
 
 
+@pytest.mark.slow
 def test_a_budget_that_state_does_not_fit_is_refused(model, monkeypatch):
     monkeypatch.setattr("mosaic_compiler.sampling.canvas.PIECE", 64)
     with pytest.raises(mosaic_compiler.BudgetError, match="less than the state alone"):

@@ -97,7 +97,9 @@ def test_it_plans_in_a_process_without_torch(tmp_path):
     assert "aten._scaled_dot_product_flash_attention_for_cpu.default" in text
 
 
-@pytest.mark.parametrize("fuse", [False, pytest.param(True, marks=pytest.mark.fuse)])
+@pytest.mark.parametrize(
+    "fuse", [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.fuse)]
+)
 @pytest.mark.parametrize("chunks", [pytest.param(None, marks=pytest.mark.slow), 7])
 def test_it_runs_in_another_process_with_weights_by_name(tmp_path, fuse, chunks):
     run = compiled(chunk_rows=chunks, **({} if fuse else {"disable": ("fuse",)}))

@@ -151,6 +151,7 @@ def test_where_nothing_ran_it_is_said():
         generated(made, prompt(), **LLADA, options={"strict": True})
 
 
+@pytest.mark.slow
 def test_a_step_that_dynamo_gave_up_says_so(monkeypatch):
     step = DenoisingStep(model(), 3)
     arguments = torch.full((1, 24), 3), block_window(24, 0, 24), torch.tensor([4])

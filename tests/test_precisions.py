@@ -64,7 +64,14 @@ def test_any_schedule_of_steps_equals_an_independent_one(toy, precision, batch, 
     block.release()
 
 
-@pytest.mark.parametrize("precision", [None, *_SOME, *(pytest.param(name, marks=pytest.mark.slow) for name in _OTHERS)])
+@pytest.mark.parametrize(
+    "precision",
+    [
+        *_SOME,
+        pytest.param(None, marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in _OTHERS),
+    ],
+)
 def test_generation_keeps_values_in_a_precision(precision):
     """Id for id as the published sampler does with rounded keys and values; state takes as many bytes as it says."""
     model, prompt, new, block = TidyLike(0).double(), prompt_of(1, 21, 3), 12, 6

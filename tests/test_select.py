@@ -153,7 +153,7 @@ def test_any_steps_equal_an_independent_implementation(
     block.release()
 
 
-@settings(max_examples=examples(2, 30), deadline=None)
+@settings(max_examples=examples(1, 30), deadline=None)
 @given(
     toy=toys, batch=st.integers(1, 2), precision=st.sampled_from([None, "int8"]), seed=st.integers(0, 9),
     sets=st.sampled_from(["head", "layer"]), keep=st.sampled_from([1.0, 1000]), chunk=st.sampled_from([None, 3]),
@@ -235,7 +235,8 @@ def test_generation_keeps_chosen_keys(score):
     assert got.state_bytes < every.state_bytes
 
 
-@pytest.mark.parametrize("cache", ["prefix", pytest.param("delayed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["prefix", "delayed"])
 def test_other_policies_choose_as_well(cache):
     model, prompt = TidyLike(0), torch.full((1, 21), 11)
     options = {"gen_length": 12, "block_length": 6, "steps": 8, "mask_token_id": MASK, "cache": cache}

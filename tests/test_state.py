@@ -47,7 +47,7 @@ schedules = given(
 )
 
 
-@settings(max_examples=examples(3, 8))
+@settings(max_examples=examples(2, 8))
 @schedules
 def test_any_schedule_of_steps_equals_an_independent_one(toy, batch, length, chunk, poison, steps, seed):
     """Full and reuse steps in any order, with any rows for each sequence, ids that change in between, in chunks."""
@@ -129,6 +129,7 @@ def test_old_state_is_not_read_behind_a_write(batch):
     assert f"overwrites {state.name}, which sum_default reads later" in problems[0].replace(late.name, "sum_default")
 
 
+@pytest.mark.slow
 def test_who_reads_rows_that_are_not_computed_is_named():
     """A mean over all rows of the logits is not what it says in a step for some rows; a choice by a mask is."""
     weights = Toy().weights(0)
