@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from chosen import Chosen, chosen_of, scores_of
 from effort import examples
 from hypothesis import HealthCheck, given, settings
@@ -16,9 +17,10 @@ import mosaic_compiler
 from mosaic_compiler import Session
 from mosaic_compiler.backend import _kinds_of, observing
 from mosaic_compiler.errors import BudgetError, MissingStateError, OptionsError, StateError
+from mosaic_compiler.ir.notes import STATIC_INPUTS
 from mosaic_compiler.kernels.key_selection import select_keys_
 from mosaic_compiler.options import MosaicOptions
-from mosaic_compiler.passes import CanonicalizePass, Verifier, run_passes
+from mosaic_compiler.passes import CanonicalizePass, Verifier, run_passes, trace
 from mosaic_compiler.passes.state import KeepSelectedPass, ReuseSelectedPass
 from mosaic_compiler.planning.ladder import rungs_of
 from mosaic_compiler.planning.selection import SCORES, kept_keys, selection_of
@@ -373,3 +375,27 @@ def test_all_keys_are_dual_whatever_is_asked_for(name):
     assert every.steps_by_kind == some.steps_by_kind == dual.steps_by_kind
     assert some.state_bytes < every.state_bytes
     assert not bool((some.sequences == MASK).any())
+
+
+def test_layers_with_other_numbers_of_heads():
+    generator = torch.Generator().manual_seed(0)
+    table, *layers = (torch.randn(*sizes, generator=generator, dtype=torch.float64) / 4
+                      for sizes in ((23, 16), (4, 16, 16), (4, 16, 16)))  # fmt: skip
+
+    def model(tokens, table, *layers):
+        x = F.embedding(tokens, table)
+        for weights, heads in zip(layers, (2, 4), strict=True):
+            q, k, v = ((x @ weight).view(*tokens.shape, heads, -1).transpose(1, 2) for weight in weights[:3])
+            x = x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(*tokens.shape, 16) @ weights[3]
+        return (x @ table.t(),)
+
+    module = trace(model, ids(2, 13, 0), table, *layers, dynamic=[(0, 1)])
+    STATIC_INPUTS.write(module, (1, 2, 3))
+    tokens, rows, results = ids(2, 20, 1), torch.tensor([[2, 3, 4], [9, 10, 11]]), []
+    for keep in (None, 1.0):
+        block = Block(_kinds_of(module, MosaicOptions(cache_keep=keep, disable=("fuse",))))
+        block.keep([tokens, table, *layers], rows)
+        results.append(at_rows(block.run_rows([tokens, table, *layers], rows)[0], rows))
+        block.release()
+    assert torch.equal(*results)
+    torch.testing.assert_close(results[0], at_rows(model(tokens, table, *layers)[0], rows))

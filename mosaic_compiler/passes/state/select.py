@@ -94,7 +94,9 @@ def attended_in(cut: Cut, precision: str | None) -> tuple[list[Attended], str]:
 
 def _lies_as_it_should(value: fx.Node, cut: Cut) -> bool:
     expected = (0, None, 1, None) if len(cut.space) > 1 else (None, None, 0, None)
-    return cut.labels.layout(value) == expected and ir.expr_of(ir.only_tensor(value).shape[3]).is_Integer
+    entries, _, _, depth = map(ir.expr_of, rows.shape_of(value))
+    is_one = len(cut.space) > 1 or entries == 1
+    return cut.labels.layout(value) == expected and is_one and depth.is_Integer
 
 
 @dataclass(frozen=True)
@@ -296,7 +298,7 @@ class _SelectedRewriter(Rewriter):
         self._attended: Mapping[fx.Node, Attended] = {each.node: each for each in attended}
         self._selection = selection
         self._of_selected: dict[fx.Node, list[fx.Node]] = {}
-        self._indexes: list[fx.Node] = []
+        self._indexes: dict[tuple[Any, Any], list[fx.Node]] = {}
 
     def _add_states(self) -> None:
         self._chosen = _States(self, list(self._attended.values()), self._selection)
@@ -304,9 +306,6 @@ class _SelectedRewriter(Rewriter):
         for node, indices in self._chosen.indices.items():
             self._of_selected[node] = [placeholders[index] for index in indices]
             self._places += [StatePlace(index, None) for index in indices]
-
-    def _computed_now(self, node: fx.Node) -> None:
-        pass
 
     def _in_full(self, operand: fx.Node) -> fx.Node:
         return self._now.get(operand) or super()._in_full(operand)
@@ -317,7 +316,7 @@ class _SelectedRewriter(Rewriter):
         each = self._attended[node]
         positions, *memory = self._of_selected[node]
         entries, heads = _whole(self, each.parts[0], 0), _whole(self, each.parts[0], 1)
-        places = self._places_of(positions, self.emit(aten.unsqueeze.default, self._given, 1), each)
+        places = self._places_of(positions, self.emit(aten.unsqueeze.default, self._given, 1))
         seen: list[fx.Node] = []
         for part, coding in zip(each.parts, each.codings, strict=True):
             number = 1 if coding.is_exact or coding.precision == "bf16" else 2
@@ -340,7 +339,7 @@ class _SelectedRewriter(Rewriter):
 
     _now: Mapping[Any, fx.Node] = {}
 
-    def _places_of(self, positions: fx.Node, wanted: fx.Node, each: Attended) -> fx.Node:
+    def _places_of(self, positions: fx.Node, wanted: fx.Node) -> fx.Node:
         """Where positions [E, 1, C] stand among the chosen ones [E, G or 1, S]: [E, G or 1, C]."""
         sizes = [_whole(self, positions, 0), _whole(self, positions, 1), _whole(self, wanted, 2)]
         wide = self.emit(aten.clone.default, self.emit(aten.expand.default, wanted, sizes),
@@ -349,15 +348,16 @@ class _SelectedRewriter(Rewriter):
 
     def _put(self, target: fx.Node, places: fx.Node, new: fx.Node, entries: Any, heads: Any) -> fx.Node:
         """target[e, h, places[e, h]] = new[e, h], in place."""
-        if not self._indexes:
+        indexes = self._indexes.setdefault((entries, heads), [])
+        if not indexes:
             device = ir.main_device_of(self.module)
             with self.graph.inserting_before(self.front):
                 for size, dims in ((entries, (1, 2)), (heads, (0, 2))):
                     index = self.emit(aten.arange.default, size, device=device, pin_memory=False)
                     for dim in dims:
                         index = self.emit(aten.unsqueeze.default, index, dim)
-                    self._indexes.append(index)
-        return self.emit(aten.index_put_.default, target, [*self._indexes, places], new)
+                    indexes.append(index)
+        return self.emit(aten.index_put_.default, target, [*indexes, places], new)
 
     def _attend_runs(
         self, node: fx.Node, positions: fx.Node, seen: Sequence[fx.Node], entries: Any, heads: Any
