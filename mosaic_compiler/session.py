@@ -89,13 +89,15 @@ class Session:
         Args:
             ids: int64 [B, N]; ``more`` and ``named`` are what the function takes besides.
             rows: with the option ``cache_keep``: the rows of the steps to come (as of :meth:`reuse`), for which keys
-                are chosen.
+                are chosen.  (Without it, ``rows`` is an argument of the function's.)
 
         Raises:
             StateError: if the function has nothing that can be kept, or the session is closed, or in use.
             BudgetError: if step and state do not fit ``memory_budget``.
         """
         with self._taken() as store:
+            if rows is not None and store.keep is None:
+                named, rows = {**named, "rows": rows}, None  # one of the function's own
             chosen_for = None if rows is None else rows_of(rows, *_shape_of(ids), ids.device)
             return self._full(store, (ids, *more), named, chosen_for)
 
@@ -126,7 +128,7 @@ class Session:
         Args, raises: as :meth:`reuse` and :meth:`full`.
         """
         with self._taken() as store:
-            if store.selects:
+            if store.selects or store.keep is not None:
                 raise StateError("with cache_keep, keys are chosen for some rows, and nothing is exact: call reuse()")
             shape = _shape_of(ids)
             wanted = rows_of(rows, *shape, ids.device)

@@ -18,7 +18,7 @@ from mosaic_compiler import Session
 from mosaic_compiler.backend import _kinds_of, observing
 from mosaic_compiler.errors import BudgetError, MissingStateError, OptionsError, StateError
 from mosaic_compiler.ir.notes import STATIC_INPUTS
-from mosaic_compiler.kernels.key_selection import select_keys_
+from mosaic_compiler.kernels.key_selection import scratch_bytes, select_keys_
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.passes import CanonicalizePass, Verifier, run_passes, trace
 from mosaic_compiler.passes.state import KeepSelectedPass, ReuseSelectedPass
@@ -399,3 +399,43 @@ def test_layers_with_other_numbers_of_heads():
         block.release()
     assert torch.equal(*results)
     torch.testing.assert_close(results[0], at_rows(model(tokens, table, *layers)[0], rows))
+
+
+@pytest.mark.slow
+def test_auto_passes_over_what_a_model_cannot_do():
+    """Padding as a bias: no keys can be chosen, but nothing can be kept."""
+    model, prompt = TidyLike(0), torch.full((1, 150), 11)
+    padded = torch.ones_like(prompt)
+    padded[0, :3] = 0
+    options = {"gen_length": 8, "block_length": 8, "steps": 4, "mask_token_id": MASK, "attention_mask": padded}
+    plain = mosaic_compiler.generate(model, prompt, **options, cache="none")
+    budget = plain.plan.workspace + (4 << 10)
+    got = mosaic_compiler.generate(model, prompt, **options, cache="auto", memory_budget=budget)
+    assert torch.equal(got.sequences, plain.sequences) or got.is_approximate
+    small = plain.plan.workspace // 4
+    with pytest.raises(BudgetError):
+        mosaic_compiler.generate(model, prompt, **options, cache="auto", memory_budget=small)
+
+
+@pytest.mark.parametrize("score", list(SCORES))
+def test_scratch_covers_what_is_allocated(score):
+    from torch.profiler import ProfilerActivity, profile
+
+    sets = selection_of(score, None).sets
+    sizes = {"query": (1, 8, 8, 16), "key": (1, 2, 3000, 16)}
+
+    def choose(query, key, rows):
+        return torch.ops.mosaic.select_keys(query, key, rows, None, None, None, None, key.shape[2], score, sets)
+
+    given = [torch.randn(size) for size in sizes.values()] + [torch.arange(8)[None]]
+    graph = trace(choose, *given, dynamic=[(), (), ()]).graph
+    node = next(node for node in graph.nodes if node.target is torch.ops.mosaic.select_keys.default)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        choose(*given)
+    live = most = 0
+    for event in found.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    result = 3000 * 8 * (2 if sets == "head" else 1)
+    assert most <= int(scratch_bytes(node)) + result

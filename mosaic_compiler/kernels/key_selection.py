@@ -131,6 +131,7 @@ def _votes(packed: Tensor, key: Tensor, seen: _Seen, is_new: Tensor, sets: int, 
         counts = (best.values[..., :most] > float("-inf")) & is_new.repeat(1, share).unsqueeze(-1)
         chosen = best.indices[..., :most].reshape(batch, -1)
         found[:, group].scatter_add_(1, chosen, counts.reshape(batch, -1).to(found.dtype))
+        del logs, best, counts, chosen
     return found if sets == groups else found.sum(1, keepdim=True)
 
 
@@ -172,7 +173,7 @@ def scratch_bytes(node: fx.Node) -> sympy.Expr:
     inside = 3 * batch * heads * queries * depth * size + batch * groups * tile * depth * size
     inside += batch * heads * queries * (tile * (3 * size + 2) + 4 * size) + 24 * tile
     if score == "mage":
-        inside += batch * heads / groups * queries * keys * (2 * size + 16)
+        inside += batch * heads / groups * queries * (keys * (2 * size + 16) + kept * (size + 18))
     held = batch * sets * keys * (4 * size + 10) if score != "mage" else batch * groups * keys * (size + 2)
     ends = batch * sets * (keys * (2 * size + 24) + 32 * kept)
     return inside + held + ends + 64 * batch * queries + 4096

@@ -35,6 +35,7 @@ class NamedStep(Stateful):
 
     Attributes:
         on_derived: called with ``kinds`` or ``reach``, and what was made, when that is first asked for.
+        derived: what was, by these names.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class NamedStep(Stateful):
     ) -> None:
         self._derive, self._prove = derive, prove
         self.on_derived: Callable[[str, Any], None] = lambda name, made: None
+        self.derived: dict[str, Any] = {}
         self.planned_fallbacks = tuple(planned_fallbacks)
         policy = POLICIES[options.cache]
         self.automatic: Automatic | None = None
@@ -66,14 +68,14 @@ class NamedStep(Stateful):
     def kinds(self) -> Kinds:
         """Steps for all rows that keep state, and for some rows that use it: made of the captured graph when they are
         first asked for."""
-        made = self._derive()
+        made = self.derived["kinds"] = self._derive()  # first: who wants to be told looks at what is there
         self.on_derived("kinds", made)
         return made
 
     @functools.cached_property
     def reach(self) -> Reach | None:
         """Which rows depend on which, if not all on all."""
-        found = self._prove()
+        found = self.derived["reach"] = self._prove()
         self.on_derived("reach", found)
         return found
 

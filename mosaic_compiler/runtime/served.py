@@ -54,10 +54,9 @@ def keep(folder: Folder, key: str, step: NamedStep, bindings: Bindings, label: s
         except CacheError as error:
             logger.info("mosaic: %s of %s: made again in every process: %s", name, label, error)
 
-    for name in (KINDS, REACH):
-        if name in step.__dict__:
-            derived(name, getattr(step, name))
     step.on_derived = derived
+    for name, made in list(step.derived.items()):
+        derived(name, made)
 
 
 class Made:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mosaic_compiler.errors import BudgetError, MissingStateError
+from mosaic_compiler.errors import BudgetError, MissingStateError, StateError
 from mosaic_compiler.planning.caches import Policy, Refresh
 from mosaic_compiler.planning.ladder import Rung
 from mosaic_compiler.planning.plan import Fallback, MemoryPlan
@@ -163,6 +163,8 @@ class Run:
         kind, computed = self.schedule.next(self.ids, wanted, rows)
         store = self._store
         if store is None or kind == "plain":
+            if store is not None:
+                store.release()  # the next step keeps anew
             if kind == "exact":
                 self.schedule.ran(0, self.ids.shape[1])
             return self._proposer(*arguments)
@@ -177,7 +179,7 @@ class Run:
                     raise
                 has_begun_anew = True
                 logger.info("mosaic: step %d computes all rows: %s", self.forwards + 1, missing)
-            except BudgetError as error:
+            except (BudgetError, StateError) as error:  # too much, or nothing that this model can keep so
                 if not self._rungs:
                     raise
                 before = self.rung
