@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -171,7 +171,16 @@ def longest_cached(
             return False
         return True
 
-    low, high = 0, 2 * rows
+    return longest_that(fits, 2 * rows)
+
+
+def longest_that(fits: Callable[[int], bool], first: int = 1) -> int:
+    """The most tokens that fit, up to a thousandth; 0 if no length that was tried does.
+
+    Args:
+        first: the length that is tried first.
+    """
+    low, high = 0, first
     while fits(high):
         low, high = high, 2 * high
     while high - low > max(low // 1000, 1):

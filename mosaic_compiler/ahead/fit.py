@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mosaic_compiler.ahead.cached import Stateful, stateful
+from mosaic_compiler.ahead.cached import Stateful, longest_that, stateful
 from mosaic_compiler.ahead.configs import DTYPES, build
 from mosaic_compiler.disk.folder import Folder, sources_digest, the_folder
 from mosaic_compiler.disk.values import read, write
@@ -116,13 +116,7 @@ def longest(model: Traced, room: int, row_share: float = 0.5) -> tuple[int, int]
     found = 0
     for _ in range(4):  # inputs and results take room as well
         found = model.outline.longest(max(room - IN_AND_OUT * found, 1), row_share)
-    low, high = 0, 1
-    while _eager_peak(model, high) <= room:
-        low, high = high, 2 * high
-    while high - low > max(low // 1000, 1):
-        middle = (low + high) // 2
-        low, high = (middle, high) if _eager_peak(model, middle) <= room else (low, middle)
-    return found, low
+    return found, longest_that(lambda tokens: _eager_peak(model, tokens) <= room)
 
 
 def _eager_peak(model: Traced, tokens: int) -> int:
@@ -177,9 +171,7 @@ def _trace(
         torch.empty(1, dtype=torch.int64, device="meta"),
     )
     try:
-        more = {} if selection is None else {
-            "cache_keep": 1.0, "cache_score": selection.score, "cache_sets": selection.sets
-        }  # fmt: skip
+        more = {} if selection is None else selection.options
         captured = capture_step(step, example, {"cache_dtype": precision, **more}, device=device, is_direct=True)
     except CaptureError as error:
         raise ConfigError(

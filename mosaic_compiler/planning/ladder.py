@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from mosaic_compiler.planning.precisions import LADDER, precision_of
-from mosaic_compiler.planning.selection import DEFAULT_KEEP
+from mosaic_compiler.planning.selection import DEFAULT_KEEP, keep_text
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,7 @@ class Rung:
     def __str__(self) -> str:
         if not self.is_kept:
             return "nothing (every step computes all rows)"
-        share = self.keep if not isinstance(self.keep, float) else f"{self.keep:.1%}".replace(".0%", "%")
-        keys = "all keys" if self.keep is None else f"{share} of the keys"
+        keys = "all keys" if self.keep is None else f"{keep_text(self.keep)} of the keys"
         return f"{keys} in {self.precision or 'the precision that they are computed in'}"
 
 

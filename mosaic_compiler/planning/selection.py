@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class Selection:
     def __str__(self) -> str:
         return f"{self.score}, per {self.sets}"
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the backend: keys are chosen so, however many (which is a number of whoever steps)."""
+        return {"cache_keep": 1.0, "cache_score": self.score, "cache_sets": self.sets}
+
 
 def selection_of(score: str, sets: str | None) -> Selection:
     """The selection of this name.
@@ -87,6 +93,11 @@ def check_keep(keep: float | int | None) -> None:
         raise ValueError(
             f"cache_keep must be a share of the keys above 0 and up to 1.0, or a number of keys from 1, got {keep!r}"
         )
+
+
+def keep_text(keep: float | int) -> str:
+    """``5%``, or a number of keys."""
+    return f"{keep:.1%}".replace(".0%", "%") if isinstance(keep, float) else str(keep)
 
 
 def kept_keys(keep: float | int, length: int, rows: int) -> int:

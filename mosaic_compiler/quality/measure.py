@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mosaic_compiler.planning.selection import keep_text
 from mosaic_compiler.quality.sequences import BLOCK, Asked
 from mosaic_compiler.sampling.bidirectional import check_bidirectional, check_block_causal
 from mosaic_compiler.sampling.calls import ModelCall, call_for
@@ -36,10 +37,9 @@ class Method:
         """For people."""
         if self.cache_keep is None:
             return self.cache_dtype or "as computed"
-        share = f"{self.cache_keep:.1%}".replace(".0%", "%") if isinstance(self.cache_keep, float) else self.cache_keep
         score = "" if self.cache_score == "probability" else f" by {self.cache_score}"
         sets = " per layer" if self.cache_sets == "layer" and not score else ""
-        return f"{share}{score}{sets}" + (f", {self.cache_dtype}" if self.cache_dtype else "")
+        return f"{keep_text(self.cache_keep)}{score}{sets}" + (f", {self.cache_dtype}" if self.cache_dtype else "")
 
     @property
     def options(self) -> dict[str, Any]:

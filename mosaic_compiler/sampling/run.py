@@ -89,7 +89,7 @@ class Run:
         more: dict[str, Any] = {} if self.rung.precision is None else {"cache_dtype": self.rung.precision}
         self.schedule.choose(None)
         if self.rung.keep is not None:
-            more |= {"cache_keep": 1.0, "cache_score": self._selection.score, "cache_sets": self._selection.sets}
+            more |= self._selection.options
             self.schedule.choose(SCORES[self._selection.score].delay)
         if self._store is not None:
             self._store.keep = self.rung.keep

@@ -99,15 +99,12 @@ class Rewriter(SizeEmitter):
             if node in self.cut.inside:
                 with self.graph.inserting_before(node.next):
                     self._computed[node] = self._compute(node)
-                    self._computed_now(node)
+                    if node in self._states:
+                        self._kept[node] = self._replace_rows(node)
             elif node.op == "call_function" or node.op == "output":
                 with self.graph.inserting_before(node):
                     self._read_all_rows(node)
         note_state(self.module, self._places)
-
-    def _computed_now(self, node: fx.Node) -> None:
-        if node in self._states:
-            self._kept[node] = self._replace_rows(node)
 
     # ------------------------------------------------------------------------------------- inputs
     def _add_inputs(self) -> None:

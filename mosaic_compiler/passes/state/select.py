@@ -121,15 +121,7 @@ class KeepSelectedPass(Pass):
     selection: Selection = field(default_factory=Selection)
 
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
-        module = ir.copy_graph(module)
-        cut = find_cut(module.graph)
-        attended, problem = attended_in(cut, self.precision)
-        assert not problem, problem
-        _Chooser(module, cut, attended, self.selection).rewrite()
-        ir.remove_dead_code(module.graph)
-        module.graph.lint()
-        module.recompile()
-        return module
+        return _rewritten(module, self.precision, self.selection, _Chooser)
 
 
 @dataclass(frozen=True)
@@ -154,15 +146,24 @@ class ReuseSelectedPass(Pass):
     selection: Selection = field(default_factory=Selection)
 
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
-        module = ir.copy_graph(module)
-        cut = find_cut(module.graph)
-        attended, problem = attended_in(cut, self.precision)
-        assert not problem, problem
-        _SelectedRewriter(module, cut, attended, self.selection).rewrite()
-        ir.remove_dead_code(module.graph)
-        module.graph.lint()
-        module.recompile()
-        return module
+        return _rewritten(module, self.precision, self.selection, _SelectedRewriter)
+
+
+def _rewritten(
+    module: fx.GraphModule,
+    precision: str | None,
+    selection: Selection,
+    rewriter: type[_Chooser] | type[_SelectedRewriter],
+) -> fx.GraphModule:
+    module = ir.copy_graph(module)
+    cut = find_cut(module.graph)
+    attended, problem = attended_in(cut, precision)
+    assert not problem, problem
+    rewriter(module, cut, attended, selection).rewrite()
+    ir.remove_dead_code(module.graph)
+    module.graph.lint()
+    module.recompile()
+    return module
 
 
 class _States:
@@ -203,22 +204,21 @@ class _States:
         return index
 
     def _positions(self, key: fx.Node) -> fx.Node:
-        """Stands for positions: for their layout only."""
-        with self._emitter.mode:
-            tensor = ir.only_tensor(key)
-            heads = tensor.shape[1] if self._selection.sets == "head" else 1
-            value = torch.empty((tensor.shape[0], heads, self._number), dtype=torch.int64, device=tensor.device)
-        node = self._emitter.bare(aten.empty.memory_format, [])
-        node.meta["val"] = value
-        return node
+        """Stands for the positions of chosen keys."""
+        entries, heads = ir.only_tensor(key).shape[:2]
+        sizes = entries, heads if self._selection.sets == "head" else 1, self._number
+        return self._stand_in(key, sizes, torch.int64)
 
     def _picked(self, part: fx.Node) -> fx.Node:
         """Stands for chosen rows of a value."""
-        with self._emitter.mode:
-            tensor = ir.only_tensor(part)
-            value = tensor.new_empty((*tensor.shape[:2], self._number, tensor.shape[3]))
+        tensor = ir.only_tensor(part)
+        return self._stand_in(part, (*tensor.shape[:2], self._number, tensor.shape[3]), tensor.dtype)
+
+    def _stand_in(self, like: fx.Node, sizes: Sequence[Any], dtype: torch.dtype) -> fx.Node:
+        """A node that is there for its layout only."""
         node = self._emitter.bare(aten.empty.memory_format, [])
-        node.meta["val"] = value
+        with self._emitter.mode:
+            node.meta["val"] = ir.only_tensor(like).new_empty(sizes, dtype=dtype)
         return node
 
 
@@ -299,6 +299,7 @@ class _SelectedRewriter(Rewriter):
         self._selection = selection
         self._of_selected: dict[fx.Node, list[fx.Node]] = {}
         self._indexes: dict[tuple[Any, Any], list[fx.Node]] = {}
+        self._now: Mapping[Any, fx.Node] = {}
 
     def _add_states(self) -> None:
         self._chosen = _States(self, list(self._attended.values()), self._selection)
@@ -336,8 +337,6 @@ class _SelectedRewriter(Rewriter):
             return self._attend_runs(node, positions, seen, entries, heads)
         args, kwargs = self._operands(node)
         return self.emit(node.target, *args, **kwargs)
-
-    _now: Mapping[Any, fx.Node] = {}
 
     def _places_of(self, positions: fx.Node, wanted: fx.Node) -> fx.Node:
         """Where positions [E, 1, C] stand among the chosen ones [E, G or 1, S]: [E, G or 1, C]."""
