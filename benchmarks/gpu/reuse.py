@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from benchmarks.gpu.benchmark import Benchmark, Row, quotient
 from benchmarks.gpu.models import MODELS, Session, clean, device, synchronize
 from mosaic_compiler import Session as Kept
+from mosaic_compiler.planning.selection import kept_keys
 from mosaic_compiler.runtime.state import Block
 
 ROWS, BANDWIDTH = 32, 3.0e12
@@ -40,20 +41,30 @@ class Propose(nn.Module):
         return token, torch.softmax(logits, -1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
 
 
-def measure(session: Session, lengths: list[int], full_lengths: list[int]) -> list[Row]:
-    """One row per length."""
+def measure(session: Session, lengths: list[int], full_lengths: list[int], kept_as: list[dict[str, Any]]) -> list[Row]:
+    """One row per length and way to keep state: as it is computed, and with other options of the backend."""
     propose = Propose(session.step.model)
     rows: list[Row] = []
-    with Kept(propose) as kept:
+    for options in [{}, *kept_as]:
+        rows += _measured(session, propose, options, lengths, full_lengths)
+        clean()
+    return rows
+
+
+def _measured(
+    session: Session, propose: nn.Module, options: dict[str, Any], lengths: list[int], full_lengths: list[int]
+) -> list[Row]:
+    rows: list[Row] = []
+    said = {"model": session.name, **options}
+    with Kept(propose, options=options) as kept:
         _call(kept, session.name, 2048)
         for tokens in full_lengths:
-            rows.append({"model": session.name, "tokens": tokens, **_full(kept, session.name, tokens)})
+            rows.append({**said, "tokens": tokens, **_full(kept, session.name, tokens)})
             print(rows[-1], flush=True)
         with _filled_with_noise():
             for tokens in lengths:
-                rows.append({"model": session.name, "tokens": tokens, **_reuse(kept, session, tokens)})
+                rows.append({**said, "tokens": tokens, **_reuse(kept, session, tokens)})
                 print(rows[-1], flush=True)
-    clean()
     return rows
 
 
@@ -66,19 +77,26 @@ def _arguments(name: str, tokens: int) -> tuple[Tensor, Tensor, range]:
 
 def _call(kept: Kept, name: str, tokens: int) -> None:
     ids, rows, computed = _arguments(name, tokens)
-    kept.full(ids, rows)
+    kept.full(ids, rows, **_for(kept, computed))
     for _ in range(3):  # bound, recorded, replayed
         kept.reuse(ids, computed, rows)
 
 
+def _for(kept: Kept, computed: range) -> dict[str, Any]:
+    """The rows that keys are chosen for, if they are."""
+    assert kept._store is not None
+    return {} if kept._store.keep is None else {"rows": computed}
+
+
 def _full(kept: Kept, name: str, tokens: int) -> Row:
     """A full step that keeps state, against one that does not, in turns."""
-    ids, rows, _ = _arguments(name, tokens)
+    ids, rows, computed = _arguments(name, tokens)
+    more = _for(kept, computed)
     plain = kept._function
     took: dict[str, list[float]] = {"plain": [], "keeping": []}
     with torch.no_grad():
         for _ in range(9):
-            for kind, call in (("plain", lambda: plain(ids, rows)), ("keeping", lambda: kept.full(ids, rows))):
+            for kind, call in (("plain", lambda: plain(ids, rows)), ("keeping", lambda: kept.full(ids, rows, **more))):
                 took[kind].append(_clocked(call))
     return {f"full_{kind}_ms": 1e3 * statistics.mean(times[2:]) for kind, times in took.items()}
 
@@ -116,14 +134,32 @@ def _clocked(call: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
+def _fill(tensor: Tensor, rows: Tensor | None, length: int) -> None:
+    """Numbers, codes of any value, or positions: those of the computed rows, and every so many of the others."""
+    if tensor.dtype == torch.int64:
+        assert rows is not None
+        others = torch.linspace(0, int(rows.min()) - 1, tensor.shape[2] - rows.shape[1], device=tensor.device)
+        tensor.copy_(torch.cat([others.long(), rows.sort(1).values[0]]))
+    elif tensor.dtype in (torch.uint8, torch.int8):
+        tensor.random_(1, 120)  # no NaN of fp8
+    else:
+        tensor.normal_()
+
+
 @contextmanager
 def _filled_with_noise() -> Any:
     """Full steps map state, and fill it without computing it."""
 
-    def keep(self: Block, inputs: Any) -> list[Any]:
+    def keep(self: Block, inputs: Any, rows: Tensor | None = None, keep: float | int | None = None) -> list[Any]:
+        if self.selects:
+            assert rows is not None
+            keep = self.full.options.cache_keep if keep is None else keep
+            assert keep is not None
+            self._for_rows, length = rows.sort(1).values, inputs[0].shape[1]
+            self._keys = kept_keys(keep, length, rows.shape[1])
         self._map(inputs)
         for tensor in self.tensors:
-            tensor.normal_()
+            _fill(tensor, rows, inputs[0].shape[1])
         self._weights, self.is_valid = self._weights_in(inputs), True
         return [torch.zeros(ROWS, device=self.device, dtype=torch.int64), torch.zeros(ROWS, device=self.device)]
 
@@ -138,15 +174,24 @@ def _lengths(name: str, given: argparse.Namespace) -> list[int]:
 
 def _add_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("--kept", nargs="*", type=int, default=[], help="tokens that are kept")
+    made.add_argument("--cache-dtype", nargs="*", default=[], help="precisions of state, besides that of computation")
+    made.add_argument("--cache-keep", nargs="*", type=float, default=[], help="shares of keys that are chosen")
+    made.add_argument("--reuse-only", action="store_true", help="no full steps")
 
 
 BENCHMARK = Benchmark(
     "reuse",
-    lambda session, given: measure(session, _lengths(session.name, given), sorted({4096, 16_384, *given.lengths})[:2]),
+    lambda session, given: measure(
+        session,
+        _lengths(session.name, given),
+        sorted({4096, 16_384, *given.lengths})[: 0 if given.reuse_only else 2],
+        [*({"cache_dtype": name} for name in given.cache_dtype), *({"cache_keep": keep} for keep in given.cache_keep)],
+    ),
     "milliseconds of steps of 32 rows, and of full steps",
-    ["model", "tokens", "stream", "alone", "device", "floor", "full, keeping / plain"],
+    ["model", "tokens", "kept as", "stream", "alone", "device", "floor", "full, keeping / plain"],
     lambda r: [
-        r["model"], r["tokens"], *(r.get(f"{name}_ms") for name in ("stream", "alone", "device", "floor")),
+        r["model"], r["tokens"], r.get("cache_dtype") or r.get("cache_keep") or "exact",
+        *(r.get(f"{name}_ms") for name in ("stream", "alone", "device", "floor")),
         quotient(r, "full_keeping_ms", "full_plain_ms"),
     ],
     add_arguments=_add_arguments,
