@@ -42,7 +42,7 @@ from mosaic_compiler.passes.state import (
     ReuseStatePass,
     attended_in,
     codings_of,
-    find_cut,
+    cut_for,
     find_reach,
     inputs_of,
     leading_parts,
@@ -190,7 +190,7 @@ def kept_of(module: fx.GraphModule, options: MosaicOptions) -> Kept:
     with _no_guards(module):
         canonical, _ = run_passes(module, passes=passes_until("mixtures", options), disable=shown)
         is_heavy = any(book.entry(node).is_heavy for node in canonical.graph.nodes)
-        cut = find_cut(canonical.graph)
+        cut = cut_for(canonical.graph, options.cache_dtype)
         reach = None if cut.problem else find_reach(canonical.graph, cut, STATIC_INPUTS.of(canonical))
         codings, problem = codings_of(cut, options.cache_dtype)
         chosen: list[Attended] = []

@@ -17,6 +17,8 @@ from test_split_attention import attend, given_of
 import mosaic_compiler
 from mosaic_compiler import Session
 from mosaic_compiler.backend import observing
+from mosaic_compiler.kernels import key_selection
+from mosaic_compiler.kernels.coded_attention import attend_codes_, numbers_of
 from mosaic_compiler.kernels.few_queries import few_query_attention, few_query_reference
 from mosaic_compiler.kernels.interval_attention import attend_intervals_, reference
 from mosaic_compiler.planning.few import pieces
@@ -239,6 +241,71 @@ def test_a_given_cache_is_read_where_it_stands(dtype):
             torch.testing.assert_close(compiled(*given), attend(*given), atol=exact, rtol=exact)
     assert len(steps) == 1
     assert not [b.describe() for b in steps[0].plan.buffers if not b.is_given and 4100 + 65 in b.shape]
+
+
+@pytest.mark.parametrize("precision", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize(
+    ("groups", "share", "queries", "keys", "depth"),
+    [(32, 1, 32, 5000, 128), (4, 7, 32, 5000, 128), (2, 2, 5, 130, 64), (1, 1, 33, 700, 32), (2, 1, 32, 40, 16)],
+)
+def test_attention_of_codes(precision, groups, share, queries, keys, depth):
+    """Against float64; large and small values, runs of keys, rows that come twice."""
+    torch.manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+    query = random(2, queries, groups * share, depth).transpose(1, 2) * 3
+    wide = [random(2, keys, groups, depth).transpose(1, 2) * scale for scale in (1.0, 1e-3)]
+    wide[1] = wide[1] * torch.logspace(0, 5, groups, device="cuda").view(1, -1, 1, 1).bfloat16()
+    parts = []
+    for part in wide:
+        parts += encoded(part.float(), precision)
+    own = [random(2, queries, groups, depth).transpose(1, 2) * scale for scale in (1.0, 1e-3)]
+    rows = torch.stack([torch.randperm(keys)[:queries].sort().values for _ in range(2)]).cuda().unsqueeze(1)
+    if queries > 1:
+        rows[..., -1] = rows[..., -2]
+        for part in own:
+            part[:, :, -1] = part[:, :, -2]
+    first = torch.randint(0, keys // 2, (1, 1, queries, 1), device="cuda")
+    exact = []
+    for (codes, scale), new in zip((parts[:2], parts[2:]), own, strict=True):
+        whole = (numbers_of(codes, precision) * scale).double()
+        index = rows.expand(-1, groups, -1).unsqueeze(-1).expand(-1, -1, -1, depth)
+        exact.append(whole.scatter(2, index, new.double()))
+    for bound in (None, first):
+        given = (query, *parts, *own, rows, bound, None, None, None, precision)
+        got = attend_codes_(torch.empty_like(query), *given).double()
+        expected = reference(query.double(), *exact, bound, None, None, None)
+        assert ((got - expected).norm(dim=-1) / expected.norm(dim=-1)).max() < 0.02
+        assert (got - expected).norm() / expected.norm() < 4e-3
+
+
+def encoded(value, precision):
+    """Codes and scales of [.., d]."""
+    most = {"int4": 7.0, "int8": 127.0, "fp8": 448.0}[precision]
+    scale = value.abs().amax(-1, keepdim=True) / most
+    codes = value / scale
+    if precision == "fp8":
+        return codes.to(torch.float8_e4m3fn).view(torch.uint8), scale
+    codes = codes.round()
+    half = value.shape[-1] // 2
+    if precision == "int4":
+        return (codes[..., half:] * 16 + codes[..., :half] + 8 + 128).to(torch.uint8), scale
+    return codes.to(torch.int8), scale
+
+
+@pytest.mark.parametrize(("groups", "share", "queries", "keys", "depth"), [(4, 7, 32, 5000, 128), (2, 1, 5, 200, 64)])
+def test_keys_are_chosen_as_elsewhere(groups, share, queries, keys, depth):
+    torch.manual_seed(0)
+    query = torch.randn(2, groups * share, queries, depth, device="cuda", dtype=torch.bfloat16)
+    key = torch.randn(2, groups, keys, depth, device="cuda", dtype=torch.bfloat16)
+    first = torch.randint(0, keys // 2, (1, 1, queries, 1), device="cuda")
+    for bound in (None, first):
+        scores = key_selection._with_kernels(query, key, bound, None, None, 0.3) * 0.6931471805599453
+        seen = key_selection._Seen(bound, None, None, share)
+        packed = (query.float() * 0.3).reshape(2, groups, share, queries, depth)
+        torch.testing.assert_close(scores, key_selection._probabilities(packed, key, seen, groups), atol=1e-3, rtol=0)
 
 
 def test_canvases():

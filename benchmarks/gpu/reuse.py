@@ -45,7 +45,7 @@ def measure(session: Session, lengths: list[int], full_lengths: list[int], kept_
     """One row per length and way to keep state: as it is computed, and with other options of the backend."""
     propose = Propose(session.step.model)
     rows: list[Row] = []
-    for options in [{}, *kept_as]:
+    for options in kept_as:
         rows += _measured(session, propose, options, lengths, full_lengths)
         clean()
     return rows
@@ -174,8 +174,9 @@ def _lengths(name: str, given: argparse.Namespace) -> list[int]:
 
 def _add_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("--kept", nargs="*", type=int, default=[], help="tokens that are kept")
-    made.add_argument("--cache-dtype", nargs="*", default=[], help="precisions of state, besides that of computation")
-    made.add_argument("--cache-keep", nargs="*", type=float, default=[], help="shares of keys that are chosen")
+    made.add_argument("--cache-dtype", nargs="*", default=[], help="precisions of state")
+    made.add_argument("--cache-keep", nargs="*", type=float, default=[], help="shares of keys")
+    made.add_argument("--no-exact", action="store_true", help="not as it is computed")
     made.add_argument("--reuse-only", action="store_true", help="no full steps")
 
 
@@ -185,7 +186,10 @@ BENCHMARK = Benchmark(
         session,
         _lengths(session.name, given),
         sorted({4096, 16_384, *given.lengths})[: 0 if given.reuse_only else 2],
-        [*({"cache_dtype": name} for name in given.cache_dtype), *({"cache_keep": keep} for keep in given.cache_keep)],
+        [
+            *([] if given.no_exact else [{}]),
+            *({"cache_dtype": name} for name in given.cache_dtype), *({"cache_keep": keep} for keep in given.cache_keep),
+        ],
     ),
     "milliseconds of steps of 32 rows, and of full steps",
     ["model", "tokens", "kept as", "stream", "alone", "device", "floor", "full, keeping / plain"],

@@ -28,6 +28,17 @@ def interval_attention_rows(node: fx.Node, output: int, layout: Layout, space: S
     return _attended(node, output, layout, node.args[3:6], space)
 
 
+def coded_attention_rows(node: fx.Node, output: int, layout: Layout, space: Space) -> Answer:
+    """As of attention of runs of keys; codes and the own keys of some rows are needed whole."""
+    found = _attended(node, output, layout, node.args[8:11], space)
+    if found is None:
+        return None
+    query, key, _, *masks = found
+    theirs = key.layout and (key.layout[0],)
+    whole: list[Any] = list(node.args[1:8])
+    return [query, *(Operand(part, theirs and theirs + (None,) * (len(shape_of(part)) - 1)) for part in whole), *masks]
+
+
 def _attended(node: fx.Node, output: int, labels: Layout, masks: Sequence[Any], space: Space) -> Answer:
     """``masks``: [entries, heads, queries, keys], each of which may be 1."""
     query, key, value = node.args[:3]

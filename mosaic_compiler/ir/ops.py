@@ -8,6 +8,7 @@
 ``mosaic::mixture``           a mixture of experts: its ops, as data
 ``mosaic::interval_attention``  attention whose queries each see a run of keys, instead of a mask
 ``mosaic::attention_behind``    the rest of one whose keys up to the query's own are done
+``mosaic::coded_attention``   attention of keys and values in fewer bits, and of some rows' own as they are
 ``mosaic::select_keys``       positions of the keys that some queries attend to most
 
 Here are their schemas and what they return; ``kernels/ops.py`` has what runs.
@@ -36,6 +37,9 @@ for _schema in (
     "interval_attention(Tensor query, Tensor key, Tensor value, Tensor? first, Tensor? last, Tensor? only,"
     " float? scale, int[] order) -> Tensor",
     "attention_behind(Tensor query, Tensor key, Tensor value, Tensor done, Tensor sums, Tensor last, float? scale,"
+    " int[] order) -> Tensor",
+    "coded_attention(Tensor query, Tensor key, Tensor key_scale, Tensor value, Tensor value_scale, Tensor own_key,"
+    " Tensor own_value, Tensor rows, Tensor? first, Tensor? last, Tensor? only, float? scale, str precision,"
     " int[] order) -> Tensor",
     "select_keys(Tensor query, Tensor key, Tensor rows, Tensor? first, Tensor? last, Tensor? only, float? scale,"
     " SymInt count, str score, str sets) -> Tensor",
@@ -103,6 +107,11 @@ def _empty_behind(
     return empty_attended(query, key, value, None, last, None, scale, order)
 
 
+def empty_coded(query: Tensor, *more: Any) -> Tensor:
+    """What ``coded_attention`` returns, as ``interval_attention``; the result's depth is that of ``own_value``."""
+    return empty_attended(query, query, more[5], None, None, None, None, more[-1])
+
+
 def empty_positions(
     query: Tensor,
     key: Tensor,
@@ -127,6 +136,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "put_rows": _empty_value,
     "interval_attention": empty_attended,
     "attention_behind": _empty_behind,
+    "coded_attention": empty_coded,
     "select_keys": empty_positions,
 }
 for _name, _fake in _FAKES.items():
@@ -140,4 +150,5 @@ put_rows = torch.ops.mosaic.put_rows.default
 mixture = torch.ops.mosaic.mixture.default
 interval_attention = torch.ops.mosaic.interval_attention.default
 attention_behind = torch.ops.mosaic.attention_behind.default
+coded_attention = torch.ops.mosaic.coded_attention.default
 select_keys = torch.ops.mosaic.select_keys.default

@@ -84,17 +84,17 @@ def interval_attention_(
     blocks = -(-rows // tile.rows)
     kernels.attention_kernel[(blocks * batch * groups * count,)](
         query, *(sources if has_descriptors else (key, value)), target, parts, scale * _LOG2E,
-        *_steps(query), *_steps(key), *_steps(value), *_steps(out),
+        *steps_of(query), *steps_of(key), *steps_of(value), *steps_of(out),
         groups, queries, keys, rows, blocks, batch * groups, count,
-        first, last, only, done, sums, *(_steps(done) if done is not None else (0, 0, 0)),
+        first, last, only, done, sums, *(steps_of(done) if done is not None else (0, 0, 0)),
         *(sums.stride()[:3] if sums is not None else (0, 0, 0)),
-        *_bound_steps(first, 2), *_bound_steps(last, 2), *_bound_steps(only, 3),
+        *bound_steps(first, 2), *bound_steps(last, 2), *bound_steps(only, 3),
         DEPTH=depth, BLOCK_M=tile.rows, BLOCK_N=tile.keys, SPLIT=count > 1, DESCRIPTORS=has_descriptors,
         BOUNDS=has_bounds, UPCAST=is_interpreted(), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if count > 1:
         kernels.merge_kernel[(rows, batch * groups)](
-            target, parts, out, *_steps(out), groups, queries, rows, count,
+            target, parts, out, *steps_of(out), groups, queries, rows, count,
             DEPTH=depth, MOST=MOST_PIECES, num_warps=4, num_stages=2,
         )  # fmt: skip
     return out
@@ -142,12 +142,12 @@ def _has_descriptors(device: torch.device) -> bool:
     return is_interpreted() or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0))
 
 
-def _steps(tensor: Tensor) -> tuple[int, ...]:
+def steps_of(tensor: Tensor) -> tuple[int, ...]:
     """The first three strides; one along a dim of size 1 means nothing."""
     return tuple(0 if size == 1 else step for size, step in zip(tensor.shape[:3], tensor.stride()[:3], strict=True))
 
 
-def _bound_steps(bound: Tensor | None, dim: int) -> tuple[int, int]:
+def bound_steps(bound: Tensor | None, dim: int) -> tuple[int, int]:
     """Strides along batch entries and along queries (or keys)."""
     return (0, 0) if bound is None else tuple(0 if bound.shape[d] == 1 else bound.stride(d) for d in (0, dim))  # type: ignore[return-value]
 

@@ -18,10 +18,17 @@ import torch
 from torch import Tensor, fx
 
 from mosaic_compiler import ir
-from mosaic_compiler.kernels.few_queries import scale_of
+from mosaic_compiler.book import scratch
+from mosaic_compiler.kernels import few_queries
+from mosaic_compiler.planning.few import MOST_PIECES, pieces
 
 _TILES = {"cpu": 512, "cuda": 4096}
 """Keys that are taken at a time."""
+
+_BLOCK = 32
+"""Rows that the kernels take at a time."""
+
+_LOG2E = 1.4426950408889634
 
 
 def select_keys_(
@@ -50,12 +57,15 @@ def select_keys_(
     batch, heads, queries, depth = query.shape
     groups, count = key.shape[1], out.shape[2]
     wide = torch.float64 if key.dtype == torch.float64 else torch.float32
-    scale = scale_of(scale, depth)
+    scale = few_queries.scale_of(scale, depth)
     packed = query.to(wide).reshape(batch, groups, heads // groups, queries, depth)
     is_new = torch.ones_like(rows, dtype=torch.bool)
     is_new[:, 1:] = rows[:, 1:] != rows[:, :-1]
     seen = _Seen(first, last, only, heads // groups)
-    if score == "probability":
+    if score == "probability" and has_kernel(query):
+        scores = _with_kernels(query, key, first, last, only, scale)
+        scores = scores if out.shape[1] == groups else scores.amax(1, keepdim=True)
+    elif score == "probability":
         scores = _probabilities(packed * scale, key, seen, out.shape[1])
     elif score == "mage":
         scores = _votes(packed * scale, key, seen, is_new, out.shape[1], count - queries)
@@ -64,8 +74,60 @@ def select_keys_(
         scores = _pooled(_means(mean, key, seen), rows)
     scores.nan_to_num_(nan=torch.finfo(wide).max, neginf=-float("inf"))
     scores.scatter_(-1, rows.unsqueeze(1).expand(-1, scores.shape[1], -1), float("inf"))
-    best = torch.sort(scores, stable=True, dim=-1, descending=True).indices[..., :count]
-    return out.copy_(torch.sort(best, -1).values)
+    chosen = _are_best(scores, count)
+    del scores
+    places = torch.where(chosen, chosen.cumsum(-1) - 1, count)
+    del chosen
+    found = out.new_empty(*out.shape[:2], count + 1)
+    found.scatter_(-1, places, torch.arange(key.shape[2], device=out.device).expand_as(places))
+    return out.copy_(found[..., :count])
+
+
+def _are_best(scores: Tensor, count: int) -> Tensor:
+    """Which ``count`` scores [.., N] are the highest; of equal ones the first."""
+    if not 0 < count < scores.shape[-1]:
+        return torch.full_like(scores, count > 0, dtype=torch.bool)
+    least = torch.topk(scores, count, sorted=False).values.amin(-1, keepdim=True)
+    above = scores > least
+    equal = scores == least
+    room = count - above.sum(-1, keepdim=True)
+    return above | (equal & (equal.cumsum(-1) <= room))
+
+
+def has_kernel(query: Tensor) -> bool:
+    """The kernels take such queries."""
+    known = query.dtype in few_queries.DTYPES and query.shape[3] in few_queries.DEPTHS and few_queries.has_triton()
+    return few_queries.is_interpreted() or (query.is_cuda and known)
+
+
+def _with_kernels(
+    query: Tensor, key: Tensor, first: Tensor | None, last: Tensor | None, only: Tensor | None, scale: float
+) -> Tensor:
+    """Logs of the largest probabilities, [B, G, N]; base 2."""
+    from mosaic_compiler.kernels import key_selection_kernels as kernels
+
+    batch, heads, queries, depth = query.shape
+    groups, keys = key.shape[1:3]
+    rows = heads // groups * queries
+    interpreted = few_queries.is_interpreted()
+    count = pieces(batch * groups, rows, keys, 132 if interpreted else scratch.multiprocessors())
+    sums = query.new_empty(batch * groups, count, rows, dtype=torch.float32)
+    best = query.new_empty(batch, groups, keys, dtype=torch.float32)
+    steps, bound_steps = few_queries.steps_of, few_queries.bound_steps
+    blocks = -(-rows // _BLOCK)
+    given = (
+        first, last, only, scale * _LOG2E, *steps(query), *steps(key),
+        *bound_steps(first, 2), *bound_steps(last, 2), *bound_steps(only, 3),
+        groups, queries, keys, rows, blocks, batch * groups, count,
+    )  # fmt: skip
+    named = {
+        "DEPTH": depth, "BLOCK_M": _BLOCK, "BLOCK_N": 128, "UPCAST": interpreted, "num_warps": 4, "num_stages": 3,
+        "BOUNDS": not (first is None and last is None and only is None),
+    }  # fmt: skip
+    kernels.sums_kernel[(blocks * batch * groups * count,)](query, key, sums, *given, **named)
+    programs = batch * groups * -(-keys // 128)
+    kernels.best_kernel[(programs,)](query, key, sums, best, *given, **named, MOST=MOST_PIECES)
+    return best
 
 
 class _Seen:
@@ -127,11 +189,9 @@ def _votes(packed: Tensor, key: Tensor, seen: _Seen, is_new: Tensor, sets: int, 
         logs = torch.cat([_scores(packed[:, heads], key[:, heads], seen, t) for t in _tiles(keys, key.device)], -1)[
             :, 0
         ]
-        best = torch.sort(logs, stable=True, dim=-1, descending=True)
-        counts = (best.values[..., :most] > float("-inf")) & is_new.repeat(1, share).unsqueeze(-1)
-        chosen = best.indices[..., :most].reshape(batch, -1)
-        found[:, group].scatter_add_(1, chosen, counts.reshape(batch, -1).to(found.dtype))
-        del logs, best, counts, chosen
+        counts = _are_best(logs, most) & (logs > float("-inf")) & is_new.repeat(1, share).unsqueeze(-1)
+        found[:, group] = counts.sum(1)
+        del logs, counts
     return found if sets == groups else found.sum(1, keepdim=True)
 
 

@@ -17,13 +17,15 @@ from mosaic_compiler.ir.ops import (
     LIBRARY,
     Statistics,
     empty_attended,
+    empty_coded,
     empty_logits,
     empty_positions,
     empty_statistics,
 )
-from mosaic_compiler.kernels import attention_behind, interval_attention, key_selection
+from mosaic_compiler.kernels import attention_behind, coded_attention, interval_attention, key_selection
 from mosaic_compiler.kernels import mixture as mixtures
 from mosaic_compiler.kernels.attention_behind import attend_behind_
+from mosaic_compiler.kernels.coded_attention import attend_codes_
 from mosaic_compiler.kernels.gather_logits import gather_logits_triton
 from mosaic_compiler.kernels.head_statistics import head_statistics_
 from mosaic_compiler.kernels.interval_attention import attend_intervals_
@@ -90,6 +92,10 @@ def _attention_behind(
     return attend_behind_(out, query, key, value, done, sums, last, scale)
 
 
+def _coded_attention(query: Tensor, *more: Any) -> Tensor:
+    return attend_codes_(empty_coded(query, *more), query, *more[:-1])
+
+
 def _select_keys(
     query: Tensor,
     key: Tensor,
@@ -115,6 +121,7 @@ for _name, _kernel in {
     "interval_attention": _interval_attention,
     "attention_behind": _attention_behind,
     "mixture": mixture,
+    "coded_attention": _coded_attention,
     "select_keys": _select_keys,
 }.items():
     LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
@@ -142,6 +149,10 @@ def _write_interval_attention(outs: Sequence[Any], args: Sequence[Any], kwargs: 
 
 def _write_attention_behind(outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
     return [Call(attend_behind_, (outs[0], *args[:7]))]
+
+
+def _write_coded_attention(outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
+    return [Call(attend_codes_, (outs[0], *args[:13]))]
 
 
 def _write_select_keys(outs: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
@@ -198,6 +209,14 @@ STANDARD.teach(
             write=_write_interval_attention,
             scratch=interval_attention.scratch_bytes,
             groups_heads=True,
+        ),
+        ops.coded_attention: Op(
+            "coded attention",
+            rows=whole_operands.coded_attention_rows,
+            write=_write_coded_attention,
+            scratch=coded_attention.scratch_bytes,
+            is_heavy=True,
+            is_dear=True,
         ),
         ops.select_keys: Op("selection", write=_write_select_keys, scratch=key_selection.scratch_bytes, is_dear=True),
         ops.attention_behind: Op(

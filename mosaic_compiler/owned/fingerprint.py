@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mosaic_compiler.owned.objects import is_as_it_was, state_of
 from mosaic_compiler.owned.walk import Walk
+from mosaic_compiler.owned.watch import Watch
 
 
 class Fingerprint:
@@ -48,9 +48,8 @@ class Fingerprint:
         self.state: str = walk.state.hexdigest()
         self.doubts = walk.doubts
         self._places = [weakref.ref(tensor) for tensor in walk.tensors]
-        self._modules = [(weakref.ref(module), state_of(module)) for module in walk.modules]
         self.holders = walk.holders
-        self._held = [state_of(holder) for holder in walk.holders]
+        self._watch = Watch(walk.modules, walk.holders)
 
     @property
     def tensors(self) -> list[Tensor | None]:
@@ -60,7 +59,7 @@ class Fingerprint:
     @property
     def modules(self) -> list[nn.Module]:
         """Every module that was found and is there."""
-        return [module for place, _ in self._modules if (module := place()) is not None]
+        return self._watch.modules
 
     def is_equal(self, other: Fingerprint) -> bool:
         """The same is found, in the same tensors."""
@@ -72,8 +71,4 @@ class Fingerprint:
         """No module, nor anything that modules hold, has another attribute, item, hook, parameter or child since, no
         parameter has another layout, and no tensor is gone: cheap enough for every step.  Not ``closely``: what modules
         hold is not looked into."""
-        if any(place() is None for place in self._places):
-            return False
-        modules = ((place(), state) for place, state in self._modules)
-        known = (*modules, *(zip(self.holders, self._held, strict=True) if closely else ()))
-        return all(owner is not None and is_as_it_was(owner, state) for owner, state in known)
+        return all(place() is not None for place in self._places) and self._watch.is_as_it_was(closely)

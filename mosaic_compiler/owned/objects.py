@@ -110,15 +110,18 @@ def _has_code(kind: type[Any]) -> bool:
     return any(isinstance(item, types.FunctionType) for item in kind.__dict__.values())
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs")
+MODULE_PARTS = (
+    "_parameters", "_buffers", "_modules",
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs",
+)  # fmt: skip
+"""Dicts of a module whose items count."""
 
 
 def state_of(owner: Any) -> list[Any]:
     """What a module, an object or a container holds; of tensors and modules without keeping them alive."""
     if isinstance(owner, nn.Module):
         own = owner.__dict__
-        parts = [own["_parameters"], own["_buffers"], own["_modules"], *[own[name] for name in _HOOKS]]
-        held = [*own.values(), *(value for part in parts for value in part.values())]
+        held = [*own.values(), *(value for name in MODULE_PARTS for value in own[name].values())]
     elif isinstance(owner, dict):
         held = [*owner.keys(), *owner.values(), *getattr(owner, "__dict__", {}).values()]
     elif isinstance(owner, (list, set)):
@@ -136,20 +139,31 @@ def is_as_it_was(owner: Any, known: list[Any]) -> bool:
 
 def _noted(value: Any) -> Any:
     if isinstance(value, Tensor):
-        strides = value.stride() if value.layout is torch.strided else ()
-        return _Noted(weakref.ref(value), (value.dtype, value.device, value.shape, strides))
+        return Noted(weakref.ref(value), layout_of(value))
     if isinstance(value, nn.Module):
-        return _Noted(weakref.ref(value), None)
+        return Noted(weakref.ref(value), None)
     return value
 
 
+def layout_of(value: Tensor) -> tuple[Any, ...]:
+    """What a trace can see of a tensor."""
+    return value.dtype, value.device, value.shape, value.stride() if value.layout is torch.strided else ()
+
+
 def _is_same(now: Any, known: Any) -> bool:
-    if isinstance(now, _Noted):
-        return isinstance(known, _Noted) and now.place() is known.place() and now.layout == known.layout
+    if isinstance(now, Noted):
+        return isinstance(known, Noted) and now.place() is known.place() and now.layout == known.layout
     return now is known or (type(now) is type(known) and type(now) in (int, float, bool, str) and now == known)
 
 
-class _Noted:
+class Noted:
+    """A tensor or module that is not kept alive.
+
+    Attributes:
+        place: a weak reference to it.
+        layout: of a tensor; ``None`` of a module.
+    """
+
     __slots__ = ("layout", "place")
 
     def __init__(self, place: Any, layout: Any) -> None:

@@ -26,6 +26,7 @@ class Tile:
         rows, keys: of one block.
         warps, stages: of one program.
         programs: that share a multiprocessor.
+        takes_words: of codes, 4 bytes at a time, where there are enough of them.
     """
 
     rows: int
@@ -33,6 +34,7 @@ class Tile:
     warps: int
     stages: int
     programs: int
+    takes_words: bool = False
 
 
 SMALL, LARGE = Tile(64, 64, 4, 3, 2), Tile(128, 128, 8, 3, 1)
@@ -43,21 +45,29 @@ MANY = Tile(128, 64, 8, 3, 1)
 """For many queries, which each see some of the keys."""
 
 
-def tile_for(keys: int) -> Tile:
-    """The faster tile for so many keys."""
+CODED = {4: Tile(32, 32, 1, 3, 8, takes_words=True), 8: Tile(32, 64, 2, 3, 2, takes_words=True)}
+CODED_MANY = Tile(128, 64, 8, 3, 1)
+"""For keys and values in so many bits; for more than 32 rows."""
+
+
+def tile_for(keys: int, rows: int = MOST_ROWS, bits: int = 16) -> Tile:
+    """The fastest tile for so many keys."""
+    if bits < 16:
+        return CODED[bits] if rows <= CODED[bits].rows else CODED_MANY
     return SMALL if keys < 128 * 1024 else LARGE
 
 
 @functools.lru_cache(maxsize=4096)
-def pieces(heads: int, rows: int, keys: int, processors: int) -> int:
+def pieces(heads: int, rows: int, keys: int, processors: int, bits: int = 16) -> int:
     """Pieces of the keys: the fewest of those that take the least time.
 
     Args:
         heads: of keys, in all batch entries together.
         rows: heads of a group times queries.
         processors: multiprocessors of the device.
+        bits: of a number of keys and values.
     """
-    tile = tile_for(keys)
+    tile = tile_for(keys, rows, bits)
     blocks = -(-keys // tile.keys)
     programs, places = heads * -(-rows // tile.rows), processors * tile.programs
     best, least = 1, math.inf
@@ -68,7 +78,7 @@ def pieces(heads: int, rows: int, keys: int, processors: int) -> int:
     return best
 
 
-def partial_bytes(heads: int, rows: int, keys: int, depth: int, processors: int) -> int:
+def partial_bytes(heads: int, rows: int, keys: int, depth: int, processors: int, bits: int = 16) -> int:
     """Bytes of the partial results and their log-sum-exps, float32."""
-    count = pieces(heads, rows, keys, processors)
+    count = pieces(heads, rows, keys, processors, bits)
     return 0 if count == 1 else 4 * heads * count * rows * (depth + 1)

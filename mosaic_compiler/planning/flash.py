@@ -65,9 +65,9 @@ class SplitBytes(sympy.Function):  # type: ignore[misc]
 
 
 class FewBytes(sympy.Function):  # type: ignore[misc]
-    """``FewBytes(groups, rows, keys, depth, processors, share)``: the most of
+    """``FewBytes(groups, rows, keys, depth, processors, share, bits)``: the most of
     :func:`~mosaic_compiler.planning.few.partial_bytes` for ``rows`` queries (of each of ``share`` heads) or fewer, as
-    in :class:`SplitBytes`."""
+    in :class:`SplitBytes`; for keys and values of so many bits (16 where that is not said)."""
 
     is_integer = True
     is_nonnegative = True
@@ -79,8 +79,8 @@ class FewBytes(sympy.Function):  # type: ignore[misc]
         return sympy.Integer(_few_bytes(*map(int, arguments)))
 
 
-def _few_bytes(groups: int, rows: int, keys: int, depth: int, processors: int, share: int) -> int:
-    if rows <= 0 or keys < LEAST_KEYS:
+def _few_bytes(groups: int, rows: int, keys: int, depth: int, processors: int, share: int, bits: int = 16) -> int:
+    if rows <= 0 or (keys < LEAST_KEYS and bits == 16):
         return 0
-    few = range(least_served(rows), min(rows, MOST_ROWS // share) + 1)
-    return max((partial_bytes(groups, share * count, keys, depth, processors) for count in few), default=0)
+    few = range(least_served(rows), min(rows, MOST_ROWS // share if bits == 16 else rows) + 1)
+    return max((partial_bytes(groups, share * count, keys, depth, processors, bits) for count in few), default=0)

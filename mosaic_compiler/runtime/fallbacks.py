@@ -7,7 +7,7 @@ from torch import fx
 from mosaic_compiler import book, ir
 from mosaic_compiler.ir import ops
 from mosaic_compiler.ir.notes import UNMET_ROWS
-from mosaic_compiler.kernels import interval_attention
+from mosaic_compiler.kernels import coded_attention, interval_attention
 from mosaic_compiler.lowering.scopes import Lives
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.planning.lowered import Kind
@@ -36,7 +36,7 @@ def find_fallbacks(lives: Lives) -> tuple[Fallback, ...]:
     for node, form in lives.forms.items():
         if form.kind is Kind.OPAQUE and node not in named and not _is_accounted(node):
             add("opaque-op", node, "has no out= form; memory that it uses inside is not in the plan")
-        if (why := interval_attention.why_tiled(node)) is not None:
+        if (why := interval_attention.why_tiled(node) or coded_attention.why_tiled(node)) is not None:
             add("tiled-attention", node, why)
     return tuple(found)
 

@@ -196,6 +196,8 @@ class Block:
             raise MissingStateError(
                 "keys were chosen for other rows than these (cache_keep): call full() for them first"
             )
+        if self.is_rounded:
+            rows = torch.sort(rows, 1).values  # attention of codes looks for rows that come twice side by side
         entries = self._kinds.rows_for_entries(self._with_room(rows), inputs)
         self.is_valid, self.is_read = False, True
         with holding(self.nbytes):

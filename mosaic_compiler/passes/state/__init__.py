@@ -1,18 +1,20 @@
 """State: steps that keep values for other steps, and steps for some rows that use them.
 
 ``cut.py`` finds what has to be kept, ``keep.py`` and ``reuse.py`` make the two kinds of steps of one captured graph;
-``select.py`` those of which only chosen keys are kept.
+``select.py`` those of which only chosen keys are kept; ``attended.py`` looks at attentions, ``coding.py`` writes fewer
+bits.
 They change what a graph takes and returns, so they are no part of a pipeline: what they make goes through one.
 """
 
 from __future__ import annotations
 
+from mosaic_compiler.passes.state.attended import Attended, attended_in, cut_for
 from mosaic_compiler.passes.state.coding import Coding, codings_of
 from mosaic_compiler.passes.state.cut import Cut, find_cut, inputs_of, leading_parts
 from mosaic_compiler.passes.state.keep import KeepStatePass
 from mosaic_compiler.passes.state.reach import find_reach
 from mosaic_compiler.passes.state.reuse import ReuseStatePass
-from mosaic_compiler.passes.state.select import Attended, KeepSelectedPass, ReuseSelectedPass, attended_in
+from mosaic_compiler.passes.state.select import KeepSelectedPass, ReuseSelectedPass
 
 __all__ = [
     "Attended",
@@ -24,6 +26,7 @@ __all__ = [
     "ReuseStatePass",
     "attended_in",
     "codings_of",
+    "cut_for",
     "find_cut",
     "find_reach",
     "inputs_of",

@@ -14,8 +14,9 @@ from mosaic_compiler.ir.emitter import Emitter, SizeEmitter
 from mosaic_compiler.ir.notes import STATE, STATIC_INPUTS, StatePlace
 from mosaic_compiler.lowering.forms import form_of
 from mosaic_compiler.passes.base import Pass
+from mosaic_compiler.passes.state.attended import cut_for
 from mosaic_compiler.passes.state.coding import Coder, Coding, codings_of
-from mosaic_compiler.passes.state.cut import Cut, find_cut
+from mosaic_compiler.passes.state.cut import Cut
 from mosaic_compiler.planning.lowered import Kind
 
 aten = torch.ops.aten
@@ -48,7 +49,7 @@ class KeepStatePass(Pass):
 
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
         module = ir.copy_graph(module)
-        cut = find_cut(module.graph)
+        cut = cut_for(module.graph, self.precision)
         assert not cut.problem, cut.problem
         codings, problem = codings_of(cut, self.precision)
         assert not problem, problem

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import sympy
@@ -19,8 +20,9 @@ from mosaic_compiler.ir.emitter import SizeEmitter
 from mosaic_compiler.ir.notes import STATE, StatePlace
 from mosaic_compiler.passes.base import Pass
 from mosaic_compiler.passes.chunk_loops.labels import Edge, reads_values
+from mosaic_compiler.passes.state.attended import Attended, cut_for, reading_codes
 from mosaic_compiler.passes.state.coding import Coder, Coding, codings_of
-from mosaic_compiler.passes.state.cut import Cut, find_cut
+from mosaic_compiler.passes.state.cut import Cut
 from mosaic_compiler.passes.state.keep import add_state, note_state
 
 aten = torch.ops.aten
@@ -33,7 +35,8 @@ _HINT = 31
 class ReuseStatePass(Pass):
     """Compute given rows only; what is needed whole is state, in which those rows are replaced.
 
-    There is one domain of computed rows per step, an input: row numbers [E, C], C in each of E batch entries.  A value
+    There is one domain of computed rows per step, an input: row numbers [E, C], C in each of E batch entries (ascending
+    with a ``precision``: attentions that can read codes do so, ``mosaic::coded_attention``).  A value
     has the rank of the original; its row dim has C (a flat one E * C)::
 
         q [E, H, N, d]   ->   [E, H, C, d]          h [E * N, D]   ->   [E * C, D]
@@ -63,11 +66,11 @@ class ReuseStatePass(Pass):
 
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
         module = ir.copy_graph(module)
-        cut = find_cut(module.graph)
+        cut = cut_for(module.graph, self.precision)
         assert not cut.problem, cut.problem
         codings, problem = codings_of(cut, self.precision)
         assert not problem, problem
-        Rewriter(module, cut, codings).rewrite()
+        Rewriter(module, cut, codings, reading_codes(cut, self.precision)).rewrite()
         ir.remove_dead_code(module.graph)
         module.graph.lint()
         module.recompile()
@@ -78,14 +81,23 @@ class Rewriter(SizeEmitter):
     are_all_others_kept = True
     """Every row that is picked is a computed one."""
 
-    def __init__(self, module: fx.GraphModule, cut: Cut, codings: Mapping[fx.Node, Coding]) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        cut: Cut,
+        codings: Mapping[fx.Node, Coding],
+        reading_codes: Mapping[fx.Node, Attended] = MappingProxyType({}),
+    ) -> None:
         super().__init__(module)
+        self._reading_codes = reading_codes
         self.codings, self.coder = codings, Coder(self)
         self.module, self.cut, self.labels, self.space = module, cut, cut.labels, cut.space
         self.kept_as = dict(cut.kept_as)
         self.order = list(self.graph.nodes)
         self._computed: dict[fx.Node, fx.Node] = {}
+        self._written: dict[fx.Node, list[fx.Node]] = {}
         self._kept: dict[fx.Node, fx.Node] = {}
+        self._now: Mapping[fx.Node, fx.Node] = {}
         self._whole: dict[fx.Node, fx.Node] = {}
         self._gathered: dict[tuple[fx.Node, Layout, Layout], fx.Node] = {}
         self._all_rows: dict[fx.Node, fx.Node] = {}
@@ -100,7 +112,7 @@ class Rewriter(SizeEmitter):
                 with self.graph.inserting_before(node.next):
                     self._computed[node] = self._compute(node)
                     if node in self._states:
-                        self._kept[node] = self._replace_rows(node)
+                        self._replace_rows(node)
             elif node.op == "call_function" or node.op == "output":
                 with self.graph.inserting_before(node):
                     self._read_all_rows(node)
@@ -157,10 +169,28 @@ class Rewriter(SizeEmitter):
         """The node's op on the computed rows."""
         if node.target is operator.getitem:
             source, index = node.args
+            if source in self._reading_codes:
+                return self._computed[source]  # type: ignore[index]
             return self.emit_getitem(self._computed[source], index)  # type: ignore[index]
+        if node in self._reading_codes:
+            each = self._reading_codes[node]
+            codes = [piece for part in each.parts for piece in self._written[part]]
+            return self._attend_codes(each, codes, self.emit(aten.unsqueeze.default, self._given, 1))
         args, kwargs = self._operands(node)
         target: Any = aten.reshape.default if node.target is aten.view.default else node.target
         return self.emit(target, *args, **kwargs)
+
+    def _attend_codes(self, each: Attended, codes: Sequence[fx.Node], places: fx.Node) -> fx.Node:
+        """Attention of codes and scales of keys, then of values; ``places``: [E, 1 or G, C], where the computed rows
+        are among them."""
+        self._now = dict(zip(each.parts, codes[::2], strict=True))
+        (query, _, _, *more), _ = self._operands(each.node)
+        bounds = more[:3] if each.node.target is ops.interval_attention else (None, None, None)
+        own = [self._computed[part] for part in each.parts]
+        return self.emit(
+            ops.coded_attention, query, *codes, *own, places, *bounds, each.scale, each.codings[0].precision,
+            list(each.order),
+        )  # fmt: skip
 
     def _operands(self, node: fx.Node) -> tuple[Sequence[Any], Mapping[str, Any]]:
         """What the node's op takes for the computed rows."""
@@ -230,11 +260,11 @@ class Rewriter(SizeEmitter):
     # -------------------------------------------------------------------------------- whole values
     def _in_full(self, operand: fx.Node) -> fx.Node:
         """All rows of a value: itself where it is cheap, or state."""
-        if operand not in self.kept_as:
-            return operand
+        if operand in self._now or operand not in self.kept_as:
+            return self._now.get(operand, operand)
         value = self.kept_as[operand]
         if operand is value:
-            return self._kept[value]
+            return self._as_it_is_read(value)
         if operand not in self._whole:
             source = next(o for o, kind, _ in self.labels.edges(operand) if kind is Edge.ROW)
             self.kept_as.setdefault(source, value)
@@ -243,18 +273,26 @@ class Rewriter(SizeEmitter):
             self._whole[operand] = self.emit(operand.target, *args, **operand.kwargs)
         return self._whole[operand]
 
-    def _replace_rows(self, value: fx.Node) -> fx.Node:
-        """State with the computed rows in their places, as it is read."""
-        coding, layout = self.codings[value], self.labels.layout(value)
-        parts = self.coder.encode(self._computed[value], coding)
-        written = [self._written(state, part, layout) for state, part in zip(self._states[value], parts, strict=True)]
-        if coding.is_exact:
-            return written[0]
-        tensor = ir.only_tensor(value)
-        known = self.coder.decode(written, coding, tensor.dtype, ir.memory_order(tensor))
-        return self._written(known, self._computed[value], layout)  # its own rows as they are
+    def _replace_rows(self, value: fx.Node) -> None:
+        """State with the computed rows in their places."""
+        parts = self.coder.encode(self._computed[value], self.codings[value])
+        layout = self.labels.layout(value)
+        self._written[value] = [
+            self._put(state, part, layout) for state, part in zip(self._states[value], parts, strict=True)
+        ]
 
-    def _written(self, state: fx.Node, computed: fx.Node, layout: Layout) -> fx.Node:
+    def _as_it_is_read(self, value: fx.Node) -> fx.Node:
+        """State as numbers of the value's dtype."""
+        if value not in self._kept:
+            coding, written, tensor = self.codings[value], self._written[value], ir.only_tensor(value)
+            self._kept[value] = written[0]
+            if not coding.is_exact:
+                known = self.coder.decode(written, coding, tensor.dtype, ir.memory_order(tensor))
+                layout = self.labels.layout(value)
+                self._kept[value] = self._put(known, self._computed[value], layout)  # its own rows as they are
+        return self._kept[value]
+
+    def _put(self, state: fx.Node, computed: fx.Node, layout: Layout) -> fx.Node:
         if len(self.space) == 1 or FLAT in layout:
             dim = layout.index(FLAT if FLAT in layout else 0)
             return self.emit(aten.index_copy_.default, state, dim, self._flat, computed)

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import sympy
 import torch
 from torch import fx
 
@@ -24,9 +23,9 @@ from mosaic_compiler.ir.emitter import SizeEmitter
 from mosaic_compiler.ir.notes import StatePlace
 from mosaic_compiler.passes.base import Pass
 from mosaic_compiler.passes.chunk_loops.labels import Edge
-from mosaic_compiler.passes.split_attention import CPU, CUDNN, EFFICIENT, FLASH
-from mosaic_compiler.passes.state.coding import Coder, Coding, coding_of
-from mosaic_compiler.passes.state.cut import Cut, find_cut
+from mosaic_compiler.passes.state.attended import Attended, attended_in, cut_for
+from mosaic_compiler.passes.state.coding import Coder
+from mosaic_compiler.passes.state.cut import Cut
 from mosaic_compiler.passes.state.keep import add_state, keep_results
 from mosaic_compiler.passes.state.reuse import Rewriter
 from mosaic_compiler.planning.selection import Selection
@@ -35,68 +34,6 @@ aten = torch.ops.aten
 
 _HINT = 37
 """An example of a number of keys; a prime, so that no other size is equal to it by accident."""
-
-
-@dataclass(frozen=True)
-class Attended:
-    """One attention, and what it reads whole.
-
-    Attributes:
-        node: it.
-        parts: keys and values [B, G, N, d].
-        codings: how those are written.
-    """
-
-    node: fx.Node
-    parts: tuple[fx.Node, fx.Node]
-    codings: tuple[Coding, ...] = ()
-
-    def key_nbytes(self, sets: str) -> sympy.Expr:
-        """Bytes of one chosen key: of its position, for each head or for the layer, and of its parts."""
-        entries, heads, length, _ = map(ir.expr_of, rows.shape_of(self.parts[0]))
-        parts = [coding.dense_nbytes(part) for part, coding in zip(self.parts, self.codings, strict=True)]
-        return 8 * entries * (heads if sets == "head" else 1) + sympy.cancel(sympy.Add(*parts) / length)
-
-    @property
-    def scale(self) -> Any:
-        """Of its scores."""
-        return self.node.args[6] if self.node.target is ops.interval_attention else self.node.kwargs.get("scale")
-
-
-def attended_in(cut: Cut, precision: str | None) -> tuple[list[Attended], str]:
-    """The attentions whose keys and values a graph keeps, and why keys cannot be chosen for them, if so."""
-    found: list[Attended] = []
-    operands = [operand for operand, _ in cut.kept_as]
-    for node in dict.fromkeys(user for operand in operands for user in operand.users if user in cut.inside):
-        if node.target not in (CPU, FLASH, EFFICIENT, CUDNN, ops.interval_attention):
-            return [], f"{node.name} ({node.target}) reads all rows of what it takes, and is no attention"
-        named = ("attn_mask", "attn_bias", "is_causal", "dropout_p")
-        if node.target is not ops.interval_attention and any(ir.argument(node, name) for name in named):
-            return [], f"the mask of {node.name} is no run of keys, so that nothing can be chosen of them"
-        parts = []
-        for operand in node.args[1:3]:
-            assert isinstance(operand, fx.Node)
-            if operand not in operands or operand not in cut.inside or not _lies_as_it_should(operand, cut):
-                return (
-                    [],
-                    f"{operand.name}, which {node.name} reads, is no [batch, heads, rows, depth] that is computed",
-                )
-            parts.append(operand)
-        codings = []
-        for part in parts:
-            coding, problem = coding_of(part, precision, 3, int(ir.only_tensor(part).shape[3]))
-            if problem:
-                return [], problem
-            codings.append(coding)
-        found.append(Attended(node, (parts[0], parts[1]), tuple(codings)))
-    return found, ""
-
-
-def _lies_as_it_should(value: fx.Node, cut: Cut) -> bool:
-    expected = (0, None, 1, None) if len(cut.space) > 1 else (None, None, 0, None)
-    entries, _, _, depth = map(ir.expr_of, rows.shape_of(value))
-    is_one = len(cut.space) > 1 or entries == 1
-    return cut.labels.layout(value) == expected and is_one and depth.is_Integer
 
 
 @dataclass(frozen=True)
@@ -156,7 +93,7 @@ def _rewritten(
     rewriter: type[_Chooser] | type[_SelectedRewriter],
 ) -> fx.GraphModule:
     module = ir.copy_graph(module)
-    cut = find_cut(module.graph)
+    cut = cut_for(module.graph, precision)
     attended, problem = attended_in(cut, precision)
     assert not problem, problem
     rewriter(module, cut, attended, selection).rewrite()
@@ -294,12 +231,11 @@ def _computed_again(node: fx.Node, order: Sequence[fx.Node], cut: Cut) -> list[f
 
 class _SelectedRewriter(Rewriter):
     def __init__(self, module: fx.GraphModule, cut: Cut, attended: Sequence[Attended], selection: Selection) -> None:
-        super().__init__(module, cut, {})
+        super().__init__(module, cut, {}, {each.node: each for each in attended if each.reads_codes})
         self._attended: Mapping[fx.Node, Attended] = {each.node: each for each in attended}
         self._selection = selection
         self._of_selected: dict[fx.Node, list[fx.Node]] = {}
         self._indexes: dict[tuple[Any, Any], list[fx.Node]] = {}
-        self._now: Mapping[Any, fx.Node] = {}
 
     def _add_states(self) -> None:
         self._chosen = _States(self, list(self._attended.values()), self._selection)
@@ -307,9 +243,6 @@ class _SelectedRewriter(Rewriter):
         for node, indices in self._chosen.indices.items():
             self._of_selected[node] = [placeholders[index] for index in indices]
             self._places += [StatePlace(index, None) for index in indices]
-
-    def _in_full(self, operand: fx.Node) -> fx.Node:
-        return self._now.get(operand) or super()._in_full(operand)
 
     def _compute(self, node: fx.Node) -> fx.Node:
         if node not in self._attended:
@@ -319,22 +252,30 @@ class _SelectedRewriter(Rewriter):
         entries, heads = _whole(self, each.parts[0], 0), _whole(self, each.parts[0], 1)
         places = self._places_of(positions, self.emit(aten.unsqueeze.default, self._given, 1))
         seen: list[fx.Node] = []
+        codes: list[fx.Node] = []
         for part, coding in zip(each.parts, each.codings, strict=True):
             number = 1 if coding.is_exact or coding.precision == "bf16" else 2
             states, memory = memory[:number], memory[number:]
             new = self._computed[part]
             written = [
-                self._put(state, places, piece, entries, heads)
+                self._put_chosen(state, places, piece, entries, heads)
                 for state, piece in zip(states, self.coder.encode(new, coding), strict=True)
             ]
+            if each.reads_codes:
+                codes += written
+                continue
             if coding.is_exact:
                 seen += written
                 continue
             known = self.coder.decode(written, coding, ir.only_tensor(part).dtype, range(4))
-            seen.append(self._put(known, places, new, entries, heads))  # its own rows as they are
-        self._now = dict(zip(each.node.args[1:3], seen, strict=True))
+            seen.append(self._put_chosen(known, places, new, entries, heads))  # its own rows as they are
+        self._now = dict(zip(each.parts, codes[::2] or seen, strict=True))
         if node.target is ops.interval_attention:
-            return self._attend_runs(node, positions, seen, entries, heads)
+            own = [self._computed[part] for part in each.parts]
+            read = [*codes, *own, places] if codes else seen
+            return self._attend_runs(each, positions, read, entries, heads)
+        if codes:
+            return self._attend_codes(each, codes, places)
         args, kwargs = self._operands(node)
         return self.emit(node.target, *args, **kwargs)
 
@@ -345,7 +286,7 @@ class _SelectedRewriter(Rewriter):
                          memory_format=torch.contiguous_format)  # fmt: skip
         return self.emit(aten.searchsorted.Tensor, positions, wide)
 
-    def _put(self, target: fx.Node, places: fx.Node, new: fx.Node, entries: Any, heads: Any) -> fx.Node:
+    def _put_chosen(self, target: fx.Node, places: fx.Node, new: fx.Node, entries: Any, heads: Any) -> fx.Node:
         """target[e, h, places[e, h]] = new[e, h], in place."""
         indexes = self._indexes.setdefault((entries, heads), [])
         if not indexes:
@@ -359,13 +300,17 @@ class _SelectedRewriter(Rewriter):
         return self.emit(aten.index_put_.default, target, [*indexes, places], new)
 
     def _attend_runs(
-        self, node: fx.Node, positions: fx.Node, seen: Sequence[fx.Node], entries: Any, heads: Any
+        self, each: Attended, positions: fx.Node, read: Sequence[fx.Node], entries: Any, heads: Any
     ) -> fx.Node:
-        """Runs of positions are runs of the chosen ones, other ones for each head: heads are batch entries there."""
+        """Runs of positions are runs of the chosen ones, other ones for each head: heads are batch entries there.
+
+        ``read``: keys and values; or codes and scales of both, own keys and values, and their places.
+        """
+        node = each.node
         (query, _, _, first, last, only, scale, order), _ = self._operands(node)
         count, rows_now = self._chosen.count, _whole(self, query, 2)
-        share = int(ir.expr_of(rows.shape_of(node.args[0])[1]) / ir.expr_of(rows.shape_of(seen[0])[1]))
-        depth, value_depth = (_whole(self, part, 3) for part in seen)
+        share = int(ir.expr_of(rows.shape_of(node.args[0])[1]) / ir.expr_of(rows.shape_of(each.parts[0])[1]))
+        depth, value_depth = _whole(self, query, 3), _whole(self, each.parts[1], 3)
         both = self.arithmetic(operator.mul, entries, heads)
         wide = self.emit(aten.clone.default, self.emit(aten.expand.default, positions, [entries, heads, count]),
                          memory_format=torch.contiguous_format)  # fmt: skip
@@ -384,14 +329,15 @@ class _SelectedRewriter(Rewriter):
             bounds.append(self.emit(aten.view.default, taken, [both, 1, 1, count]))
         else:
             bounds.append(None)
-        folded = [
-            self.emit(aten.reshape.default, operand, sizes)
-            for operand, sizes in (
-                (query, [both, share, rows_now, depth]),
-                (seen[0], [both, 1, count, depth]),
-                (seen[1], [both, 1, count, value_depth]),
-            )
-        ]
-        out = self.emit(ops.interval_attention, *folded, *bounds, scale, [0, 1, 2, 3])
+        folded = [self.emit(aten.reshape.default, query, [both, share, rows_now, depth])]
+        for part in read:
+            sizes = [_whole(self, part, dim) for dim in range(2, len(rows.shape_of(part)))]
+            wide = self.emit(aten.expand.default, part, [entries, heads, *sizes])
+            folded.append(self.emit(aten.reshape.default, wide, [both, 1, *sizes]))
+        inner = [0, 1, 2, 3]
+        if each.reads_codes:
+            out = self.emit(ops.coded_attention, *folded, *bounds, scale, each.codings[0].precision, inner)
+        else:
+            out = self.emit(ops.interval_attention, *folded, *bounds, scale, inner)
         whole = self.emit(aten.view.default, out, [entries, _whole(self, query, 1), rows_now, value_depth])
         return self.laid_out(whole, order)
