@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from remote_models import VOCABULARY, BreaksLike, DreamLike, LLaDALike
+from remote_models import VOCABULARY, BreaksLike, DreamLike, LLaDALike, TidyLike
 from torch import nn
 
 import mosaic_compiler
@@ -492,3 +492,38 @@ def test_a_sampler_is_a_generator_of_steps(monkeypatch):
     both = [mosaic_compiler.generate(model, prompt, **given, compile=c) for c in (True, False)]
     assert torch.equal(both[0].sequences, both[1].sequences)
     assert not bool((both[0].sequences == MASK).any())
+
+
+class Shifted(TidyLike):
+    shift = 0
+
+    def forward(self, input_ids, attention_mask=None, attention_bias=None):
+        result = super().forward(input_ids, attention_mask, attention_bias)
+        result.logits = result.logits.roll(self.shift, -1)
+        return result
+
+
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_a_callback_may_change_the_model(cache):
+    """Whatever a callback writes to, the next step sees it."""
+    found = []
+    for compiled in (True, False):
+        model = Shifted(2)
+        model.shift = 0
+
+        def change(step, ids, model=model):
+            model.shift = step // 3
+
+        given = {"gen_length": 12, "steps": 12, "block_length": 12, "mask_token_id": MASK, "on_step": change}
+        if compiled:
+            given["cache"] = cache
+            if cache == "dual":
+                given["cache_refresh"] = 1
+        else:
+            given["compile"] = False
+        prompt = torch.randint(10, VOCABULARY, (1, 9), generator=torch.Generator().manual_seed(4))
+        found.append(mosaic_compiler.generate(model, prompt, **given).sequences)
+    assert torch.equal(*found)
+    model.shift = 0
+    still = mosaic_compiler.generate(model, prompt, **{**given, "on_step": None}).sequences
+    assert not torch.equal(found[1], still)

@@ -180,16 +180,20 @@ def _add_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("--reuse-only", action="store_true", help="no full steps")
 
 
+def _ways(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Options of the backend: how state is kept."""
+    found: list[dict[str, Any]] = [] if given.no_exact else [{}]
+    found += [{"cache_dtype": name} for name in given.cache_dtype]
+    return found + [{"cache_keep": keep} for keep in given.cache_keep]
+
+
 BENCHMARK = Benchmark(
     "reuse",
     lambda session, given: measure(
         session,
         _lengths(session.name, given),
         sorted({4096, 16_384, *given.lengths})[: 0 if given.reuse_only else 2],
-        [
-            *([] if given.no_exact else [{}]),
-            *({"cache_dtype": name} for name in given.cache_dtype), *({"cache_keep": keep} for keep in given.cache_keep),
-        ],
+        _ways(given),
     ),
     "milliseconds of steps of 32 rows, and of full steps",
     ["model", "tokens", "kept as", "stream", "alone", "device", "floor", "full, keeping / plain"],

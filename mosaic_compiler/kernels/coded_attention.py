@@ -73,7 +73,8 @@ def attend_codes_(
 def has_kernel(dtype: torch.dtype, depths: set[int], precision: str) -> bool:
     """The kernel takes such queries: one depth of keys and values; and the device has such numbers."""
     known = dtype in few_queries.DTYPES and len(depths) == 1 and depths <= set(few_queries.DEPTHS)
-    return known and few_queries.has_triton() and (precision != "fp8" or _has_fp8())
+    fits = known and min(depths) >= 16 * 8 // PRECISIONS[precision].bits  # a product has 16 numbers at least
+    return fits and few_queries.has_triton() and (precision != "fp8" or _has_fp8())
 
 
 @functools.cache
@@ -244,7 +245,7 @@ def why_tiled(node: fx.Node) -> str | None:
         "the device has no 8-bit floats (take int8)"
         if has_kernel(out.dtype, _depths(node), "int8")
         else "the kernel takes bfloat16 and float16 and heads of "
-        f"{', '.join(map(str, few_queries.DEPTHS))}, not {name} and {depths}"
+        f"{', '.join(map(str, few_queries.DEPTHS))} (int4 from 32 on), not {name} and {depths}"
     )
     return f"{why}: {TILE} keys at a time, in float32"
 

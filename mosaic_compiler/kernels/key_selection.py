@@ -96,8 +96,11 @@ def _are_best(scores: Tensor, count: int) -> Tensor:
 
 def has_kernel(query: Tensor) -> bool:
     """The kernels take such queries."""
-    known = query.dtype in few_queries.DTYPES and query.shape[3] in few_queries.DEPTHS and few_queries.has_triton()
-    return few_queries.is_interpreted() or (query.is_cuda and known)
+    return few_queries.is_interpreted() or (query.is_cuda and _takes(query.dtype, query.shape[3]))
+
+
+def _takes(dtype: torch.dtype, depth: int) -> bool:
+    return dtype in few_queries.DTYPES and depth in few_queries.DEPTHS and few_queries.has_triton()
 
 
 def _with_kernels(
@@ -227,7 +230,11 @@ def scratch_bytes(node: fx.Node) -> sympy.Expr:
     batch, heads, queries, depth = (ir.expr_of(size) for size in ir.only_tensor(query).shape)
     groups, keys = (ir.expr_of(size) for size in ir.only_tensor(key).shape[1:3])
     sets, kept = (ir.expr_of(size) for size in out.shape[1:])
-    size = 8 if ir.only_tensor(key).dtype == torch.float64 else 4
+    dtype = ir.only_tensor(key).dtype
+    if out.device.type == "cuda" and score == "probability" and _takes(dtype, int(depth) if depth.is_Integer else 0):
+        sums = batch * groups * MOST_PIECES * (heads / groups) * queries * 4
+        return sums + batch * groups * keys * 4 + batch * sets * (keys * 24 + kept * 28) + 8 * keys + (1 << 20)
+    size = 8 if dtype == torch.float64 else 4
     most = _TILES["cpu" if out.device.type == "cpu" else "cuda"]
     tile = sympy.Min(keys, most) if not keys.is_Integer else min(keys, sympy.Integer(most))
     inside = 3 * batch * heads * queries * depth * size + batch * groups * tile * depth * size

@@ -104,7 +104,7 @@ class Owned:
         self._unkept: set[str] = set()
         self._said: set[str] = set()
         self._key: str | None = None
-        self._is_fresh, self._looks_closely = False, True
+        self._is_fresh, self._looks, self._is_asked = False, "closely", False
 
     def note(self, name: str, data: Any) -> None:
         """Keep something more about the graph of the last call, if that is kept."""
@@ -166,15 +166,30 @@ class Owned:
         """Where entries are; a dump is made of graphs, of which entries have none."""
         return None if self._options.dump is not None else the_folder()
 
-    def refresh(self, closely: bool = True) -> None:
-        """Look at everything again when it is called next, code included.  Not ``closely``: from then on, whoever calls
-        it sees to it that objects which modules hold are not written to."""
-        self._is_fresh, self._looks_closely = False, closely
+    def refresh(self, looks: str = "closely") -> None:
+        """Look at everything again when it is called next, code included.
+
+        Args:
+            looks: at what to look in the calls that follow: ``closely`` at modules and the objects that they hold;
+                ``when asked`` at modules, in the call behind :meth:`look_again`: until then, whoever calls it sees to
+                it that nothing changes.
+        """
+        self._is_fresh, self._looks, self._is_asked = False, looks, False
+
+    def look_again(self) -> None:
+        """Something may have changed since the last call."""
+        self._is_asked = True
+
+    def _is_current(self, known: Fingerprint) -> bool:
+        if self._looks == "when asked" and not self._is_asked:
+            return True
+        self._is_asked = False
+        return known.is_current(self._looks == "closely")
 
     def _prefix(self, leaves: Sequence[Any], spec: Any, modes: tuple[Any, ...]) -> str | None:
         """The beginning of the keys of what may serve a call; ``None``: nobody knows what it depends on, so it is left
         to Dynamo, which guards what it has looked at."""
-        if self._print is None or not self._is_fresh or not self._print.is_current(self._looks_closely):
+        if self._print is None or not self._is_fresh or not self._is_current(self._print):
             found = Fingerprint(self.function)
             if self._print is None or not self._print.is_equal(found):
                 self._served = {}

@@ -45,9 +45,10 @@ MANY = Tile(128, 64, 8, 3, 1)
 """For many queries, which each see some of the keys."""
 
 
-CODED = {4: Tile(32, 32, 1, 3, 8, takes_words=True), 8: Tile(32, 64, 2, 3, 2, takes_words=True)}
+CODED = {4: Tile(32, 64, 2, 3, 4, takes_words=True), 8: Tile(32, 32, 2, 3, 4, takes_words=True)}
 CODED_MANY = Tile(128, 64, 8, 3, 1)
-"""For keys and values in so many bits; for more than 32 rows."""
+"""For keys and values in so many bits; for more than 32 rows.  The fastest of what was measured on an H100
+(``benchmarks/results/coded_attention.json``)."""
 
 
 def tile_for(keys: int, rows: int = MOST_ROWS, bits: int = 16) -> Tile:

@@ -118,6 +118,9 @@ class CanvasRun:
         """What ran in another way than planned."""
         return tuple(dict.fromkeys(found for step in self._ran.values() for found in step.fallbacks))
 
+    def look_again(self) -> None:
+        """The compiled steps of a canvas look at the model in every call."""
+
     def ids_by_step(self) -> Iterator[Tensor]:
         """Run; the draft after each step, int64 [B, N]."""
         batch = self.ids.shape[0]

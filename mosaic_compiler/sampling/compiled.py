@@ -76,7 +76,12 @@ class Proposer:
                 self._compiled = known.compiled.setdefault(key, _Compiled(given))
                 if self._compiled.function is None:
                     self._compiled.use(self._proposal())
-                self._compiled.function.refresh(closely=False)  # between steps of a generation nobody changes a model
+                self._compiled.function.refresh("when asked")  # between steps of a generation nobody changes a model
+
+    def look_again(self) -> None:
+        """Somebody else's code has run: the model may be another one."""
+        if self._compiled is not None:
+            self._compiled.function.look_again()
 
     @property
     def fallbacks(self) -> tuple[Fallback, ...]:

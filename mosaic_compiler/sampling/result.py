@@ -55,6 +55,9 @@ class Steps(Protocol):
 
     def ids_by_step(self) -> Iterator[Tensor]: ...
 
+    def look_again(self) -> None:
+        """Somebody else's code has run between two steps."""
+
 
 def watched(
     run: Steps,
@@ -74,6 +77,8 @@ def watched(
                 on_step(run.forwards, ids)
             if streamer is not None:
                 streamer.put(ids.cpu())
+            if on_step is not None or streamer is not None:
+                run.look_again()
             advance(ids)
     finally:
         if streamer is not None:

@@ -130,6 +130,10 @@ class Run:
             if self.sampling.stop_at_eos and may_end and self._ended():
                 return
 
+    def look_again(self) -> None:
+        """Somebody else's code has run between two steps."""
+        self._proposer.look_again()
+
     def close(self) -> None:
         """Give the memory of state back."""
         if self._store is not None:
