@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("ahead", "quality"),
     ("report",),
     ("cli_values",),
-    ("cli_generate", "cli_cache", "cli_quality"),
+    ("cli_fit", "cli_generate", "cli_cache", "cli_quality"),
     ("cli", "__init__"),
 )
 """From the ground up."""

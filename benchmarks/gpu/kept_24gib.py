@@ -85,6 +85,7 @@ def _measured(model: Any, name: str, prompt: int, options: dict[str, Any], budge
         "compile_s": compiled,
         "seconds": seconds,
         "steps": result.steps_by_kind,
+        "fallbacks": [f"{fallback.name}: {fallback.reason}" for fallback in result.fallbacks],
         "first_ms": times[0],
         "median_step_ms": statistics.median(times[1:]),
         "slowest_ms": sorted(times[1:])[-4:],

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import sympy
 
+from mosaic_compiler.ahead.rates import Rates, sorted_bytes
 from mosaic_compiler.errors import BudgetError, ConfigError
 from mosaic_compiler.planning.buffers import align
 from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.planning.outline import StepOutline
 from mosaic_compiler.planning.plan import MemoryPlan
+from mosaic_compiler.planning.precisions import PRECISIONS
 from mosaic_compiler.planning.room import capacity
 from mosaic_compiler.planning.selection import kept_keys
 
@@ -21,17 +23,36 @@ if TYPE_CHECKING:
 
     from mosaic_compiler.runtime.step import CompiledStep
 
-MATMULS, ATTENTION, WEIGHTS, STATE, FEW_QUERIES = 0.7, 0.6, 0.7, 0.9, 0.44
-"""Shares of a card's published rates that steps reach (measured on an H100, bf16: ``benchmarks/results/reuse.json``):
-products and attention of all rows; reading weights, and state; attention of a few rows."""
-
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations of a step's products and of its attention, as expressions in its sizes."""
+    """What a step has to do, as expressions in its sizes.
+
+    Attributes:
+        products, attention: floating-point operations.
+        coded: of attention to codes, of ``bits`` each.
+        choosing: of scoring keys.
+        scores: numbers that keys are chosen by.
+        special: how many attentions read codes, or chosen keys.
+    """
 
     products: sympy.Expr
     attention: sympy.Expr
+    coded: sympy.Expr
+    bits: int
+    choosing: sympy.Expr
+    scores: sympy.Expr
+    special: int
+
+    def seconds_of_all_rows(self, sizes: Sizes, rates: Rates) -> float:
+        """Of a step for all rows."""
+        found = sizes(self.products) / rates.products + sizes(self.attention) / rates.attention
+        return found + sizes(self.choosing) / rates.choosing + sorted_bytes(sizes(self.scores)) / rates.sorted
+
+    def seconds_of_few_rows(self, sizes: Sizes, rates: Rates, weights: int, state: int) -> float:
+        """Of a step for some rows: reading weights and state, or the arithmetic of attention, whichever is slower."""
+        arithmetic = sizes(self.attention) / rates.few + sizes(self.coded) / rates.coded(self.bits)
+        return weights / rates.weights + max(state / rates.state, arithmetic) + self.special * rates.extra
 
 
 @dataclass(frozen=True)
@@ -87,7 +108,9 @@ def stateful(captured: CompiledStep) -> Stateful:
         raise ConfigError(f"this model has nothing to keep from step to step: {kinds.why}")
     steps = {"full": kinds.full, "reuse": kinds.reuse}
     outlines = {name: step.outline.data() for name, step in steps.items()}
-    work = {name: _work(next(iter(step.graphs.values()))) for name, step in steps.items()}
+    work = {
+        name: _work(next(iter(step.graphs.values())), kinds.selects and name == "reuse") for name, step in steps.items()
+    }
     return Stateful(outlines["full"], outlines["reuse"], work, _chosen(kinds) if kinds.selects else ((), ()))
 
 
@@ -101,18 +124,30 @@ def _chosen(kinds: Any) -> tuple[tuple[sympy.Symbol, ...], tuple[sympy.Symbol, .
     return tuple(rows), tuple(keys)
 
 
-def _work(module: fx.GraphModule) -> Work:
+def _work(module: fx.GraphModule, is_chosen: bool) -> Work:
     from mosaic_compiler import book, ir
+    from mosaic_compiler.ir import ops
 
-    products = attention = sympy.Integer(0)
+    products = attention = coded = choosing = scores = sympy.Integer(0)
+    bits, special = 16, 0
     for node in module.graph.nodes:
-        if book.is_attention(node):
+        reads_codes, chooses = node.target is ops.coded_attention, node.target is ops.select_keys
+        if book.is_attention(node) or reads_codes or chooses:
             query, key = (ir.only_tensor(operand).shape for operand in node.args[:2])
-            attention += 4 * sympy.prod([*map(ir.expr_of, query)]) * ir.expr_of(key[2])
+            found = 4 * sympy.prod([*map(ir.expr_of, query)]) * ir.expr_of(key[2])
+            special += not chooses and (is_chosen or reads_codes)
+            if chooses:
+                choosing += found
+                scores += sympy.prod([*map(ir.expr_of, ir.only_tensor(node).shape[:2])]) * ir.expr_of(key[2])
+            elif reads_codes:
+                coded += found
+                bits = PRECISIONS[node.args[12]].bits
+            else:
+                attention += found
         elif book.is_matmul(node):
             inner = ir.only_tensor(node.all_input_nodes[-1]).shape[-2]
             products += 2 * sympy.prod([*map(ir.expr_of, ir.only_tensor(node).shape)]) * ir.expr_of(inner)
-    return Work(products, attention)
+    return Work(products, attention, coded, bits, choosing, scores, special)
 
 
 def answer_cached(
@@ -124,7 +159,7 @@ def answer_cached(
     rows: int = 32,
     row_share: float = 0.5,
     keep: float | int | None = None,
-    speed: tuple[float, float] | None = None,
+    rates: Rates | None = None,
 ) -> CachedAnswer:
     """Plans for one length in ``room`` bytes besides weights.
 
@@ -132,17 +167,14 @@ def answer_cached(
         weights: bytes of the model's parameters.
         rows: that a ``reuse`` step computes.
         keep: other keys that are kept, where keys are chosen.
-        speed: of the card: bytes and floating-point operations per second.
+        rates: of the card; ``None``: not known.
     """
     sizes = model.sizes(tokens, rows, row_share, keep)
     state = sum(align(sizes["full"](b.nbytes)) for b in model.full.planner.lives.buffers if b.space == "state")
     seconds: dict[str, float | None] = dict.fromkeys(sizes)
-    if speed is not None:
-        bandwidth, rate = speed
-        work, times = model.work["full"], sizes["full"]
-        seconds["full"] = times(work.products) / (MATMULS * rate) + times(work.attention) / (ATTENTION * rate)
-        few = sizes["reuse"](model.work["reuse"].attention) / (FEW_QUERIES * rate)
-        seconds["reuse"] = weights / (WEIGHTS * bandwidth) + max(state / (STATE * bandwidth), few)
+    if rates is not None:
+        seconds["full"] = model.work["full"].seconds_of_all_rows(sizes["full"], rates)
+        seconds["reuse"] = model.work["reuse"].seconds_of_few_rows(sizes["reuse"], rates, weights, state)
     plans: dict[str, MemoryPlan | None] = dict.fromkeys(sizes)
     problem = "" if room > 0 else "no room is left beside the weights"
     if not problem:

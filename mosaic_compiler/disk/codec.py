@@ -44,6 +44,7 @@ _CLASSES: Mapping[str, Sequence[str]] = {
     "mosaic_compiler.ir.graphs": ("Provenance",),
     "mosaic_compiler.ahead.cached": ("Stateful", "Work"),
     "mosaic_compiler.ahead.fit": ("Traced",),
+    "mosaic_compiler.ahead.rates": ("Rates",),
 }  # fmt: skip
 """What may stand in a file, by module."""
 

@@ -32,6 +32,14 @@ class Rung:
         keys = "all keys" if self.keep is None else f"{keep_text(self.keep)} of the keys"
         return f"{keys} in {self.precision or 'the precision that they are computed in'}"
 
+    @property
+    def short(self) -> str:
+        """For tables."""
+        if not self.is_kept:
+            return "nothing"
+        keys = "all" if self.keep is None else keep_text(self.keep)
+        return keys if self.precision is None else f"{keys}, {self.precision}"
+
 
 def rungs_of(policy: str, precision: str | None, keep: float | int | None) -> tuple[Rung, ...]:
     """What is tried, in this order, until state and steps fit the memory budget.
