@@ -48,6 +48,7 @@ from mosaic_compiler.passes.state import (
     leading_parts,
 )
 from mosaic_compiler.passes.visible_keys import VisibleKeysPass, hides_keys
+from mosaic_compiler.planning.ladder import Rung, rungs_of
 from mosaic_compiler.planning.reach import Reach
 from mosaic_compiler.planning.selection import Selection
 from mosaic_compiler.runtime.kinds import Kinds
@@ -176,6 +177,23 @@ class Kept:
     def nbytes(self) -> sympy.Expr:
         """Bytes of all values, as they are kept, in the graph's symbols."""
         return sum((coding.nbytes(value) for value, coding in self.codings.items()), sympy.Integer(0))
+
+    def rungs(self) -> tuple[tuple[Rung, sympy.Expr], ...]:
+        """Bytes of state on each rung of the ladder; where keys are chosen, of each of them.  None of those that this
+        graph cannot be on."""
+        found: list[tuple[Rung, sympy.Expr]] = []
+        for rung in rungs_of("auto", None, None):
+            cut = cut_for(self.module.graph, rung.precision)
+            if not rung.is_kept or cut.problem:
+                continue
+            codings, problem = codings_of(cut, rung.precision)
+            nbytes = sum((coding.nbytes(value) for value, coding in codings.items()), sympy.Integer(0))
+            if rung.keep is not None:
+                chosen, problem = attended_in(cut, rung.precision)
+                nbytes = sum((each.key_nbytes("head") for each in chosen), sympy.Integer(0))
+            if not problem:
+                found.append((rung, nbytes))
+        return tuple(found)
 
     @property
     def key_nbytes(self) -> sympy.Expr:

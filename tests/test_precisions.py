@@ -21,6 +21,7 @@ from mosaic_compiler.errors import BudgetError
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.planning import ladder
 from mosaic_compiler.planning.precisions import PRECISIONS
+from mosaic_compiler.planning.selection import kept_keys
 from mosaic_compiler.runtime.state import Block
 
 pytestmark = pytest.mark.usefixtures("warm")
@@ -214,3 +215,25 @@ def test_explain_says_how_many_bytes_are_kept(precision):
     heads, depth = 4, 4
     head_bytes = {None: 8 * depth, "bf16": 2 * depth, "int4": depth // 2 + 4}.get(precision, depth + 4)
     assert kept.nbytes.xreplace({length: 1000}) == 2 * 2 * 1000 * heads * head_bytes
+
+
+def test_the_ladder_says_how_many_bytes_each_rung_takes():
+    """As many as state then has, and explain() says them."""
+    toy = Toy(layers=2, heads=4, kv_heads=2, result="logits")
+    weights, tokens = toy.weights(0), ids(1, 60, 1)
+    module = traced(toy, 1, weights)
+    found = kept_of(module, MosaicOptions()).rungs()
+    assert [rung.short for rung, _ in found] == ["all", "all, int8", "all, int4", "5%", "5%, int4"]
+    for rung, expr in found:
+        options = MosaicOptions(cache_dtype=rung.precision, cache_keep=rung.keep, disable=("fuse",))
+        block = Block(_kinds_of(module, options))
+        rows = torch.arange(20, 28)[None]
+        block.keep([tokens, *weights], rows if rung.keep is not None else None)
+        sizes = dict.fromkeys(expr.free_symbols, 60)
+        keys = 1 if rung.keep is None else kept_keys(rung.keep, 60, 8)
+        expected = int(expr.xreplace(sizes)) * keys
+        assert 0 <= block.nbytes - expected < 512 * len(block.tensors)
+        block.release()
+    report = " ".join(str(mosaic_compiler.explain(TidyLike(0), prompt_of(1, 200, 1))).split())
+    assert "what cache='auto' tries, for blocks of 32 rows: all " in report
+    assert "5%, int4" in report

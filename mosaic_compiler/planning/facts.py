@@ -171,7 +171,12 @@ class Bindings:
 @dataclass(frozen=True)
 class StateShown:
     """What ``explain()`` says of state: how many values could be kept, and their bytes, or those of each key that is
-    chosen; or why none can."""
+    chosen; or why none can.
+
+    Attributes:
+        rungs: of the ladder: what is kept, the share of the keys (``None``: all), bytes of them (or of each).
+        length: of the sequence.
+    """
 
     is_heavy: bool
     problem: str
@@ -180,6 +185,8 @@ class StateShown:
     reach: Reach | None
     selection: str = ""
     key_nbytes: sympy.Expr = field(default_factory=lambda: sympy.Integer(0))
+    rungs: tuple[tuple[str, float | None, sympy.Expr], ...] = ()
+    length: sympy.Expr = field(default_factory=lambda: sympy.Integer(0))
 
 
 @dataclass(frozen=True)

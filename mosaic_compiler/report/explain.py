@@ -31,6 +31,7 @@ from mosaic_compiler.passes.row_demand import ROW_DECISIONS, RowDecision
 from mosaic_compiler.planning.budget import format_bytes
 from mosaic_compiler.planning.facts import Shown, StateShown
 from mosaic_compiler.planning.plan import Fallback, MemoryPlan
+from mosaic_compiler.planning.selection import kept_keys
 from mosaic_compiler.report import tables
 from mosaic_compiler.runtime.engine import Step, running
 from mosaic_compiler.runtime.step import CompiledStep
@@ -245,11 +246,19 @@ def _shown(step: CompiledStep) -> Shown:
     """What is said of a graph whatever it is planned for."""
     module, kept = step.module, kept_of(step.captured, step.options)
     selection = "" if kept.selection is None else str(kept.selection)
+    is_asked = step.options.cache_dtype is not None or kept.selection is not None
+    rungs = () if is_asked or kept.cut.problem else kept.rungs()
     state = StateShown(
-        kept.is_heavy, kept.cut.problem, len(kept.cut.values), kept.nbytes, kept.reach, selection, kept.key_nbytes
-    )
+        kept.is_heavy, kept.cut.problem, len(kept.cut.values), kept.nbytes, kept.reach, selection, kept.key_nbytes,
+        tuple((rung.short, rung.keep, nbytes) for rung, nbytes in rungs),
+        kept.cut.space[-1] if kept.cut.space else sympy.Integer(0),
+    )  # fmt: skip
     projections = tuple(GATHER_CHOICES.of(module).items())
     return Shown(step.passes, ROW_DECISIONS.of(module), projections, UNRULED.of(module), ORDERS.of(module), state)
+
+
+_BLOCK = 32
+"""Rows of a block, for what is said of chosen keys."""
 
 
 def _state_line(state: StateShown, plan: MemoryPlan | None) -> str:
@@ -259,12 +268,24 @@ def _state_line(state: StateShown, plan: MemoryPlan | None) -> str:
     if state.problem or not state.values:
         return f"state: nothing can be kept from step to step: {state.problem or 'each row depends on itself only'}"
     numbers = dict(plan.symbols) if plan is not None else {}
-    nbytes = state.key_nbytes if state.selection else state.nbytes
-    nbytes = nbytes.xreplace({s: sympy.Integer(numbers[str(s)]) for s in nbytes.free_symbols if str(s) in numbers})
+
+    def at(expr: sympy.Expr) -> sympy.Expr:
+        return expr.xreplace({s: sympy.Integer(numbers[str(s)]) for s in expr.free_symbols if str(s) in numbers})
+
+    nbytes = at(state.key_nbytes if state.selection else state.nbytes)
     size = format_bytes(int(nbytes)) if nbytes.is_Integer else f"{nbytes} bytes"
     if state.selection:
         return f"state: keys can be chosen ({state.selection}), {size} for each that is kept; an approximation"
     proof = "only where no row that they see has changed since"
     if state.reach is not None:
         proof += f", and rows do not see all others: {state.reach.says}"
-    return f"state: {state.values} values can be kept from step to step, {size}; steps for some rows are exact {proof}"
+    said = f"state: {state.values} values can be kept from step to step, {size}; steps for some rows are exact {proof}"
+    length = at(state.length)
+    if not length.is_Integer or not state.rungs:
+        return said
+    rungs = []
+    for short, keep, expr in state.rungs:
+        each = at(expr) * (1 if keep is None else kept_keys(keep, int(length), _BLOCK))
+        rungs.append(f"{short} {format_bytes(int(each))}")
+    ladder = "; ".join(rungs)
+    return f"{said}\nwhat cache='auto' tries, for blocks of {_BLOCK} rows: {ladder} (times: mosaic fit --cache auto)"
