@@ -51,7 +51,8 @@ def generate(
     cache_dtype: Annotated[
         str | None,
         typer.Option(
-            help="precision of what is kept: bf16, fp8, int8, int4, or auto: what fits; as computed if left out"
+            help="precision of what is kept: bf16, fp8, int8, int4, by layers (2*exact+int4), or auto: what fits; as "
+            "computed if left out"
         ),
     ] = None,
     cache_keep: Annotated[

@@ -14,7 +14,7 @@ from rich.table import Table
 from mosaic_compiler.cli_values import Device, Dtype, MaskId, TrustRemoteCode, parse_dtype, parse_keep
 from mosaic_compiler.errors import ConfigError, MosaicError
 from mosaic_compiler.planning.budget import format_bytes
-from mosaic_compiler.planning.precisions import PRECISIONS
+from mosaic_compiler.planning.precisions import PRECISIONS, precision_of
 from mosaic_compiler.planning.selection import SCORES, selection_of
 
 if TYPE_CHECKING:
@@ -60,8 +60,13 @@ def quality(
     if not names:
         raise ConfigError("--cache-dtype: at least one of as-computed, " + ", ".join(PRECISIONS))
     for name in names:
-        if name != "as-computed" and name not in PRECISIONS:
-            raise ConfigError(f"--cache-dtype {name!r} is none of as-computed, {', '.join(PRECISIONS)}")
+        try:
+            precision_of(None if name == "as-computed" else name)
+        except ValueError:
+            raise ConfigError(
+                f"--cache-dtype {name!r} is none of as-computed, {', '.join(PRECISIONS)}, nor a choice by layers "
+                "(2*exact+int4)"
+            ) from None
     methods = _methods(names, [parse_keep(part) for part in keeps.split(",")], scores.split(","), sets)
     if model is None and not SHIPPED.is_dir():
         raise ConfigError("which model? give a folder (the shipped ones are in the repository's examples)")

@@ -57,7 +57,8 @@ class MosaicOptions:
             last call.  The last one is an approximation, and needs ``needed_rows`` and ``mask_token_id``.
         cache_refresh: all rows are computed again every so many calls (or ``never``); also for another text.
         cache_dtype: the precision in which values are kept from step to step: ``bf16``, ``fp8``, ``int8``, ``int4``
-            (``planning/precisions.py``), an approximation; ``None``: as they are computed.
+            (``planning/precisions.py``), or a choice by layers (``2*exact+int4``: the first two as they are computed),
+            an approximation; ``None``: as they are computed.
         cache_keep: how many keys of other rows than those that a session's steps compute are kept: a share (``0.05``),
             or a number (``2048``) for each head, chosen in each step for all rows; an approximation.  ``None``: all.
         cache_score, cache_sets: how keys are scored for that (``planning/selection.py``), and whether each head of

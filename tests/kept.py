@@ -34,20 +34,24 @@ def rounded(x: Tensor, precision: str | None) -> Tensor:
 
 
 class Kept:
-    """Keys and values of each attention of a function, in the order of its calls."""
+    """Keys and values of each attention of a function, in the order of its calls; ``precision``: of all, or of each."""
 
-    def __init__(self, function: Callable[..., Any], precision: str | None = None) -> None:
+    def __init__(self, function: Callable[..., Any], precision: str | list[str | None] | None = None) -> None:
         self.function, self.precision = function, precision
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+
+    def _at(self, number: int) -> str | None:
+        return self.precision[number] if isinstance(self.precision, list) else self.precision
 
     def full(self, *args: Any, **named: Any) -> Any:
         """Call the function; remember keys and values."""
         self.keys, self.values = [], []
 
         def attend(query: Tensor, key: Tensor, value: Tensor, *more: Any, **options: Any) -> Tensor:
-            self.keys.append(rounded(key, self.precision))
-            self.values.append(rounded(value, self.precision))
+            precision = self._at(len(self.keys))
+            self.keys.append(rounded(key, precision))
+            self.values.append(rounded(value, precision))
             return _sdpa(query, key, value, *more, **options)
 
         with _attention(attend):
@@ -66,7 +70,7 @@ class Kept:
             chosen = is_new[:, None, :, None]
             seen = [torch.where(chosen, key, self.keys[number]), torch.where(chosen, value, self.values[number])]
             self.keys[number], self.values[number] = (
-                torch.where(chosen, rounded(new, self.precision), old)
+                torch.where(chosen, rounded(new, self._at(number)), old)
                 for new, old in zip((key, value), seen, strict=True)
             )
             return _sdpa(query, *seen, *more, **options)

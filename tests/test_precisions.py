@@ -20,7 +20,7 @@ from mosaic_compiler.backend import _kinds_of, kept_of
 from mosaic_compiler.errors import BudgetError
 from mosaic_compiler.options import MosaicOptions
 from mosaic_compiler.planning import ladder
-from mosaic_compiler.planning.precisions import PRECISIONS
+from mosaic_compiler.planning.precisions import PRECISIONS, precision_at, precision_of
 from mosaic_compiler.planning.selection import kept_keys
 from mosaic_compiler.runtime.state import Block
 
@@ -33,7 +33,7 @@ _SOME, _OTHERS = ("int4",), ("fp8", "bf16", "int8")
 @settings(max_examples=examples(3, 20))
 @given(
     toy=toys,
-    precision=st.sampled_from(sorted(PRECISIONS)),
+    precision=st.sampled_from([*sorted(PRECISIONS), "exact+int4", "2*int8+fp8", "bf16+exact"]),
     batch=st.integers(1, 3),
     length=st.integers(2, 24),
     chunk=st.sampled_from([None, 1, 3, 8]),
@@ -46,7 +46,8 @@ def test_any_schedule_of_steps_equals_an_independent_one(toy, precision, batch, 
         traced(toy, batch, weights), MosaicOptions(chunk_rows=chunk, cache_dtype=precision, disable=("fuse",))
     )
     assert not kinds.problem
-    block, oracle = Block(kinds), Kept(lambda tokens: toy(tokens, *weights), precision)
+    layers = [precision_at(precision, layer) for layer in range(toy.layers)]
+    block, oracle = Block(kinds), Kept(lambda tokens: toy(tokens, *weights), layers)
     tokens = ids(batch, length, seed)
     for expected, got in zip(oracle.full(tokens), block.keep([tokens, *weights]), strict=True):
         torch.testing.assert_close(got, expected)
@@ -237,3 +238,22 @@ def test_the_ladder_says_how_many_bytes_each_rung_takes():
     report = " ".join(str(mosaic_compiler.explain(TidyLike(0), prompt_of(1, 200, 1))).split())
     assert "what cache='auto' tries, for blocks of 32 rows: all " in report
     assert "5%, int4" in report
+
+
+def test_precisions_by_layers():
+    assert [precision_at("2*exact+int8+int4", layer) for layer in range(5)] == [None, None, "int8", "int4", "int4"]
+    assert [precision_at("int4", layer) for layer in range(2)] == ["int4", "int4"]
+    for bad in ("int4+", "0*int4", "x*int4", "int3", "2*int4+int5", "-1*fp8", ""):
+        with pytest.raises(ValueError, match="choice by layers"):
+            precision_of(bad)
+    model, prompt = TidyLike(0).double(), prompt_of(1, 21, 3)
+    given = {"gen_length": 12, "block_length": 6, "steps": 6, "mask_token_id": MASK, "cache": "dual"}
+    found = {
+        name: mosaic_compiler.generate(model, prompt, **given, cache_dtype=name)
+        for name in (None, "exact", "exact+int4", "int4")
+    }
+    assert torch.equal(found[None].sequences, found["exact"].sequences)
+    assert found[None].state_bytes == found["exact"].state_bytes
+    one, both = found["exact+int4"].state_bytes, found["int4"].state_bytes
+    assert abs(2 * one - found[None].state_bytes - both) < 2 * 8 * 512
+    assert found["exact+int4"].cache_dtype == "exact+int4"

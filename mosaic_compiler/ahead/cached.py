@@ -30,7 +30,7 @@ class Work:
 
     Attributes:
         products, attention: floating-point operations.
-        coded: of attention to codes, of ``bits`` each.
+        coded: of attention to codes, by their bits.
         choosing: of scoring keys.
         scores: numbers that keys are chosen by.
         special: how many attentions read codes, or chosen keys.
@@ -38,8 +38,7 @@ class Work:
 
     products: sympy.Expr
     attention: sympy.Expr
-    coded: sympy.Expr
-    bits: int
+    coded: Mapping[int, sympy.Expr]
     choosing: sympy.Expr
     scores: sympy.Expr
     special: int
@@ -51,7 +50,8 @@ class Work:
 
     def seconds_of_few_rows(self, sizes: Sizes, rates: Rates, weights: int, state: int) -> float:
         """Of a step for some rows: reading weights and state, or the arithmetic of attention, whichever is slower."""
-        arithmetic = sizes(self.attention) / rates.few + sizes(self.coded) / rates.coded(self.bits)
+        arithmetic = sizes(self.attention) / rates.few
+        arithmetic += sum(sizes(coded) / rates.coded(bits) for bits, coded in self.coded.items())
         return weights / rates.weights + max(state / rates.state, arithmetic) + self.special * rates.extra
 
 
@@ -128,8 +128,9 @@ def _work(module: fx.GraphModule, is_chosen: bool) -> Work:
     from mosaic_compiler import book, ir
     from mosaic_compiler.ir import ops
 
-    products = attention = coded = choosing = scores = sympy.Integer(0)
-    bits, special = 16, 0
+    products = attention = choosing = scores = sympy.Integer(0)
+    coded: dict[int, sympy.Expr] = {}
+    special = 0
     for node in module.graph.nodes:
         reads_codes, chooses = node.target is ops.coded_attention, node.target is ops.select_keys
         if book.is_attention(node) or reads_codes or chooses:
@@ -140,14 +141,14 @@ def _work(module: fx.GraphModule, is_chosen: bool) -> Work:
                 choosing += found
                 scores += sympy.prod([*map(ir.expr_of, ir.only_tensor(node).shape[:2])]) * ir.expr_of(key[2])
             elif reads_codes:
-                coded += found
                 bits = PRECISIONS[node.args[12]].bits
+                coded[bits] = coded.get(bits, sympy.Integer(0)) + found
             else:
                 attention += found
         elif book.is_matmul(node):
             inner = ir.only_tensor(node.all_input_nodes[-1]).shape[-2]
             products += 2 * sympy.prod([*map(ir.expr_of, ir.only_tensor(node).shape)]) * ir.expr_of(inner)
-    return Work(products, attention, coded, bits, choosing, scores, special)
+    return Work(products, attention, coded, choosing, scores, special)
 
 
 def answer_cached(

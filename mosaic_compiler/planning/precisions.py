@@ -11,6 +11,7 @@ A step attends to what it computes as it is, and to what it does not compute as 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -45,13 +46,42 @@ LADDER: tuple[str | None, ...] = (None, "int8", "int4")
 """What ``auto`` tries, in this order, until state and steps fit the memory budget."""
 
 
-def precision_of(name: str | None) -> Precision | None:
-    """The precision with this name.
+EXACT = "exact"
+"""In a choice by layers: as they are computed."""
 
-    Raises:
-        ValueError: if there is none.
-    """
-    if name is not None and (not isinstance(name, str) or name not in PRECISIONS):
+
+def precision_of(name: str | None) -> None:
+    """Raises :class:`ValueError` for what is neither a precision nor a choice by layers (:func:`precision_at`)."""
+    if name is None:
+        return
+    try:
+        _layers(name)
+    except (ValueError, AttributeError, TypeError):
         valid = ", ".join((*PRECISIONS, "auto"))
-        raise ValueError(f"cache_dtype={name!r} is not one of {valid} (None keeps values as they are computed)")
-    return None if name is None else PRECISIONS[name]
+        raise ValueError(
+            f"cache_dtype={name!r} is not one of {valid} (None keeps values as they are computed), nor a choice by "
+            f"layers, such as 2*{EXACT}+int4 (the first two layers as computed, all others in 4 bits)"
+        ) from None
+
+
+def precision_at(name: str | None, layer: int) -> str | None:
+    """The precision of one layer (attentions count, from 0 on).
+
+    ``2*exact+int8+int4``: the first two as they are computed, the third in 8 bits, all others in 4.
+    """
+    if name is None or name in PRECISIONS:
+        return name
+    layers = _layers(name)
+    return layers[min(layer, len(layers) - 1)]
+
+
+@functools.cache
+def _layers(name: str) -> tuple[str | None, ...]:
+    found: list[str | None] = []
+    for part in name.split("+"):
+        count, _, precision = part.strip().rpartition("*")
+        number = int(count) if count else 1
+        if number < 1 or (precision != EXACT and precision not in PRECISIONS):
+            raise ValueError(part)
+        found += [None if precision == EXACT else precision] * number
+    return tuple(found)

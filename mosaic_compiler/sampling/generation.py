@@ -145,7 +145,8 @@ def generate(
         cache_refresh: when all rows are computed again: ``block`` (the first step of each block), ``never`` (but for
             the first step), or every so many steps; 1 is no cache.
         cache_dtype: the precision of what is kept: ``bf16``, ``fp8``, ``int8``, ``int4`` (one scale per token and
-            head), an approximation, which needs a half to an eighth of the memory; ``None``: as it is computed;
+            head), or a choice by layers (``2*exact+int4``: the first two as computed, all others in 4 bits); an
+            approximation, which needs a half to an eighth of the memory; ``None``: as it is computed;
             ``auto``: as it is computed, or in ``int8``, or in ``int4``: the first that fits ``memory_budget`` (which
             the log, and ``cache_dtype`` of the result say).
         cache_keep: with a cache that is an approximation: how many keys of other rows than those that steps compute are

@@ -15,8 +15,8 @@ from mosaic_compiler.book import rows
 from mosaic_compiler.ir import ops
 from mosaic_compiler.passes.split_attention import CPU, CUDNN, EFFICIENT, FLASH
 from mosaic_compiler.passes.state.coding import Coding, coding_of
-from mosaic_compiler.passes.state.cut import Cut, find_cut
-from mosaic_compiler.planning.precisions import PRECISIONS
+from mosaic_compiler.passes.state.cut import Cut, find_cut, readers_of
+from mosaic_compiler.planning.precisions import PRECISIONS, precision_at
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class Attended:
 def attended_in(cut: Cut, precision: str | None) -> tuple[list[Attended], str]:
     """The attentions whose keys and values a graph keeps, and why keys cannot be chosen for them, if so."""
     found: list[Attended] = []
-    for node in _readers(cut):
-        each, problem = _attended(node, cut, precision)
+    for layer, node in enumerate(readers_of(cut)):
+        each, problem = _attended(node, cut, precision_at(precision, layer))
         if each is None:
             return [], problem
         found.append(each)
@@ -76,8 +76,8 @@ def cut_for(graph: fx.Graph, precision: str | None) -> Cut:
     if precision is None or cut.problem:
         return cut
     kept_as = dict(cut.kept_as)
-    for node in _readers(cut):
-        each, _ = _attended(node, cut, precision)
+    for layer, node in enumerate(readers_of(cut)):
+        each, _ = _attended(node, cut, precision_at(precision, layer))
         for part in each.parts if each is not None and each.reads_codes else ():
             value = kept_as[part]
             is_alone = sum(other is value for other in kept_as.values()) == 1
@@ -91,13 +91,9 @@ def cut_for(graph: fx.Graph, precision: str | None) -> Cut:
 def reading_codes(cut: Cut, precision: str | None) -> dict[fx.Node, Attended]:
     """The attentions of such a cut that read codes of what is kept."""
     kept = set(cut.values)
-    each = [_attended(node, cut, precision)[0] for node in _readers(cut)] if precision is not None else []
+    layers = enumerate(readers_of(cut)) if precision is not None else ()
+    each = [_attended(node, cut, precision_at(precision, layer))[0] for layer, node in layers]
     return {one.node: one for one in each if one is not None and one.reads_codes and kept.issuperset(one.parts)}
-
-
-def _readers(cut: Cut) -> list[fx.Node]:
-    operands = [operand for operand, _ in cut.kept_as]
-    return list(dict.fromkeys(user for operand in operands for user in operand.users if user in cut.inside))
 
 
 def _attended(node: fx.Node, cut: Cut, precision: str | None) -> tuple[Attended | None, str]:

@@ -17,8 +17,8 @@ from torch import fx
 from mosaic_compiler import ir
 from mosaic_compiler.book import Layout, rows
 from mosaic_compiler.ir.emitter import SizeEmitter
-from mosaic_compiler.passes.state.cut import Cut
-from mosaic_compiler.planning.precisions import PRECISIONS
+from mosaic_compiler.passes.state.cut import Cut, readers_of
+from mosaic_compiler.planning.precisions import PRECISIONS, precision_at
 
 aten = torch.ops.aten
 
@@ -60,9 +60,21 @@ class Coding:
 
 
 def codings_of(cut: Cut, precision: str | None) -> tuple[Mapping[fx.Node, Coding], str]:
-    """For each kept value how it is written, and why that cannot be, if so."""
+    """For each kept value how it is written, and why that cannot be, if so.
+
+    Args:
+        precision: of all, or by layers; a value is written as the first layer that reads it says.
+    """
     found: dict[fx.Node, Coding] = {}
+    kept_as = dict(cut.kept_as)
+    layers: dict[fx.Node, int] = {}
+    for layer, node in enumerate(readers_of(cut)):
+        for operand in node.all_input_nodes:
+            if operand in kept_as:
+                layers.setdefault(kept_as[operand], layer)
+    name = precision
     for value in cut.values:
+        precision = precision_at(name, layers.get(value, 0))
         dim = _features(value, cut.labels.layout(value))
         if dim is None:
             found[value], problem = coding_of(value, precision, 0, 0)

@@ -74,6 +74,12 @@ def find_cut(graph: fx.Graph) -> Cut:
     return Cut(labels, space, frozenset(inside), frozenset(dear), order, tuple(kept_as.items()))
 
 
+def readers_of(cut: Cut) -> list[fx.Node]:
+    """What reads kept values whole, in graph order: a layer each."""
+    operands = [operand for operand, _ in cut.kept_as]
+    return list(dict.fromkeys(user for operand in operands for user in operand.users if user in cut.inside))
+
+
 def inputs_of(values: Sequence[fx.Node]) -> list[int]:
     """Positions of the inputs that some values are computed from."""
     found = ir.computed_from(values)
