@@ -77,8 +77,7 @@ def fit(
     is_auto = cache == "auto"
     try:
         policy = policy_of(cache)
-        if not (is_auto and cache_dtype == "auto"):
-            precision_of(cache_dtype)
+        precision_of(None if cache_dtype == "auto" else cache_dtype)
         selection = selection_of(cache_score, cache_sets)
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -91,8 +90,10 @@ def fit(
     request = _Request(
         config, described, parse_dtype(dtype), device, card, memory - kept, lengths, masked, rows, selection
     )
+    if cache_dtype == "auto" and not is_auto:
+        raise ConfigError("--cache-dtype auto is for --cache auto, which shows what each precision takes")
     if is_auto:
-        _fit_rungs(request, rungs_of("auto", cache_dtype, keep), as_json)
+        _fit_rungs(request, rungs_of("auto", cache_dtype, keep), output, as_json)
     elif policy.is_kept:
         _fit_with_state(request, Rung(cache_dtype, keep), output, as_json)
     else:
@@ -204,8 +205,9 @@ def _fit_with_state(request: _Request, rung: Rung, output: Path | None, as_json:
     _say_problems(console, answers)
 
 
-def _fit_rungs(request: _Request, rungs: Sequence[Rung], as_json: bool) -> None:
+def _fit_rungs(request: _Request, rungs: Sequence[Rung], output: Path | None, as_json: bool) -> None:
     """Each rung of the ladder that ``cache="auto"`` goes down, and which one it would take."""
+    from mosaic_compiler.ahead.configs import name_of
     from mosaic_compiler.ahead.fit import answer
 
     weights, found = 0, []
@@ -220,12 +222,26 @@ def _fit_rungs(request: _Request, rungs: Sequence[Rung], as_json: bool) -> None:
     taken = {}
     for number, length in enumerate(request.lengths):
         taken[length] = next((str(rung) for rung, answers in found if answers[number].full is not None), None)
+    if output is not None:
+        plans = [
+            answers[number].full
+            for number, length in enumerate(request.lengths)
+            for rung, answers in found
+            if str(rung) == taken[length]
+        ]
+        if not plans or plans[-1] is None:
+            raise ConfigError(
+                f"none of these lengths fits: there is no plan to write to {output}: {found[-1][1][-1].problem}"
+            )
+        output.write_text(replace(plans[-1], title=f"{name_of(request.config)}, {request.dtype}").to_json())
     if as_json:
         told = [{"kept": str(rung), "answers": [_as_data(a, request.rows) for a in each]} for rung, each in found]
         head = {"weights": weights, "room": request.memory - weights, "taken": taken}
         print(json.dumps({**head, "rungs": told}, indent=1))
         return
     console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 120)
     console.print(_head(request, weights))
     table = _table("tokens", "kept", "fits", "state", "peak, full", f"{request.rows} rows", "seconds, full",
                    f"{request.rows} rows", "")  # fmt: skip

@@ -34,7 +34,7 @@ def quality(
     tokens: Annotated[int, typer.Option(help="of a sequence", min=40)] = 1024,
     sequences: Annotated[int, typer.Option(help="of each kind", min=1)] = 8,
     precisions: Annotated[
-        str, typer.Option("--cache-dtype", help="comma-separated: as-computed, bf16, fp8, int8, int4")
+        str, typer.Option("--cache-dtype", help="comma-separated: as-computed, bf16, fp8, int8, int4, by layers")
     ] = "as-computed,bf16,fp8,int8,int4",
     keeps: Annotated[
         str, typer.Option("--cache-keep", help="comma-separated: all, shares (0.05) or numbers (512) of other keys")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import shutil
@@ -735,3 +736,46 @@ def test_a_kernel_that_has_measured_has_chosen():
     assert chosen_launch(types.SimpleNamespace(launchers=[launcher(64, 4), launcher(128, 4)])) is None
     chosen = chosen_launch(types.SimpleNamespace(launchers=[launcher(64, 4)]))
     assert chosen == unpack(pack(chosen)) != chosen_launch(types.SimpleNamespace(launchers=[launcher(64, 8)]))
+
+
+class Holding(torch.nn.Module):
+    """Reads what it holds in all kinds of things."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+        self.factor, self.numbers = 1.5, {"a": 2.5}
+        self.order = collections.OrderedDict(first=1.0, second=2.0)
+        self.last = collections.deque([3.0])
+
+    def forward(self, x):
+        result = self.linear(x) * self.factor + self.numbers.get("a", 0.0)
+        for number, each in enumerate(self.order.values()):
+            result = result + number * each
+        return result + self.last[-1] * getattr(self, "other", 1.0)
+
+
+def rename(model):
+    model.__dict__["other"] = model.__dict__.pop("factor")
+    model.factor = 1.0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        # an equal number is another object, whose address the next one may get
+        [lambda m: setattr(m, "factor", float("1.5")), lambda m: setattr(m, "factor", float("7.25"))],
+        [lambda m: m.numbers.update(a=float("2.5")), lambda m: m.numbers.update(a=float("9.5"))],
+        [lambda m: m.order.move_to_end("first")],
+        [lambda m: m.last.append(8.0)],
+        [rename],
+        [lambda m: m.linear.register_forward_hook(lambda module, given, result: result + 1)],
+    ],
+)
+def test_what_a_model_holds_is_looked_at_in_every_call(changes):
+    model, x = Holding(), torch.randn(2, 4)
+    step = mosaic_compiler.compile(model)
+    with torch.no_grad():
+        for change in [lambda m: None, *changes, *changes[-1:]]:
+            change(model)
+            torch.testing.assert_close(step(x), model(x))

@@ -257,3 +257,44 @@ def test_precisions_by_layers():
     one, both = found["exact+int4"].state_bytes, found["int4"].state_bytes
     assert abs(2 * one - found[None].state_bytes - both) < 2 * 8 * 512
     assert found["exact+int4"].cache_dtype == "exact+int4"
+
+
+class Shared(torch.nn.Module):
+    """Two attentions of the same keys and values; of which one may have a bias."""
+
+    def __init__(self, biased=None):
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(50, 32), torch.nn.Linear(32, 50)
+        self.queries = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(2))
+        self.key, self.value, self.biased = torch.nn.Linear(32, 32), torch.nn.Linear(32, 32), biased
+        self.register_buffer("bias", torch.randn(1, 2, 64, 64))
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        length = ids.shape[1]
+
+        def heads(given):
+            return given.view(*ids.shape, 2, 16).transpose(1, 2)
+
+        key, value = heads(self.key(x)), heads(self.value(x))
+        for number, layer in enumerate(self.queries):
+            bias = self.bias[:, :, :length, :length] if number == self.biased else None
+            out = torch.nn.functional.scaled_dot_product_attention(heads(layer(x)), key, value, attn_mask=bias)
+            x = x + out.transpose(1, 2).reshape(*ids.shape, 32)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("biased", [None, 0, 1])
+@pytest.mark.parametrize("precision", ["int8", "fp8+int4", "int4+exact", "exact+int8"])
+def test_keys_that_two_layers_share_are_written_once(biased, precision):
+    """As the first of them says; who cannot read codes gets numbers."""
+    torch.manual_seed(1)
+    model, tokens, rows = Shared(biased).eval(), ids(1, 24, 2), torch.tensor([3, 7, 11])
+    oracle = Kept(model, precision_at(precision, 0))
+    with Session(model, options={"cache_dtype": precision}) as session:
+        session.full(tokens)
+        oracle.full(tokens)
+        tokens = tokens.clone()
+        tokens[0, rows] = torch.tensor([1, 2, 3])
+        got, expected = session.reuse(tokens, rows), oracle.reuse(rows[None], tokens)
+    torch.testing.assert_close(got[:, rows], expected[:, rows], atol=1e-5, rtol=1e-5)

@@ -165,17 +165,14 @@ def attend_in_tiles_(
     packed = (query.to(wide) * scale).reshape(batch, groups, heads // groups * queries, depth)
     is_own = torch.zeros(rows.shape[0], rows.shape[1], keys, dtype=torch.bool, device=query.device)
     is_own.scatter_(2, rows, True)
-    found = _Softmax(packed, own_value.shape[3])
+    found = _Softmax(packed, own_value.shape[3], precision)
     for begin in range(0, keys, TILE):
         tile = slice(begin, min(begin + TILE, keys))
         places = torch.arange(tile.start, tile.stop, device=query.device)
         hidden = is_own[:, :, None, None, tile]
         seen = None if only is None else only[..., tile]
-        k, v = (
-            (numbers_of(codes[:, :, tile], precision) * factor[:, :, tile]).to(wide)
-            for codes, factor in ((key, key_scale), (value, value_scale))
-        )
-        found.add(k, v, _hidden(hidden, places, seen, first, last))
+        k, ks, v, vs = (part[:, :, tile] for part in (key, key_scale, value, value_scale))
+        found.add_codes(k, ks, v, vs, _hidden(hidden, places, seen, first, last))
     again = torch.zeros_like(rows, dtype=torch.bool)
     again[..., 1:] = rows[..., 1:] == rows[..., :-1]
     seen = None if only is None else only.expand(rows.shape[0], rows.shape[1], 1, -1).gather(3, rows.unsqueeze(2))
@@ -199,24 +196,51 @@ def _hidden(hidden: Tensor, places: Tensor, seen: Tensor | None, first: Tensor |
 class _Softmax:
     """Softmax over keys that come a tile at a time, and the weighted sum of their values."""
 
-    def __init__(self, query: Tensor, depth: int) -> None:
-        self._query = query
+    def __init__(self, query: Tensor, depth: int, precision: str) -> None:
+        self._query, self._precision = query, precision
+        self._halves = [half.contiguous() for half in query.chunk(2, -1)] if precision == "int4" else [query]
+        self._less = 8 * query.sum(-1, keepdim=True)
         self._peak = query.new_full((*query.shape[:3], 1), float("-inf"))
         self._weight = torch.zeros_like(self._peak)
         self._total = query.new_zeros(*query.shape[:3], depth)
 
+    def add_codes(self, key: Tensor, key_scale: Tensor, value: Tensor, value_scale: Tensor, hidden: Tensor) -> None:
+        """Codes [B, G, T, d] (or half as many) and scales [B, G, T, 1]; ``hidden`` as of :meth:`add`.  Products are of
+        codes, scales come behind them."""
+        dtype = self._query.dtype
+        scores = sum(q @ k.transpose(-1, -2) for q, k in zip(self._halves, self._numbers(key), strict=True))
+        if self._precision == "int4":
+            scores = scores - self._less
+        weights = self._weigh(scores * key_scale.to(dtype).transpose(-1, -2), hidden)
+        weights.mul_(value_scale.to(dtype).transpose(-1, -2))
+        more = torch.cat([weights @ v for v in self._numbers(value)], -1)
+        if self._precision == "int4":
+            more.sub_(8 * weights.sum(-1, keepdim=True))
+        self._total.add_(more)
+
+    def _numbers(self, codes: Tensor) -> list[Tensor]:
+        """Codes as numbers, without their scales; of 4 bits both halves, 8 too high."""
+        dtype = self._query.dtype
+        if self._precision == "int4":
+            return [(codes & 15).to(dtype), (codes >> 4).to(dtype)]
+        return [numbers_of(codes, self._precision).to(dtype)]
+
     def add(self, key: Tensor, value: Tensor, hidden: Tensor) -> None:
         """Keys and values [B, G, T, d]; ``hidden`` [B, 1 or G, 1, 1 or M, T] ones do not count."""
-        scores = self._query @ key.transpose(-1, -2)
+        self._total.add_(self._weigh(self._query @ key.transpose(-1, -2), hidden) @ value)
+
+    def _weigh(self, scores: Tensor, hidden: Tensor) -> Tensor:
+        """Weights of these keys; what was added before is rescaled."""
         queries = hidden.shape[3] if hidden.shape[3] > 1 else scores.shape[2]
         scores.view(*scores.shape[:2], -1, queries, scores.shape[3]).masked_fill_(hidden, float("-inf"))
         higher = torch.maximum(self._peak, scores.amax(-1, keepdim=True))
         level = higher.masked_fill(higher == float("-inf"), 0.0)
         weights = scores.sub_(level).exp_()
         rescale = self._peak.sub_(level).exp_()
-        self._weight = self._weight.mul_(rescale).add_(weights.sum(-1, keepdim=True))
-        self._total = self._total.mul_(rescale).add_(weights @ value)
+        self._weight.mul_(rescale).add_(weights.sum(-1, keepdim=True))
+        self._total.mul_(rescale)
         self._peak = higher
+        return weights
 
     def result(self) -> Tensor:
         """[B, G, g * M, d]"""
@@ -225,8 +249,11 @@ class _Softmax:
 
 def numbers_of(codes: Tensor, precision: str) -> Tensor:
     """Codes as numbers, float32 [..., d], without their scales."""
-    if precision == "fp8":
-        return codes.view(torch.float8_e4m3fn).float()
+    if precision == "fp8":  # by their bits: a float16's exponent is 8 higher
+        sign = codes.view(torch.uint8).to(torch.int16)
+        bits = (sign & 127).bitwise_left_shift_(7)
+        bits |= sign.bitwise_and_(128).bitwise_left_shift_(8)
+        return bits.view(torch.float16).float().mul_(256.0)
     if precision == "int8":
         return codes.view(torch.int8).float()
     return torch.cat([codes & 15, codes >> 4], -1).float().sub_(8)

@@ -8,6 +8,7 @@ import sys
 import threading
 import types
 import weakref
+from collections import deque
 from pathlib import PurePath
 from typing import Any
 
@@ -48,11 +49,14 @@ LOCKS = (type(threading.Lock()), type(threading.RLock()))
 """Objects that no result depends on."""
 
 
+SEQUENCES = (list, set, deque)
+
+
 def is_holder(given: Any) -> bool:
-    """It may be written to: a list, dict or set, or an object with attributes that is no module or tensor."""
+    """It may be written to: a list, dict, set or deque, or an object with attributes that is no module or tensor."""
     if isinstance(given, (type, types.ModuleType, types.FunctionType, nn.Module, Tensor, enum.Enum)):
         return False
-    return isinstance(given, (dict, list, set)) or isinstance(getattr(given, "__dict__", None), dict)
+    return isinstance(given, (dict, *SEQUENCES)) or isinstance(getattr(given, "__dict__", None), dict)
 
 
 def label_of(kind: type[Any]) -> str:
@@ -121,13 +125,13 @@ def state_of(owner: Any) -> list[Any]:
     """What a module, an object or a container holds; of tensors and modules without keeping them alive."""
     if isinstance(owner, nn.Module):
         own = owner.__dict__
-        held = [*own.values(), *(value for name in MODULE_PARTS for value in own[name].values())]
+        held = [*own, *own.values(), *(value for name in MODULE_PARTS for value in own[name].values())]
     elif isinstance(owner, dict):
         held = [*owner.keys(), *owner.values(), *getattr(owner, "__dict__", {}).values()]
-    elif isinstance(owner, (list, set)):
+    elif isinstance(owner, SEQUENCES):
         held = list(owner)
     else:
-        held = list(owner.__dict__.values())
+        held = [*owner.__dict__, *owner.__dict__.values()]
     return [type(owner), *map(_noted, held)]
 
 

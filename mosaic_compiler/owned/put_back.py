@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+
+from mosaic_compiler.owned.objects import SEQUENCES
 
 
 class NotDirectError(Exception):
@@ -33,8 +36,9 @@ def left_alone(holders: Sequence[Any]) -> Iterator[None]:
     finally:
         changed = [(holder, before) for holder, before in held if not _is_same(_contents(holder), before)]
         for holder, before in changed:
-            if isinstance(holder, list):
-                holder[:] = before
+            if isinstance(holder, (list, deque)):
+                holder.clear()
+                holder.extend(before)
             else:
                 owner = holder if isinstance(holder, (dict, set)) else holder.__dict__
                 owner.clear()
@@ -45,13 +49,13 @@ def left_alone(holders: Sequence[Any]) -> Iterator[None]:
 
 def _contents(holder: Any) -> Any:
     """A copy of what it holds."""
-    if isinstance(holder, (list, set)):
+    if isinstance(holder, SEQUENCES):
         return holder.copy()
     return dict(holder if isinstance(holder, dict) else holder.__dict__)
 
 
 def _is_same(now: Any, before: Any) -> bool:
-    if isinstance(now, list):
+    if isinstance(now, (list, deque)):
         return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
     if isinstance(now, set):
         return len(now) == len(before) and now == before

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from mosaic_compiler.owned.objects import MODULE_PARTS, Noted, is_as_it_was, layout_of, state_of
+from mosaic_compiler.owned.objects import MODULE_PARTS, SEQUENCES, Noted, is_as_it_was, layout_of, state_of
 
 _Look: TypeAlias = "tuple[list[type], list[int], list[int]]"
 
@@ -63,6 +63,9 @@ class Watch:
         known += [*zip(self._holders.all, self._held, strict=True)] if closely else []
         if not all(is_as_it_was(owner, state) for owner, state in known):
             return False
+        # other objects now, which have to be kept alive as well
+        self._states = [state_of(module) for module in modules]
+        self._held = [state_of(holder) for holder in self._holders.all] if closely else self._held
         self._looks = looks
         return True
 
@@ -74,7 +77,7 @@ def _layout(tensor: Tensor | None) -> Any:
 def _look(modules: Sequence[nn.Module]) -> _Look:
     owns = [module.__dict__ for module in modules]
     dicts = [*owns, *[own[name] for own in owns for name in MODULE_PARTS]]
-    held = chain.from_iterable(map(dict.values, dicts))
+    held = chain(chain.from_iterable(owns), chain.from_iterable([each.values() for each in dicts]))
     return [*map(type, modules)], [*map(len, dicts)], [*map(id, held)]
 
 
@@ -84,16 +87,16 @@ class _Holders:
     def __init__(self, holders: Sequence[Any]) -> None:
         self.all = holders
         self._dicts = [holder for holder in holders if isinstance(holder, dict)]
-        self._lists = [holder for holder in holders if isinstance(holder, (list, set))]
+        self._lists = [holder for holder in holders if isinstance(holder, SEQUENCES)]
         self._others = [
-            holder for holder in holders if not isinstance(holder, (list, set)) and hasattr(holder, "__dict__")
+            holder for holder in holders if not isinstance(holder, SEQUENCES) and hasattr(holder, "__dict__")
         ]
 
     def look(self) -> _Look:
         dicts = [*self._dicts, *[holder.__dict__ for holder in self._others]]
         held = chain(
-            chain.from_iterable(map(dict.values, dicts)),
-            chain.from_iterable(map(dict.keys, self._dicts)),
+            chain.from_iterable([each.values() for each in dicts]),
+            chain.from_iterable([each.keys() for each in dicts]),
             chain.from_iterable(map(list, self._lists)),
         )
         return [*map(type, self.all)], [*map(len, dicts), *map(len, self._lists)], [*map(id, held)]

@@ -79,9 +79,10 @@ def precision_at(name: str | None, layer: int) -> str | None:
 def _layers(name: str) -> tuple[str | None, ...]:
     found: list[str | None] = []
     for part in name.split("+"):
-        count, _, precision = part.strip().rpartition("*")
-        number = int(count) if count else 1
-        if number < 1 or (precision != EXACT and precision not in PRECISIONS):
+        count, star, precision = part.rpartition("*")
+        is_count = count.isascii() and count.isdigit() and len(count) < 5 and int(count) > 0
+        if is_count != bool(star) or (precision != EXACT and precision not in PRECISIONS):
             raise ValueError(part)
+        number = int(count) if star else 1
         found += [None if precision == EXACT else precision] * number
     return tuple(found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from mosaic_compiler.book import rows
 from mosaic_compiler.ir import ops
 from mosaic_compiler.passes.split_attention import CPU, CUDNN, EFFICIENT, FLASH
 from mosaic_compiler.passes.state.coding import Coding, coding_of
-from mosaic_compiler.passes.state.cut import Cut, find_cut, readers_of
+from mosaic_compiler.passes.state.cut import Cut, find_cut, layers_of
 from mosaic_compiler.planning.precisions import PRECISIONS, precision_at
 
 
@@ -54,14 +54,15 @@ class Attended:
     @property
     def reads_codes(self) -> bool:
         """Keys and values have codes and scales, and nothing but the result is asked for."""
-        has_scales = all(coding.precision and PRECISIONS[coding.precision].most for coding in self.codings)
+        names = {coding.precision for coding in self.codings}
+        has_scales = len(names) == 1 and all(name is not None and PRECISIONS[name].most for name in names)
         return has_scales and all(user.args[1] == 0 for user in self.node.users if user.target is operator.getitem)
 
 
 def attended_in(cut: Cut, precision: str | None) -> tuple[list[Attended], str]:
     """The attentions whose keys and values a graph keeps, and why keys cannot be chosen for them, if so."""
     found: list[Attended] = []
-    for layer, node in enumerate(readers_of(cut)):
+    for layer, node in layers_of(cut):
         each, problem = _attended(node, cut, precision_at(precision, layer))
         if each is None:
             return [], problem
@@ -76,7 +77,7 @@ def cut_for(graph: fx.Graph, precision: str | None) -> Cut:
     if precision is None or cut.problem:
         return cut
     kept_as = dict(cut.kept_as)
-    for layer, node in enumerate(readers_of(cut)):
+    for layer, node in layers_of(cut):
         each, _ = _attended(node, cut, precision_at(precision, layer))
         for part in each.parts if each is not None and each.reads_codes else ():
             value = kept_as[part]
@@ -88,12 +89,18 @@ def cut_for(graph: fx.Graph, precision: str | None) -> Cut:
     return replace(cut, values=order, kept_as=tuple(kept_as.items()))
 
 
-def reading_codes(cut: Cut, precision: str | None) -> dict[fx.Node, Attended]:
-    """The attentions of such a cut that read codes of what is kept."""
+def reading_codes(cut: Cut, precision: str | None, codings: Mapping[fx.Node, Coding]) -> dict[fx.Node, Attended]:
+    """The attentions of such a cut that read codes of what is kept, as that is written (another layer may have said
+    how)."""
     kept = set(cut.values)
-    layers = enumerate(readers_of(cut)) if precision is not None else ()
+    layers = layers_of(cut) if precision is not None else ()
     each = [_attended(node, cut, precision_at(precision, layer))[0] for layer, node in layers]
-    return {one.node: one for one in each if one is not None and one.reads_codes and kept.issuperset(one.parts)}
+    return {
+        one.node: one
+        for one in each
+        if one is not None and one.reads_codes and kept.issuperset(one.parts)
+        if one.codings == tuple(codings[part] for part in one.parts)
+    }
 
 
 def _attended(node: fx.Node, cut: Cut, precision: str | None) -> tuple[Attended | None, str]:

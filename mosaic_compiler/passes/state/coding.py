@@ -17,7 +17,7 @@ from torch import fx
 from mosaic_compiler import ir
 from mosaic_compiler.book import Layout, rows
 from mosaic_compiler.ir.emitter import SizeEmitter
-from mosaic_compiler.passes.state.cut import Cut, readers_of
+from mosaic_compiler.passes.state.cut import Cut, layers_of
 from mosaic_compiler.planning.precisions import PRECISIONS, precision_at
 
 aten = torch.ops.aten
@@ -68,7 +68,7 @@ def codings_of(cut: Cut, precision: str | None) -> tuple[Mapping[fx.Node, Coding
     found: dict[fx.Node, Coding] = {}
     kept_as = dict(cut.kept_as)
     layers: dict[fx.Node, int] = {}
-    for layer, node in enumerate(readers_of(cut)):
+    for layer, node in layers_of(cut):
         for operand in node.all_input_nodes:
             if operand in kept_as:
                 layers.setdefault(kept_as[operand], layer)

@@ -74,10 +74,19 @@ def find_cut(graph: fx.Graph) -> Cut:
     return Cut(labels, space, frozenset(inside), frozenset(dear), order, tuple(kept_as.items()))
 
 
-def readers_of(cut: Cut) -> list[fx.Node]:
-    """What reads kept values whole, in graph order: a layer each."""
+def layers_of(cut: Cut) -> list[tuple[int, fx.Node]]:
+    """What reads kept values whole, in graph order, with the number of its layer: attentions are one each, and so are
+    two products (with keys, then with values)."""
     operands = [operand for operand, _ in cut.kept_as]
-    return list(dict.fromkeys(user for operand in operands for user in operand.users if user in cut.inside))
+    readers = dict.fromkeys(user for operand in operands for user in operand.users if user in cut.inside)
+    found: list[tuple[int, fx.Node]] = []
+    layer, is_open = -1, False
+    for node in readers:
+        is_second = is_open and book.is_matmul(node)
+        layer += not is_second
+        is_open = book.is_matmul(node) and not is_second
+        found.append((layer, node))
+    return found
 
 
 def inputs_of(values: Sequence[fx.Node]) -> list[int]:

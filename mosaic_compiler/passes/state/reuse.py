@@ -70,7 +70,7 @@ class ReuseStatePass(Pass):
         assert not cut.problem, cut.problem
         codings, problem = codings_of(cut, self.precision)
         assert not problem, problem
-        Rewriter(module, cut, codings, reading_codes(cut, self.precision)).rewrite()
+        Rewriter(module, cut, codings, reading_codes(cut, self.precision, codings)).rewrite()
         ir.remove_dead_code(module.graph)
         module.graph.lint()
         module.recompile()
@@ -183,14 +183,21 @@ class Rewriter(SizeEmitter):
     def _attend_codes(self, each: Attended, codes: Sequence[fx.Node], places: fx.Node) -> fx.Node:
         """Attention of codes and scales of keys, then of values; ``places``: [E, 1 or G, C], where the computed rows
         are among them."""
-        self._now = dict(zip(each.parts, codes[::2], strict=True))
-        (query, _, _, *more), _ = self._operands(each.node)
+        (query, _, _, *more), _ = self._operands_with(each, codes[::2])
         bounds = more[:3] if each.node.target is ops.interval_attention else (None, None, None)
         own = [self._computed[part] for part in each.parts]
         return self.emit(
             ops.coded_attention, query, *codes, *own, places, *bounds, each.scale, each.codings[0].precision,
             list(each.order),
         )  # fmt: skip
+
+    def _operands_with(self, each: Attended, parts: Sequence[fx.Node]) -> tuple[Sequence[Any], Mapping[str, Any]]:
+        """What an attention takes for the computed rows, with these as keys and values."""
+        self._now = dict(zip(each.parts, parts, strict=True))
+        try:
+            return self._operands(each.node)
+        finally:
+            self._now = {}  # others read them as they are
 
     def _operands(self, node: fx.Node) -> tuple[Sequence[Any], Mapping[str, Any]]:
         """What the node's op takes for the computed rows."""

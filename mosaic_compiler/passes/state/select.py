@@ -269,14 +269,13 @@ class _SelectedRewriter(Rewriter):
                 continue
             known = self.coder.decode(written, coding, ir.only_tensor(part).dtype, range(4))
             seen.append(self._put_chosen(known, places, new, entries, heads))  # its own rows as they are
-        self._now = dict(zip(each.parts, codes[::2] or seen, strict=True))
         if node.target is ops.interval_attention:
             own = [self._computed[part] for part in each.parts]
             read = [*codes, *own, places] if codes else seen
             return self._attend_runs(each, positions, read, entries, heads)
         if codes:
             return self._attend_codes(each, codes, places)
-        args, kwargs = self._operands(node)
+        args, kwargs = self._operands_with(each, seen)
         return self.emit(node.target, *args, **kwargs)
 
     def _places_of(self, positions: fx.Node, wanted: fx.Node) -> fx.Node:
@@ -307,7 +306,8 @@ class _SelectedRewriter(Rewriter):
         ``read``: keys and values; or codes and scales of both, own keys and values, and their places.
         """
         node = each.node
-        (query, _, _, first, last, only, scale, order), _ = self._operands(node)
+        parts = read[:4:2] if each.reads_codes else read
+        (query, _, _, first, last, only, scale, order), _ = self._operands_with(each, parts)
         count, rows_now = self._chosen.count, _whole(self, query, 2)
         share = int(ir.expr_of(rows.shape_of(node.args[0])[1]) / ir.expr_of(rows.shape_of(each.parts[0])[1]))
         depth, value_depth = _whole(self, query, 3), _whole(self, each.parts[1], 3)
