@@ -33,6 +33,11 @@ def rounded(x: Tensor, precision: str | None) -> Tensor:
     return (codes.clamp(-most, most) * scale).to(x.dtype)
 
 
+def closeness(precision: str | None) -> dict[str, float]:
+    """How close results are: where scales come behind products, a number is not rounded to float32 first."""
+    return {} if precision is None or precision == "bf16" else {"atol": 1e-5, "rtol": 1e-5}
+
+
 class Kept:
     """Keys and values of each attention of a function, in the order of its calls; ``precision``: of all, or of each."""
 
