@@ -284,8 +284,11 @@ class Shared(torch.nn.Module):
         return self.head(x)
 
 
-@pytest.mark.parametrize("biased", [None, 0, 1])
-@pytest.mark.parametrize("precision", ["int8", "fp8+int4", "int4+exact", "exact+int8"])
+@pytest.mark.parametrize("biased", [1, *(pytest.param(at, marks=pytest.mark.slow) for at in (None, 0))])
+@pytest.mark.parametrize(
+    "precision",
+    ["fp8+int4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8", "int4+exact", "exact+int8"))],
+)
 def test_keys_that_two_layers_share_are_written_once(biased, precision):
     """As the first of them says; who cannot read codes gets numbers."""
     torch.manual_seed(1)
