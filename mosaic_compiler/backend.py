@@ -183,16 +183,13 @@ class Kept:
         graph cannot be on."""
         found: list[tuple[Rung, sympy.Expr]] = []
         for rung in rungs_of("auto", None, None):
-            cut = cut_for(self.module.graph, rung.precision)
-            if not rung.is_kept or cut.problem:
+            if not rung.is_kept:
                 continue
-            codings, problem = codings_of(cut, rung.precision)
-            nbytes = sum((coding.nbytes(value) for value, coding in codings.items()), sympy.Integer(0))
-            if rung.keep is not None:
-                chosen, problem = attended_in(cut, rung.precision)
-                nbytes = sum((each.key_nbytes("head") for each in chosen), sympy.Integer(0))
-            if not problem:
-                found.append((rung, nbytes))
+            selection = None if rung.keep is None else Selection()
+            cut, codings, chosen = _written(self.module.graph, rung.precision, selection)
+            there = replace(self, cut=cut, codings=codings, chosen=chosen, selection=selection)
+            if not cut.problem:
+                found.append((rung, there.nbytes if rung.keep is None else there.key_nbytes))
         return tuple(found)
 
     @property
@@ -208,15 +205,26 @@ def kept_of(module: fx.GraphModule, options: MosaicOptions) -> Kept:
     with _no_guards(module):
         canonical, _ = run_passes(module, passes=passes_until("mixtures", options), disable=shown)
         is_heavy = any(book.entry(node).is_heavy for node in canonical.graph.nodes)
-        cut = cut_for(canonical.graph, options.cache_dtype)
-        reach = None if cut.problem else find_reach(canonical.graph, cut, STATIC_INPUTS.of(canonical))
-        codings, problem = codings_of(cut, options.cache_dtype)
-        chosen: list[Attended] = []
-        if options.selection is not None and not cut.problem:
-            reach = None  # what was chosen is right for some rows only
-            chosen, problem = attended_in(cut, options.cache_dtype)
-        cut = replace(cut, problem=problem) if problem and not cut.problem else cut
-        return Kept(canonical, cut, is_heavy, reach, codings, tuple(chosen), options.selection)
+        selection = options.selection
+        cut, codings, chosen = _written(canonical.graph, options.cache_dtype, selection)
+        reach = None
+        if not cut.problem and selection is None:  # what was chosen is right for some rows only
+            reach = find_reach(canonical.graph, cut, STATIC_INPUTS.of(canonical))
+        return Kept(canonical, cut, is_heavy, reach, codings, chosen, selection)
+
+
+def _written(
+    graph: fx.Graph, precision: str | None, selection: Selection | None
+) -> tuple[Cut, Mapping[fx.Node, Coding], tuple[Attended, ...]]:
+    """The cut of a canonical graph (why it cannot be kept so, if it cannot), how its values are written, and the
+    attentions whose keys are chosen."""
+    cut = cut_for(graph, precision)
+    codings, problem = codings_of(cut, precision)
+    chosen: list[Attended] = []
+    if selection is not None and not cut.problem:
+        chosen, problem = attended_in(cut, precision)
+    cut = replace(cut, problem=problem) if problem and not cut.problem else cut
+    return cut, codings, tuple(chosen)
 
 
 def _kinds_of(module: fx.GraphModule, options: MosaicOptions, kept: Kept | None = None) -> Kinds:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from mosaic_compiler.ahead.cached import CachedAnswer
     from mosaic_compiler.ahead.fit import Traced
     from mosaic_compiler.ahead.rates import Rates
+
+_FOR_BOTH = " for state and steps"
 
 HERE = "here"
 """As a card: the GPU of this machine, measured."""
@@ -129,7 +132,7 @@ class _Request:
             selection=None if rung is None or rung.keep is None else self.selection,
         )  # fmt: skip
 
-    @property
+    @functools.cached_property
     def rates(self) -> Rates | None:
         """Of the card; ``None``: nobody knows."""
         from mosaic_compiler.ahead.rates import by_data_sheet, rates_here
@@ -151,6 +154,26 @@ class _Request:
             )
             for length in self.lengths
         ]  # fmt: skip
+
+    def write(self, output: Path | None, plans: Sequence[MemoryPlan | None], problem: str) -> None:
+        """The plan of the longest length that fits.
+
+        Raises:
+            ConfigError: if none does.
+        """
+        from mosaic_compiler.ahead.configs import name_of
+
+        fits = [plan for plan in plans if plan is not None]
+        if output is None:
+            return
+        if not fits:
+            raise ConfigError(f"none of these lengths fits, so there is no plan to write to {output}: {problem}")
+        output.write_text(replace(fits[-1], title=f"{name_of(self.config)}, {self.dtype}").to_json())
+
+    def head(self, weights: int, what: str = "") -> str:
+        """What is left beside the weights."""
+        room = format_bytes(max(self.memory - weights, 0))
+        return f"{self.config}, {self.dtype}: weights {format_bytes(weights)}; {room} of {self.card} are left{what}"
 
     def of_times(self) -> str:
         """Where predicted times are from."""
@@ -175,25 +198,18 @@ def _card(given: str) -> tuple[str, int]:
 def _fit_with_state(request: _Request, rung: Rung, output: Path | None, as_json: bool) -> None:
     """Steps that keep state, and steps for some rows that use it."""
     from mosaic_compiler.ahead.cached import longest_cached
-    from mosaic_compiler.ahead.configs import name_of
 
     model = request.traced(rung)
     assert model.stateful is not None
     room, answers = request.memory - model.weights, request.answers(model, rung)
     most = longest_cached(model.stateful, room, request.masked, request.rows, rung.keep)
-    if output is not None:
-        plans = [a.full for a in answers if a.full is not None]
-        if not plans:
-            raise ConfigError(
-                f"none of these lengths fits: there is no plan to write to {output}: {answers[-1].problem}"
-            )
-        output.write_text(replace(plans[-1], title=f"{name_of(request.config)}, {request.dtype}").to_json())
+    request.write(output, [a.full for a in answers], answers[-1].problem)
     if as_json:
         found = [_as_data(a, request.rows) for a in answers]
         print(json.dumps({"weights": model.weights, "room": room, "longest": most, "answers": found}, indent=1))
         return
     console = Console()
-    console.print(_head(request, model.weights))
+    console.print(request.head(model.weights, _FOR_BOTH))
     table = _table("tokens", "fits", "state", "peak of a full step", f"of {request.rows} rows", "seconds",
                    f"of {request.rows} rows")  # fmt: skip
     for a in answers:
@@ -207,7 +223,6 @@ def _fit_with_state(request: _Request, rung: Rung, output: Path | None, as_json:
 
 def _fit_rungs(request: _Request, rungs: Sequence[Rung], output: Path | None, as_json: bool) -> None:
     """Each rung of the ladder that ``cache="auto"`` goes down, and which one it would take."""
-    from mosaic_compiler.ahead.configs import name_of
     from mosaic_compiler.ahead.fit import answer
 
     weights, found = 0, []
@@ -222,18 +237,13 @@ def _fit_rungs(request: _Request, rungs: Sequence[Rung], output: Path | None, as
     taken = {}
     for number, length in enumerate(request.lengths):
         taken[length] = next((str(rung) for rung, answers in found if answers[number].full is not None), None)
-    if output is not None:
-        plans = [
-            answers[number].full
-            for number, length in enumerate(request.lengths)
-            for rung, answers in found
-            if str(rung) == taken[length]
-        ]
-        if not plans or plans[-1] is None:
-            raise ConfigError(
-                f"none of these lengths fits: there is no plan to write to {output}: {found[-1][1][-1].problem}"
-            )
-        output.write_text(replace(plans[-1], title=f"{name_of(request.config)}, {request.dtype}").to_json())
+    plans = [
+        answers[number].full
+        for number, length in enumerate(request.lengths)
+        for rung, answers in found
+        if str(rung) == taken[length]
+    ]
+    request.write(output, plans, found[-1][1][-1].problem)
     if as_json:
         told = [{"kept": str(rung), "answers": [_as_data(a, request.rows) for a in each]} for rung, each in found]
         head = {"weights": weights, "room": request.memory - weights, "taken": taken}
@@ -242,7 +252,7 @@ def _fit_rungs(request: _Request, rungs: Sequence[Rung], output: Path | None, as
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 120)
-    console.print(_head(request, weights))
+    console.print(request.head(weights, _FOR_BOTH))
     table = _table("tokens", "kept", "fits", "state", "peak, full", f"{request.rows} rows", "seconds, full",
                    f"{request.rows} rows", "")  # fmt: skip
     for number, length in enumerate(request.lengths):
@@ -280,14 +290,6 @@ def _seconds(given: float | None) -> str:
     return "-" if given is None else f"{given:.3g}"
 
 
-def _head(request: _Request, weights: int) -> str:
-    room = format_bytes(max(request.memory - weights, 0))
-    return (
-        f"{request.config}, {request.dtype}: weights {format_bytes(weights)}; {room} of {request.card} are left for "
-        "state and steps"
-    )
-
-
 def _table(*columns: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in columns:
@@ -303,7 +305,7 @@ def _say_problems(console: Console, answers: Sequence[CachedAnswer]) -> None:
 
 def _fit_plain(request: _Request, output: Path | None, as_json: bool) -> None:
     """Steps for all rows."""
-    from mosaic_compiler.ahead.configs import name_of, positions
+    from mosaic_compiler.ahead.configs import positions
     from mosaic_compiler.ahead.fit import answer, longest
 
     model = request.traced(None)
@@ -311,13 +313,7 @@ def _fit_plain(request: _Request, output: Path | None, as_json: bool) -> None:
     answers = [answer(model, length, room, request.masked) for length in request.lengths]
     most, eager = longest(model, room, request.masked)
     trained = positions(request.described)
-    plans = [a.plan for a in answers if a.plan is not None]
-    if output is not None:
-        if not plans:
-            raise ConfigError(
-                f"none of these lengths fits, so there is no plan to write to {output}: {answers[-1].problem}"
-            )
-        output.write_text(replace(plans[-1], title=f"{name_of(request.config)}, {request.dtype}").to_json())
+    request.write(output, [a.plan for a in answers], answers[-1].problem)
     if as_json:
         found = [
             {
@@ -331,10 +327,7 @@ def _fit_plain(request: _Request, output: Path | None, as_json: bool) -> None:
         print(json.dumps({**head, "answers": found}, indent=1))
         return
     console = Console()
-    console.print(
-        f"{request.config}, {request.dtype}: weights {format_bytes(model.weights)}; {format_bytes(max(room, 0))} of "
-        f"{request.card} are left"
-    )
+    console.print(request.head(model.weights))
     table = _table("tokens", "fits", "peak", "rows per chunk", "eager needs", "fits")
     for a in answers:
         peak, chunks = (format_bytes(a.plan.peak), chunk_text(a.plan)) if a.plan else ("-", "-")

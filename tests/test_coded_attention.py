@@ -9,11 +9,13 @@ from unittest import mock
 
 import pytest
 import torch
+from allocations import most_allocated
 from effort import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kept import rounded
 from test_state import traced
+from torch._subclasses.fake_tensor import FakeTensorMode
 from toy_models import Toy
 
 from mosaic_compiler.backend import _kinds_of
@@ -82,14 +84,14 @@ def test_tiles_equal_float64(
     torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("queries", [8, 300])
 @pytest.mark.parametrize("precision", CODED)
-def test_scratch_covers_what_is_allocated(precision):
-    from torch.profiler import ProfilerActivity, profile
-
+def test_scratch_covers_what_is_allocated(precision, queries):
     depth = 16
     codes = [piece for _ in range(2) for piece in encoded(torch.randn(1, 2, 3000, depth), precision)]
-    own = [torch.randn(1, 2, 8, depth) for _ in range(2)]
-    operands = (torch.randn(1, 8, 8, depth), *codes, *own, torch.arange(8)[None, None], torch.full((1, 1, 8, 1), 9))
+    own = [torch.randn(1, 2, queries, depth) for _ in range(2)]
+    rows, first = torch.arange(queries)[None, None], torch.full((1, 1, queries, 1), 9)
+    operands = (torch.randn(1, 8, queries, depth), *codes, *own, rows, first)
 
     def attend(*operands):
         *given, first = operands
@@ -100,14 +102,8 @@ def test_scratch_covers_what_is_allocated(precision):
         for node in trace(attend, *operands, dynamic=[()] * len(operands)).graph.nodes
         if node.target is ops.coded_attention
     )
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        attend(*operands)
-    live = most = 0
-    for event in found.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            most = max(most, live)
-    bound = int(scratch_bytes(node)) + 8 * 8 * depth * 4
+    most = most_allocated(lambda: attend(*operands))
+    bound = int(scratch_bytes(node)) + 8 * queries * depth * 4
     assert most <= bound < 4 * most
 
 
@@ -208,3 +204,32 @@ def test_kernels_equal_float64(program):
         capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("dtype", "depth", "precision", "says"),
+    [
+        (torch.bfloat16, 64, "int4", None),
+        (torch.float32, 64, "int8", "not float32 and 64"),
+        (torch.bfloat16, 48, "fp8", "not bfloat16 and 48"),
+        (torch.bfloat16, 16, "int4", "int4 from 32 on"),
+    ],
+)
+def test_what_the_kernel_does_not_take_on_a_gpu_is_named(dtype, depth, precision, says, monkeypatch):
+    monkeypatch.setattr("mosaic_compiler.kernels.few_queries.has_triton", lambda: True)
+    with FakeTensorMode():
+        query, own = (torch.empty(1, heads, 8, depth, dtype=dtype, device="cuda") for heads in (4, 2))
+        codes = torch.empty(1, 2, 3000, depth // (2 if precision == "int4" else 1), dtype=torch.uint8, device="cuda")
+        scale = torch.empty(1, 2, 3000, 1, device="cuda")
+        rows = torch.empty(1, 1, 8, dtype=torch.int64, device="cuda")
+        graph = torch.fx.Graph()
+        operands = [query, codes, scale, codes, scale, own, own, rows]
+        nodes = [graph.placeholder(f"x{number}") for number in range(len(operands))]
+        for node, value in zip(nodes, operands, strict=True):
+            node.meta["val"] = value
+        more = (None, None, None, None, precision, [0, 1, 2, 3])
+        node = graph.call_function(ops.coded_attention, (*nodes, *more))
+        node.meta["val"] = ops.coded_attention(*operands, *more)
+    why = coded_attention.why_tiled(node)
+    assert (why is None) == (says is None)
+    assert says is None or says in why

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from kept import Kept
 from test_canvas import model_of as canvas_model
+from test_coded_attention import encoded
 from test_gpu import model as step_of
 from test_long_models import model_of as long_model
 from test_session import Delayed, loop
@@ -279,20 +280,6 @@ def test_attention_of_codes(precision, groups, share, queries, keys, depth):
         expected = reference(query.double(), *exact, bound, None, None, None)
         assert ((got - expected).norm(dim=-1) / expected.norm(dim=-1)).max() < 0.02
         assert (got - expected).norm() / expected.norm() < 4e-3
-
-
-def encoded(value, precision):
-    """Codes and scales of [.., d]."""
-    most = {"int4": 7.0, "int8": 127.0, "fp8": 448.0}[precision]
-    scale = value.abs().amax(-1, keepdim=True) / most
-    codes = value / scale
-    if precision == "fp8":
-        return codes.to(torch.float8_e4m3fn).view(torch.uint8), scale
-    codes = codes.round()
-    half = value.shape[-1] // 2
-    if precision == "int4":
-        return (codes[..., half:] * 16 + codes[..., :half] + 8 + 128).to(torch.uint8), scale
-    return codes.to(torch.int8), scale
 
 
 @pytest.mark.parametrize(("groups", "share", "queries", "keys", "depth"), [(4, 7, 32, 5000, 128), (2, 1, 5, 200, 64)])

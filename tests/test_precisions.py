@@ -220,7 +220,7 @@ def test_explain_says_how_many_bytes_are_kept(precision):
 
 def test_the_ladder_says_how_many_bytes_each_rung_takes():
     """As many as state then has, and explain() says them."""
-    toy = Toy(layers=2, heads=4, kv_heads=2, result="logits")
+    toy = Toy(layers=1, heads=4, kv_heads=2, result="logits")
     weights, tokens = toy.weights(0), ids(1, 60, 1)
     module = traced(toy, 1, weights)
     found = kept_of(module, MosaicOptions()).rungs()

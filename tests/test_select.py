@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from allocations import most_allocated
 from chosen import Chosen, chosen_of, scores_of
 from effort import examples
 from hypothesis import HealthCheck, given, settings
@@ -421,8 +422,6 @@ def test_auto_passes_over_what_a_model_cannot_do():
 @pytest.mark.parametrize("share", [1, 20])
 @pytest.mark.parametrize("score", list(SCORES))
 def test_scratch_covers_what_is_allocated(score, share):
-    from torch.profiler import ProfilerActivity, profile
-
     sets = selection_of(score, None).sets
     sizes = {"query": (1, 8, 8, 16), "key": (1, 2, 3000, 16)}
 
@@ -434,12 +433,6 @@ def test_scratch_covers_what_is_allocated(score, share):
     given = [torch.randn(size) for size in sizes.values()] + [torch.arange(8)[None]]
     graph = trace(choose, *given, dynamic=[(), (), ()]).graph
     node = next(node for node in graph.nodes if node.target is torch.ops.mosaic.select_keys.default)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        choose(*given)
-    live = most = 0
-    for event in found.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            most = max(most, live)
+    most = most_allocated(lambda: choose(*given))
     result = 3000 // share * 8 * (2 if sets == "head" else 1)
     assert most <= int(scratch_bytes(node)) + result

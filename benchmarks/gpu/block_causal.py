@@ -7,7 +7,6 @@ measured for four steps.  First, on two layers: the ids are those that come out 
 from __future__ import annotations
 
 import argparse
-import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ from typing import Any
 import torch
 import transformers as hf
 
-import mosaic_compiler
 from benchmarks.common import write
 from benchmarks.gpu.max_tokens import RESERVE
-from benchmarks.gpu.models import GIB, MASK, clean, device
+from benchmarks.gpu.models import GIB, MASK, clean, device, timed_generation
 from mosaic_compiler.runtime.pools import pool_for
 
 WIDTH, LAYERS, VOCABULARY, BLOCK = 4096, 36, 151936, 32
@@ -42,15 +40,8 @@ def build(layers: int) -> Any:
 
 def generate(model: Any, ids: torch.Tensor, new: int, cache: str, **more: Any) -> tuple[Any, list[float]]:
     """What came out, and the milliseconds between steps."""
-    times = [time.perf_counter()]
-
-    def note(step: int, ids: torch.Tensor) -> None:
-        torch.cuda.synchronize()
-        times.append(time.perf_counter())
-
-    given = {"gen_length": new, "steps": new, "block_causal": BLOCK, "mask_token_id": MASK, "cache": cache, **more}
-    result = mosaic_compiler.generate(model, ids, on_step=note, **given)
-    return result, [1e3 * (b - a) for a, b in itertools.pairwise(times)]
+    given = {"gen_length": new, "steps": new, "block_causal": BLOCK, "cache": cache, **more}
+    return timed_generation(model, ids, **given)
 
 
 def main() -> None:

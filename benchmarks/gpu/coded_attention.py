@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import show, write
-from benchmarks.gpu.few_queries import BANDWIDTH, DEPTH, QUERIES, _milliseconds
+from benchmarks.gpu.few_queries import BANDWIDTH, DEPTH, QUERIES, milliseconds
 from mosaic_compiler.kernels.coded_attention import attend_codes_, numbers_of
 from mosaic_compiler.kernels.interval_attention import reference
 from mosaic_compiler.kernels.key_selection import select_keys_
@@ -75,7 +75,7 @@ def _row(name: str, precision: str, tile: few.Tile, is_short: bool) -> dict[str,
         return {}
     row = {
         "model": name, "precision": precision, "tile": str((tile.rows, tile.keys, tile.warps, tile.programs)),
-        "ms": _milliseconds(call, made), "floor": 1e3 * nbytes / BANDWIDTH, "error": error,
+        "ms": milliseconds(call, made), "floor": 1e3 * nbytes / BANDWIDTH, "error": error,
         "arithmetic": 1e3 * 4 * heads * QUERIES * keys * DEPTH / RATE,
     }  # fmt: skip
     row["share"] = row["floor"] / row["ms"]
@@ -133,7 +133,7 @@ def _choosing(name: str, keys: int) -> dict[str, Any]:
     rows = torch.arange(keys - QUERIES, keys, device="cuda").view(1, -1)
     out = torch.empty(1, groups, keys // 20, device="cuda", dtype=torch.int64)
     call = functools.partial(select_keys_, rows=rows, first=None, last=None, only=None, scale=None, score="probability")
-    row = {"model": name, "keys": keys, "ms": _milliseconds(lambda *given: call(out, *given), [(query, key)])}
+    row = {"model": name, "keys": keys, "ms": milliseconds(lambda *given: call(out, *given), [(query, key)])}
     print(row, flush=True)
     return row
 

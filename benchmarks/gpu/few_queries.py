@@ -39,7 +39,7 @@ def _row(name: str, heads: int, groups: int, keys: int) -> dict[str, Any]:
     flash = functools.partial(torch.ops.aten._scaled_dot_product_flash_attention, scale=scale)
     error = (few(*made[0]).float() - few_query_reference(*made[0], scale).float()).abs().max()
     row = {
-        "model": name, "keys": keys, "few queries": _milliseconds(few, made), "flash": _milliseconds(flash, made),
+        "model": name, "keys": keys, "few queries": milliseconds(few, made), "flash": milliseconds(flash, made),
         "floor": 1e3 * nbytes / BANDWIDTH, "largest error": float(error),
     }  # fmt: skip
     print(row, flush=True)
@@ -52,7 +52,7 @@ def _operands(heads: int, groups: int, keys: int) -> tuple[torch.Tensor, ...]:
     return tuple(torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for shape in shapes)
 
 
-def _milliseconds(call: Callable[..., Any], operands: list[tuple[torch.Tensor, ...]]) -> float:
+def milliseconds(call: Callable[..., Any], operands: list[tuple[torch.Tensor, ...]]) -> float:
     """Of one call, best of several replays of many."""
     for given in operands:
         call(*given)

@@ -7,7 +7,6 @@ of a kind is for compilation, on a short prompt.
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -16,10 +15,9 @@ from typing import Any
 
 import torch
 
-import mosaic_compiler
 from benchmarks.common import show, write
 from benchmarks.gpu.max_tokens import RESERVE
-from benchmarks.gpu.models import GIB, MASK, MODELS, build, clean, device
+from benchmarks.gpu.models import GIB, MASK, MODELS, build, clean, device, timed_generation
 from mosaic_compiler.runtime.pools import pool_for
 
 BLOCK = 32
@@ -103,19 +101,11 @@ def _generate(
     look: Callable[[], None] = lambda: None,
 ) -> tuple[Any, list[float]]:
     """What came out, and the milliseconds between steps."""
-    times = [time.perf_counter()]
-
-    def note(step: int, ids: torch.Tensor) -> None:
-        torch.cuda.synchronize()
-        times.append(time.perf_counter())
-        look()
-
     new = 4 * BLOCK
-    result = mosaic_compiler.generate(
-        model, ids, gen_length=new, steps=new, block_length=BLOCK, mask_token_id=MASK, bidirectional=True,
-        memory_budget=budget, on_step=note, **options,
+    return timed_generation(
+        model, ids, look, gen_length=new, steps=new, block_length=BLOCK, bidirectional=True, memory_budget=budget,
+        **options,
     )  # fmt: skip
-    return result, [1e3 * (b - a) for a, b in itertools.pairwise(times)]
 
 
 if __name__ == "__main__":

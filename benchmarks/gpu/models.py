@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+import mosaic_compiler
 from mosaic_compiler.backend import mosaic, observing
 from mosaic_compiler.runtime.pools import pool_for, release_memory
 from mosaic_compiler.runtime.step import CompiledStep
@@ -189,6 +191,21 @@ class Session:
 def _fresh(step: DenoisingStep) -> DenoisingStep:
     """The same step as another object: Dynamo keeps what it compiled per object."""
     return DenoisingStep(step.model, step.mask_token_id)
+
+
+def timed_generation(
+    model: Any, ids: torch.Tensor, look: Callable[[], None] = lambda: None, **given: Any
+) -> tuple[Any, list[float]]:
+    """What ``generate()`` gives, and the milliseconds between its steps; ``look`` is called after each."""
+    times = [time.perf_counter()]
+
+    def note(step: int, ids: torch.Tensor) -> None:
+        synchronize()
+        times.append(time.perf_counter())
+        look()
+
+    result = mosaic_compiler.generate(model, ids, mask_token_id=MASK, on_step=note, **given)
+    return result, [1e3 * (after - before) for before, after in itertools.pairwise(times)]
 
 
 def high_water(function: Callable[..., Any], given: tuple[Any, ...]) -> int:

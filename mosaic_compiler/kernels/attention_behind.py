@@ -44,7 +44,7 @@ def attend_behind_(
     scale = few_queries.scale_of(scale, query.shape[3])
     sums = sums.view(sums.shape[:3])
     if few_queries.is_interpreted() or (query.is_cuda and has_kernel(query.dtype, query.shape[3])):
-        processors = 132 if few_queries.is_interpreted() else scratch.multiprocessors()
+        processors = scratch.multiprocessors()
         return few_queries.interval_attention_(
             out, query, key, value, None, last, None, scale, processors, done=done, sums=sums
         )

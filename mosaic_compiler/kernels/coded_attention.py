@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -21,14 +21,13 @@ from mosaic_compiler import ir
 from mosaic_compiler.book import scratch
 from mosaic_compiler.ir import ops
 from mosaic_compiler.kernels import few_queries
-from mosaic_compiler.planning.few import MOST_PIECES, pieces, tile_for
+from mosaic_compiler.kernels.interval_attention import depth_of
+from mosaic_compiler.planning.few import pieces, tile_for
 from mosaic_compiler.planning.flash import FewBytes
 from mosaic_compiler.planning.precisions import PRECISIONS
 
-TILE = 1024
+TILE = 512
 """Keys that are taken at a time, where the kernel is not."""
-
-_LOG2E = 1.4426950408889634
 
 
 def attend_codes_(
@@ -62,12 +61,28 @@ def attend_codes_(
         scale: ``None``: 1 / sqrt(d).
         precision: see ``planning/precisions.py``.
     """
-    operands = query, key, key_scale, value, value_scale, own_key, own_value, rows, first, last, only
+    given = _Operands(query, key, key_scale, value, value_scale, own_key, own_value, rows, first, last, only)
     factor = few_queries.scale_of(scale, query.shape[3])
     depths = {int(query.shape[3]), int(own_value.shape[3])}
     if few_queries.is_interpreted() or (query.is_cuda and has_kernel(query.dtype, depths, precision)):
-        return _attend_with_kernel_(out, *operands, factor, precision)
-    return attend_in_tiles_(out, *operands, factor, precision)
+        return _attend_with_kernel_(out, given, factor, precision)
+    return _attend_in_tiles_(out, given, factor, precision)
+
+
+class _Operands(NamedTuple):
+    """As of :func:`attend_codes_`."""
+
+    query: Tensor
+    key: Tensor
+    key_scale: Tensor
+    value: Tensor
+    value_scale: Tensor
+    own_key: Tensor
+    own_value: Tensor
+    rows: Tensor
+    first: Tensor | None
+    last: Tensor | None
+    only: Tensor | None
 
 
 def has_kernel(dtype: torch.dtype, depths: set[int], precision: str) -> bool:
@@ -88,45 +103,26 @@ def _are_words(*codes: Tensor) -> bool:
     return all(not (part.data_ptr() | functools.reduce(operator.or_, part.stride()[:3])) % 4 for part in codes)
 
 
-def _attend_with_kernel_(
-    out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    key_scale: Tensor,
-    value: Tensor,
-    value_scale: Tensor,
-    own_key: Tensor,
-    own_value: Tensor,
-    rows: Tensor,
-    first: Tensor | None,
-    last: Tensor | None,
-    only: Tensor | None,
-    scale: float,
-    precision: str,
-) -> Tensor:
+def _attend_with_kernel_(out: Tensor, given: _Operands, scale: float, precision: str) -> Tensor:
     from mosaic_compiler.kernels import coded_attention_kernels as kernels
-    from mosaic_compiler.kernels.few_queries_kernels import merge_kernel
 
+    query, key, key_scale, value, value_scale, own_key, own_value, rows, first, last, only = given
     steps, bound_steps = few_queries.steps_of, few_queries.bound_steps
     batch, heads, queries, depth = query.shape
     groups, keys = key.shape[1:3]
     count = heads // groups * queries
     interpreted = few_queries.is_interpreted()
-    processors = 132 if interpreted else scratch.multiprocessors()
     bits = PRECISIONS[precision].bits
     tile = tile_for(keys, count, bits)
-    parts = pieces(batch * groups, count, keys, processors, bits)
-    target: Tensor = out
-    sums: Tensor = out  # log-sum-exps of pieces; read by nobody where there is one
-    if parts > 1:
-        partial = query.new_empty(batch * groups * parts * count * (depth + 1), dtype=torch.float32)
-        target, sums = torch.split(partial, [partial.numel() // (depth + 1) * depth, partial.numel() // (depth + 1)])
+    parts = pieces(batch * groups, count, keys, scratch.multiprocessors(), bits)
+    target, sums = few_queries.partial_results(out, batch * groups * parts * count) if parts > 1 else (out, out)
     blocks = -(-count // tile.rows)
     has_words = tile.takes_words and depth >= 16 * 32 // bits and not interpreted and _are_words(key, value)
     key, value = (codes.view(torch.int32 if has_words else torch.uint8) for codes in (key, value))
     kernels.coded_kernel[(blocks * batch * groups * parts,)](
         query, key, key_scale, value, value_scale, own_key, own_value, rows,
-        target, sums, scale * _LOG2E, *steps(query), *steps(key), *steps(key_scale), *steps(value), *steps(value_scale),
+        target, sums, scale * few_queries.LOG2E,
+        *steps(query), *steps(key), *steps(key_scale), *steps(value), *steps(value_scale),
         *steps(own_key), *steps(own_value), *steps(rows)[:2], *steps(out),
         groups, queries, keys, own_key.shape[2], count, blocks, batch * groups, parts,
         first, last, only, *bound_steps(first, 2), *bound_steps(last, 2), *bound_steps(only, 3),
@@ -134,31 +130,12 @@ def _attend_with_kernel_(
         BOUNDS=not (first is None and last is None and only is None), WORDS=has_words, PACKED=not interpreted,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    if parts > 1:
-        merge_kernel[(count, batch * groups)](
-            target, sums, out, *steps(out), groups, queries, count, parts,
-            DEPTH=depth, MOST=MOST_PIECES, num_warps=4, num_stages=2,
-        )  # fmt: skip
-    return out
+    return few_queries.merge_(out, target, sums, groups, parts) if parts > 1 else out
 
 
-def attend_in_tiles_(
-    out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    key_scale: Tensor,
-    value: Tensor,
-    value_scale: Tensor,
-    own_key: Tensor,
-    own_value: Tensor,
-    rows: Tensor,
-    first: Tensor | None,
-    last: Tensor | None,
-    only: Tensor | None,
-    scale: float,
-    precision: str,
-) -> Tensor:
+def _attend_in_tiles_(out: Tensor, given: _Operands, scale: float, precision: str) -> Tensor:
     """The same (see :func:`attend_codes_`) with PyTorch's kernels."""
+    query, key, key_scale, value, value_scale, own_key, own_value, rows, first, last, only = given
     batch, heads, queries, depth = query.shape
     groups, keys = key.shape[1:3]
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -208,15 +185,17 @@ class _Softmax:
         """Codes [B, G, T, d] (or half as many) and scales [B, G, T, 1]; ``hidden`` as of :meth:`add`.  Products are of
         codes, scales come behind them."""
         dtype = self._query.dtype
-        scores = sum(q @ k.transpose(-1, -2) for q, k in zip(self._halves, self._numbers(key), strict=True))
+        first, *others = (q @ k.transpose(-1, -2) for q, k in zip(self._halves, self._numbers(key), strict=True))
+        for more in others:
+            first.add_(more)
         if self._precision == "int4":
-            scores = scores - self._less
-        weights = self._weigh(scores * key_scale.to(dtype).transpose(-1, -2), hidden)
+            first.sub_(self._less)
+        weights = self._weigh(first.mul_(key_scale.to(dtype).transpose(-1, -2)), hidden)
         weights.mul_(value_scale.to(dtype).transpose(-1, -2))
-        more = torch.cat([weights @ v for v in self._numbers(value)], -1)
+        found = torch.cat([weights @ v for v in self._numbers(value)], -1)
         if self._precision == "int4":
-            more.sub_(8 * weights.sum(-1, keepdim=True))
-        self._total.add_(more)
+            found.sub_(8 * weights.sum(-1, keepdim=True))
+        self._total.add_(found)
 
     def _numbers(self, codes: Tensor) -> list[Tensor]:
         """Codes as numbers, without their scales; of 4 bits both halves, 8 too high."""
@@ -270,7 +249,7 @@ def why_tiled(node: fx.Node) -> str | None:
     name, depths = str(out.dtype).removeprefix("torch."), " and ".join(map(str, sorted(_depths(node))))
     why = (
         "the device has no 8-bit floats (take int8)"
-        if has_kernel(out.dtype, _depths(node), "int8")
+        if precision == "fp8" and has_kernel(out.dtype, _depths(node), "int8")
         else "the kernel takes bfloat16 and float16 and heads of "
         f"{', '.join(map(str, few_queries.DEPTHS))} (int4 from 32 on), not {name} and {depths}"
     )
@@ -279,8 +258,7 @@ def why_tiled(node: fx.Node) -> str | None:
 
 def _depths(node: fx.Node) -> set[int]:
     """Of keys and values; 0 where one is a symbol."""
-    depths = [ir.expr_of(ir.only_tensor(node.args[at]).shape[3]) for at in (0, 6)]  # type: ignore[arg-type]
-    return {int(depth) if depth.is_Integer else 0 for depth in depths}
+    return {depth_of(ir.only_tensor(node.args[at])) for at in (0, 6)}  # type: ignore[arg-type]
 
 
 def scratch_bytes(node: fx.Node) -> sympy.Expr:
@@ -296,9 +274,11 @@ def scratch_bytes(node: fx.Node) -> sympy.Expr:
     size = 8 if out.dtype == torch.float64 else 4
     depth, count = ir.expr_of(own.shape[3]), ir.expr_of(own.shape[2])
     tile = sympy.Min(keys, TILE) if not keys.is_Integer else min(keys, sympy.Integer(TILE))
-    both = depth + value_depth
-    tiles = batch * groups * (tile * (2 * both * size + 2 * depth) + 2 * count * both * size)
-    scores = batch * heads * rows * (tile + count) * (size + 2) + 16 * (tile + keys * batch * groups)
+    both, deeper = depth + value_depth, sympy.Max(depth, value_depth)
+    # keys or values of a tile, as numbers and as they are on the way there, once more where entries are copied together
+    tiles = batch * groups * (tile * (deeper * (2 * size + 4) + 2 * size) + 2 * count * both * size)
+    halves = 2 if precision == "int4" else 1
+    scores = batch * heads * rows * (tile + count) * (halves * size + 4) + 16 * (tile + keys * batch * groups)
     return (
         tiles + scores + batch * heads * rows * size * (2 * depth + 3 * value_depth + 16) + 64 * batch * groups * count
     )

@@ -24,7 +24,7 @@ from mosaic_compiler.planning.few import LEAST_KEYS, MANY, MOST_PIECES, MOST_ROW
 
 DTYPES = (torch.bfloat16, torch.float16)
 DEPTHS = (16, 32, 64, 128)
-_LOG2E = 1.4426950408889634
+LOG2E = 1.4426950408889634
 
 
 def few_query_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, processors: int) -> Tensor:
@@ -74,16 +74,12 @@ def interval_attention_(
     tile = tile_for(keys) if rows <= MOST_ROWS else MANY
     is_few = rows <= MOST_ROWS and keys >= LEAST_KEYS and done is None
     count = pieces(batch * groups, rows, keys, processors) if is_few else 1
-    target: Tensor = out
-    parts: Tensor = out  # log-sum-exps of pieces; read by nobody where there is one
-    if count > 1:
-        partial = query.new_empty(batch * groups * count * rows * (depth + 1), dtype=torch.float32)
-        target, parts = torch.split(partial, [partial.numel() // (depth + 1) * depth, partial.numel() // (depth + 1)])
+    target, parts = partial_results(out, batch * groups * count * rows) if count > 1 else (out, out)
     sources: Any = [_descriptor(tensor, tile.keys) for tensor in (key, value)]
     has_descriptors = _has_descriptors(query.device) and None not in sources
     blocks = -(-rows // tile.rows)
     kernels.attention_kernel[(blocks * batch * groups * count,)](
-        query, *(sources if has_descriptors else (key, value)), target, parts, scale * _LOG2E,
+        query, *(sources if has_descriptors else (key, value)), target, parts, scale * LOG2E,
         *steps_of(query), *steps_of(key), *steps_of(value), *steps_of(out),
         groups, queries, keys, rows, blocks, batch * groups, count,
         first, last, only, done, sums, *(steps_of(done) if done is not None else (0, 0, 0)),
@@ -92,11 +88,27 @@ def interval_attention_(
         DEPTH=depth, BLOCK_M=tile.rows, BLOCK_N=tile.keys, SPLIT=count > 1, DESCRIPTORS=has_descriptors,
         BOUNDS=has_bounds, UPCAST=is_interpreted(), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    if count > 1:
-        kernels.merge_kernel[(rows, batch * groups)](
-            target, parts, out, *steps_of(out), groups, queries, rows, count,
-            DEPTH=depth, MOST=MOST_PIECES, num_warps=4, num_stages=2,
-        )  # fmt: skip
+    return merge_(out, target, parts, groups, count) if count > 1 else out
+
+
+def partial_results(out: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Memory for so many rows of partial results, as long as those of ``out``, and for their log-sum-exps."""
+    depth = out.shape[3]
+    both = out.new_empty(count * (depth + 1), dtype=torch.float32)
+    target, sums = torch.split(both, [count * depth, count])
+    return target, sums
+
+
+def merge_(out: Tensor, partial: Tensor, sums: Tensor, groups: int, pieces: int) -> Tensor:
+    """The results [B, H, M, d] of pieces [B * groups, pieces, H / groups * M, d] of the keys, by their log-sum-exps."""
+    from mosaic_compiler.kernels import few_queries_kernels as kernels
+
+    batch, heads, queries, depth = out.shape
+    rows = heads // groups * queries
+    kernels.merge_kernel[(rows, batch * groups)](
+        partial, sums, out, *steps_of(out), groups, queries, rows, pieces,
+        DEPTH=depth, MOST=MOST_PIECES, num_warps=4, num_stages=2,
+    )  # fmt: skip
     return out
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from mosaic_compiler import ir
 from mosaic_compiler.book import scratch
 from mosaic_compiler.kernels import few_queries
+from mosaic_compiler.kernels.interval_attention import depth_of
 from mosaic_compiler.planning.few import MOST_PIECES, pieces
 
 _TILES = {"cpu": 512, "cuda": 4096}
@@ -27,8 +28,6 @@ _TILES = {"cpu": 512, "cuda": 4096}
 
 _BLOCK = 32
 """Rows that the kernels take at a time."""
-
-_LOG2E = 1.4426950408889634
 
 
 def select_keys_(
@@ -54,25 +53,15 @@ def select_keys_(
         scale: ``None``: 1 / sqrt(d).
         score: see ``planning/selection.py``.
     """
-    batch, heads, queries, depth = query.shape
-    groups, count = key.shape[1], out.shape[2]
-    wide = torch.float64 if key.dtype == torch.float64 else torch.float32
-    scale = few_queries.scale_of(scale, depth)
-    packed = query.to(wide).reshape(batch, groups, heads // groups, queries, depth)
-    is_new = torch.ones_like(rows, dtype=torch.bool)
-    is_new[:, 1:] = rows[:, 1:] != rows[:, :-1]
-    seen = _Seen(first, last, only, heads // groups)
+    sets, count = out.shape[1:]
+    scale = few_queries.scale_of(scale, query.shape[3])
     if score == "probability" and has_kernel(query):
         scores = _with_kernels(query, key, first, last, only, scale)
-        scores = scores if out.shape[1] == groups else scores.amax(1, keepdim=True)
-    elif score == "probability":
-        scores = _probabilities(packed * scale, key, seen, out.shape[1])
-    elif score == "mage":
-        scores = _votes(packed * scale, key, seen, is_new, out.shape[1], count - queries)
+        scores = scores if sets == key.shape[1] else scores.amax(1, keepdim=True)
     else:
-        mean = (packed * is_new[:, None, None, :, None]).sum(3) / is_new.sum(1)[:, None, None, None]
-        scores = _pooled(_means(mean, key, seen), rows)
-    scores.nan_to_num_(nan=torch.finfo(wide).max, neginf=-float("inf"))
+        seen = _Seen(first, last, only, query.shape[1] // key.shape[1])
+        scores = _with_tiles(query, key, rows, seen, scale, score, sets, count)
+    scores.nan_to_num_(nan=torch.finfo(scores.dtype).max, neginf=-float("inf"))
     scores.scatter_(-1, rows.unsqueeze(1).expand(-1, scores.shape[1], -1), float("inf"))
     chosen = _are_best(scores, count)
     del scores
@@ -94,6 +83,24 @@ def _are_best(scores: Tensor, count: int) -> Tensor:
     return above | (equal & (equal.cumsum(-1) <= room))
 
 
+def _with_tiles(
+    query: Tensor, key: Tensor, rows: Tensor, seen: _Seen, scale: float, score: str, sets: int, count: int
+) -> Tensor:
+    """Scores [B, G or 1, N] with PyTorch's kernels."""
+    batch, heads, queries, depth = query.shape
+    groups = key.shape[1]
+    wide = torch.float64 if key.dtype == torch.float64 else torch.float32
+    packed = query.to(wide).reshape(batch, groups, heads // groups, queries, depth)
+    if score == "probability":
+        return _probabilities(packed * scale, key, seen, sets)
+    is_new = torch.ones_like(rows, dtype=torch.bool)
+    is_new[:, 1:] = rows[:, 1:] != rows[:, :-1]
+    if score == "mage":
+        return _votes(packed * scale, key, seen, is_new, sets, count - queries)
+    mean = (packed * is_new[:, None, None, :, None]).sum(3) / is_new.sum(1)[:, None, None, None]
+    return _pooled(_means(mean, key, seen), rows)
+
+
 def has_kernel(query: Tensor) -> bool:
     """The kernels take such queries."""
     return few_queries.is_interpreted() or (query.is_cuda and _takes(query.dtype, query.shape[3]))
@@ -113,13 +120,13 @@ def _with_kernels(
     groups, keys = key.shape[1:3]
     rows = heads // groups * queries
     interpreted = few_queries.is_interpreted()
-    count = pieces(batch * groups, rows, keys, 132 if interpreted else scratch.multiprocessors())
+    count = pieces(batch * groups, rows, keys, scratch.multiprocessors())
     sums = query.new_empty(batch * groups, count, rows, dtype=torch.float32)
     best = query.new_empty(batch, groups, keys, dtype=torch.float32)
     steps, bound_steps = few_queries.steps_of, few_queries.bound_steps
     blocks = -(-rows // _BLOCK)
     given = (
-        first, last, only, scale * _LOG2E, *steps(query), *steps(key),
+        first, last, only, scale * few_queries.LOG2E, *steps(query), *steps(key),
         *bound_steps(first, 2), *bound_steps(last, 2), *bound_steps(only, 3),
         groups, queries, keys, rows, blocks, batch * groups, count,
     )  # fmt: skip
@@ -231,7 +238,7 @@ def scratch_bytes(node: fx.Node) -> sympy.Expr:
     groups, keys = (ir.expr_of(size) for size in ir.only_tensor(key).shape[1:3])
     sets, kept = (ir.expr_of(size) for size in out.shape[1:])
     dtype = ir.only_tensor(key).dtype
-    if out.device.type == "cuda" and score == "probability" and _takes(dtype, int(depth) if depth.is_Integer else 0):
+    if out.device.type == "cuda" and score == "probability" and _takes(dtype, depth_of(ir.only_tensor(query))):
         sums = batch * groups * MOST_PIECES * (heads / groups) * queries * 4
         return sums + batch * groups * keys * 4 + batch * sets * (keys * 24 + kept * 28) + 8 * keys + (1 << 20)
     size = 8 if dtype == torch.float64 else 4

@@ -16,7 +16,7 @@ from mosaic_compiler.ir import ops
 from mosaic_compiler.passes.split_attention import CPU, CUDNN, EFFICIENT, FLASH
 from mosaic_compiler.passes.state.coding import Coding, coding_of
 from mosaic_compiler.passes.state.cut import Cut, find_cut, layers_of
-from mosaic_compiler.planning.precisions import PRECISIONS, precision_at
+from mosaic_compiler.planning.precisions import precision_at
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Attended:
     @property
     def reads_codes(self) -> bool:
         """Keys and values have codes and scales, and nothing but the result is asked for."""
-        names = {coding.precision for coding in self.codings}
-        has_scales = len(names) == 1 and all(name is not None and PRECISIONS[name].most for name in names)
+        is_one = len({coding.precision for coding in self.codings}) == 1
+        has_scales = is_one and all(coding.has_scales for coding in self.codings)
         return has_scales and all(user.args[1] == 0 for user in self.node.users if user.target is operator.getitem)
 
 

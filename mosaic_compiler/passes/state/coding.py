@@ -45,6 +45,11 @@ class Coding:
         """Nothing is lost."""
         return self.precision is None
 
+    @property
+    def has_scales(self) -> bool:
+        """Numbers are codes times scales, not rounded only."""
+        return self.precision is not None and PRECISIONS[self.precision].most is not None
+
     def nbytes(self, value: fx.Node) -> sympy.Expr:
         """Bytes of the parts of a value, laid out as it is."""
         return ir.storage_extent(ir.only_tensor(value)) if self.precision is None else self.dense_nbytes(value)
@@ -55,7 +60,7 @@ class Coding:
         numbers = sympy.prod([ir.expr_of(size) for size in tensor.shape])
         if self.precision is None:
             return numbers * tensor.dtype.itemsize
-        scales = 0 if PRECISIONS[self.precision].most is None else 4 * numbers / self.group
+        scales = 4 * numbers / self.group if self.has_scales else 0
         return numbers * PRECISIONS[self.precision].bits / 8 + scales
 
 
@@ -72,14 +77,13 @@ def codings_of(cut: Cut, precision: str | None) -> tuple[Mapping[fx.Node, Coding
         for operand in node.all_input_nodes:
             if operand in kept_as:
                 layers.setdefault(kept_as[operand], layer)
-    name = precision
     for value in cut.values:
-        precision = precision_at(name, layers.get(value, 0))
+        wanted = precision_at(precision, layers.get(value, 0))
         dim = _features(value, cut.labels.layout(value))
         if dim is None:
-            found[value], problem = coding_of(value, precision, 0, 0)
+            found[value], problem = coding_of(value, wanted, 0, 0)
             if not found[value].is_exact:
-                problem = f"{value.name} has no features beside its rows, which could be kept in {precision}"
+                problem = f"{value.name} has no features beside its rows, which could be kept in {wanted}"
             if problem:
                 return {}, problem
             continue
@@ -90,7 +94,7 @@ def codings_of(cut: Cut, precision: str | None) -> tuple[Mapping[fx.Node, Coding
             if kept is value and (at := _features(operand, cut.labels.layout(operand))) is not None
             if whole % (size := int(ir.only_tensor(operand).shape[at])) == 0
         ]
-        found[value], problem = coding_of(value, precision, dim, min(heads, default=whole))
+        found[value], problem = coding_of(value, wanted, dim, min(heads, default=whole))
         if problem:
             return {}, problem
     return found, ""

@@ -254,7 +254,7 @@ class _SelectedRewriter(Rewriter):
         seen: list[fx.Node] = []
         codes: list[fx.Node] = []
         for part, coding in zip(each.parts, each.codings, strict=True):
-            number = 1 if coding.is_exact or coding.precision == "bf16" else 2
+            number = 2 if coding.has_scales else 1
             states, memory = memory[:number], memory[number:]
             new = self._computed[part]
             written = [
