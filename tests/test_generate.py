@@ -512,9 +512,9 @@ def test_a_callback_may_change_the_model(cache):
         model.shift = 0
 
         def change(step, ids, model=model):
-            model.shift = step // 3
+            model.shift = step // 4
 
-        given = {"gen_length": 12, "steps": 12, "block_length": 12, "mask_token_id": MASK, "on_step": change}
+        given = {"gen_length": 8, "steps": 8, "block_length": 8, "mask_token_id": MASK, "on_step": change}
         if compiled:
             given["cache"] = cache
             if cache == "dual":
