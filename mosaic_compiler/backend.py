@@ -34,10 +34,12 @@ from mosaic_compiler.passes.needed_rows import settle_sizes, token_ids_of
 from mosaic_compiler.passes.pipeline import make_family, passes_until, run_passes
 from mosaic_compiler.passes.state import (
     Attended,
+    ChooseKeysPass,
     Coding,
     Cut,
     KeepSelectedPass,
     KeepStatePass,
+    ReadChosenPass,
     ReuseSelectedPass,
     ReuseStatePass,
     attended_in,
@@ -194,9 +196,10 @@ class Kept:
 
     @property
     def key_nbytes(self) -> sympy.Expr:
-        """Where keys are chosen: bytes of each that is kept, in all attentions."""
-        sets = self.selection.sets if self.selection is not None else ""
-        return sum((each.key_nbytes(sets) for each in self.chosen), sympy.Integer(0))
+        """Where keys are chosen: bytes that each takes, in all attentions (its position, where all are kept)."""
+        if self.selection is None:
+            return sympy.Integer(0)
+        return sum((each.key_nbytes(self.selection) for each in self.chosen), sympy.Integer(0))
 
 
 def kept_of(module: fx.GraphModule, options: MosaicOptions) -> Kept:
@@ -236,16 +239,20 @@ def _kinds_of(module: fx.GraphModule, options: MosaicOptions, kept: Kept | None 
             return Kinds(problem=cut.problem, is_heavy=kept.is_heavy)
         made = []
         selection = options.selection
-        passes: list[Pass] = [KeepStatePass(options.cache_dtype), ReuseStatePass(options.cache_dtype)]
-        if selection is not None:
-            given_to = options.cache_dtype, selection
-            passes = [KeepSelectedPass(*given_to), ReuseSelectedPass(*given_to)]
+        precision = options.cache_dtype
+        passes: list[Pass] = [KeepStatePass(precision), ReuseStatePass(precision)]
+        if selection is not None and selection.evicts:
+            passes = [KeepSelectedPass(precision, selection), ReuseSelectedPass(precision, selection)]
+        elif selection is not None:
+            passes = [
+                KeepStatePass(precision), ReadChosenPass(precision, selection), ChooseKeysPass(precision, selection)
+            ]  # fmt: skip
         for kind in passes:
             derived = kind(canonical)
             dump = None if options.dump is None else os.path.join(options.dump, kind.name)
             given = replace(options, needed_rows="all", cache="none", dump=dump)
             made.append((_made(derived, given, STATIC_INPUTS.of(derived)), STATE.of(derived)))
-    (full, kept_at), (reuse, replaced_at) = made
+    (full, _), (reuse, _), *more = made
     reuse.replays = True
     weights = tuple(i for i in inputs_of(cut.values) if i in STATIC_INPUTS.of(canonical))
     leading = leading_parts(canonical.graph)
@@ -254,7 +261,7 @@ def _kinds_of(module: fx.GraphModule, options: MosaicOptions, kept: Kept | None 
     return Kinds(
         full,
         reuse,
-        notes=(kept_at, replaced_at),
+        notes=tuple(note for _, note in made),
         space=cut.space,
         origins=origins,
         is_heavy=kept.is_heavy,
@@ -263,7 +270,8 @@ def _kinds_of(module: fx.GraphModule, options: MosaicOptions, kept: Kept | None 
         reach=kept.reach,
         parts=tuple(leading.get(weight) for weight in weights),
         is_rounded=not all(coding.is_exact for coding in kept.codings.values()),
-        selects=selection is not None,
+        selects=selection is not None and selection.evicts,
+        choose=more[0][0] if more else None,
     )
 
 

@@ -65,6 +65,9 @@ def fit(
     ] = None,
     cache_score: Annotated[str, typer.Option(help=f"how they are chosen: {', '.join(SCORES)}")] = "probability",
     cache_sets: Annotated[str | None, typer.Option(help="chosen for each head, or each layer")] = None,
+    cache_evict: Annotated[
+        bool, typer.Option(help="the other keys are not kept; else all are, and so many are read")
+    ] = True,
     rows: Annotated[int, typer.Option(help="with --cache: rows that a step computes (those of a block)", min=1)] = 32,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="write the plan of the longest of them")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
@@ -81,7 +84,7 @@ def fit(
     try:
         policy = policy_of(cache)
         precision_of(None if cache_dtype == "auto" else cache_dtype)
-        selection = selection_of(cache_score, cache_sets)
+        selection = selection_of(cache_score, cache_sets, cache_evict)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     keep = parse_keep(cache_keep)

@@ -60,6 +60,9 @@ def generate(
     ] = None,
     cache_score: Annotated[str, typer.Option(help=f"how they are chosen: {', '.join(SCORES)}")] = "probability",
     cache_sets: Annotated[str | None, typer.Option(help="chosen for each head, or each layer")] = None,
+    cache_evict: Annotated[
+        bool, typer.Option(help="the other keys are not kept; else all are, and each block chooses which it reads")
+    ] = True,
     temperature: Annotated[float, typer.Option(help="0: the most likely tokens")] = 0.0,
     cfg: Annotated[float, typer.Option(help="LLaDA: scale of the guidance")] = 0.0,
     remasking: Annotated[
@@ -126,7 +129,7 @@ def generate(
         policy_of(cache)
         refresh_of(refresh)
         rungs_of(cache, cache_dtype, keep)
-        selection_of(cache_score, cache_sets)
+        selection_of(cache_score, cache_sets, cache_evict)
         check_factor(factor)
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -163,7 +166,7 @@ def generate(
                 sub_block_length=sub_block_length,
                 mask_token_id=None if mask < 0 else mask, eos_token_id=eos,
                 stop_at_eos=eos is not None, cache=cache, cache_refresh=refresh, cache_dtype=cache_dtype,
-                cache_keep=keep, cache_score=cache_score, cache_sets=cache_sets,
+                cache_keep=keep, cache_score=cache_score, cache_sets=cache_sets, cache_evict=cache_evict,
                 streamer=LiveText(tokenizer, mask, shown, out) if live else None,
                 progress=sys.stderr.isatty() and not live and not as_json and mask >= 0,
                 generator=torch.Generator().manual_seed(seed),

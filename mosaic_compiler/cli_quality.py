@@ -43,6 +43,9 @@ def quality(
         str, typer.Option("--cache-score", help=f"how keys are chosen, comma-separated: {', '.join(SCORES)}")
     ] = "probability",
     sets: Annotated[str | None, typer.Option("--cache-sets", help="sets of keys per head, or per layer")] = None,
+    evict: Annotated[
+        bool, typer.Option("--cache-evict/--no-cache-evict", help="other keys are not kept; else they are not read")
+    ] = True,
     generated: Annotated[int, typer.Option(help="of so many sequences count the steps to finish", min=0)] = 0,
     block_causal: Annotated[int | None, typer.Option(help="tokens of a block, of block-causal models")] = None,
     mask_id: MaskId = None,
@@ -67,7 +70,7 @@ def quality(
                 f"--cache-dtype {name!r} is none of as-computed, {', '.join(PRECISIONS)}, nor a choice by layers "
                 "(2*exact+int4)"
             ) from None
-    methods = _methods(names, [parse_keep(part) for part in keeps.split(",")], scores.split(","), sets)
+    methods = _methods(names, [parse_keep(part) for part in keeps.split(",")], scores.split(","), sets, evict)
     if model is None and not SHIPPED.is_dir():
         raise ConfigError("which model? give a folder (the shipped ones are in the repository's examples)")
     folders = [model] if model is not None else [SHIPPED / name for name in BLOCKS_OF_SHIPPED]
@@ -117,7 +120,7 @@ def _measured(
 
 
 def _methods(
-    names: list[str], keeps: list[float | int | None], scores: list[str], sets: str | None
+    names: list[str], keeps: list[float | int | None], scores: list[str], sets: str | None, evict: bool
 ) -> list[dict[str, Any]]:
     """What is measured: each precision with each number of keys, chosen in each way."""
     found = []
@@ -128,7 +131,9 @@ def _methods(
             except ValueError as error:
                 raise ConfigError(str(error)) from None
             for name in names:
-                more = {} if keep is None else {"cache_keep": keep, "cache_score": score, "cache_sets": sets}
+                more: dict[str, Any] = {}
+                if keep is not None:
+                    more = {"cache_keep": keep, "cache_score": score, "cache_sets": sets, "cache_evict": evict}
                 found.append({"cache_dtype": None if name == "as-computed" else name, **more})
     return found
 

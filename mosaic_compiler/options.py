@@ -63,6 +63,7 @@ class MosaicOptions:
             or a number (``2048``) for each head, chosen in each step for all rows; an approximation.  ``None``: all.
         cache_score, cache_sets: how keys are scored for that (``planning/selection.py``), and whether each head of
             keys has a set of its own (``head``), or each ``layer``.
+        cache_evict: ``False``: all keys are kept, and so many are read; they are chosen by ``Session.choose``.
         chunk_rows: force every loop to this many rows per chunk, whatever the budget (for experiments).
         program_cache: how many bound programs (one per length and set of weights) a graph keeps.
     """
@@ -83,6 +84,7 @@ class MosaicOptions:
     cache_keep: float | int | None = None
     cache_score: str = "probability"
     cache_sets: str | None = None
+    cache_evict: bool = True
     chunk_rows: int | None = None
     program_cache: int = 64
 
@@ -136,9 +138,10 @@ class MosaicOptions:
         try:
             precision_of(self.cache_dtype)
             check_keep(self.cache_keep)
-            selection_of(self.cache_score, self.cache_sets)
+            selection_of(self.cache_score, self.cache_sets, self.cache_evict)
         except (ValueError, TypeError) as error:
             raise OptionsError(str(error)) from None
+        _expect(isinstance(self.cache_evict, bool), "cache_evict", "True or False", self.cache_evict)
         if self.cache_keep is not None and self.cache != "none":
             raise OptionsError(
                 f"cache_keep={self.cache_keep!r} needs to know the rows of the steps to come: it is for "
@@ -159,7 +162,9 @@ class MosaicOptions:
     @property
     def selection(self) -> Selection | None:
         """How keys are chosen; ``None``: all are kept."""
-        return None if self.cache_keep is None else selection_of(self.cache_score, self.cache_sets)
+        if self.cache_keep is None:
+            return None
+        return selection_of(self.cache_score, self.cache_sets, self.cache_evict)
 
     @property
     def for_passes(self) -> tuple[Any, ...]:

@@ -89,7 +89,8 @@ class Session:
         Args:
             ids: int64 [B, N]; ``more`` and ``named`` are what the function takes besides.
             rows: with the option ``cache_keep``: the rows of the steps to come (as of :meth:`reuse`), for which keys
-                are chosen.  (Without it, ``rows`` is an argument of the function's.)
+                are chosen (with ``cache_evict=False`` they are chosen later, by :meth:`choose`).  (Without it, ``rows``
+                is an argument of the function's.)
 
         Raises:
             StateError: if the function has nothing that can be kept, or the session is closed, or in use.
@@ -113,12 +114,30 @@ class Session:
             StateError: if there is no state for these ids or weights, for rows out of range, or as for :meth:`full`.
         """
         with self._taken() as store:
-            if self._shape is None:
-                raise StateError("there is no state yet: call full() first")
-            if (shape := _shape_of(ids)) != self._shape:
-                known, now = list(self._shape), list(shape)
-                raise StateError(f"state was kept for ids {known}, these are {now}: call full() first")
-            return self._reuse(store, rows_of(rows, *shape, ids.device), (ids, *more), named)
+            return self._reuse(store, self._rows_of(rows, ids), (ids, *more), named)
+
+    def choose(self, ids: Tensor, rows: Any, *more: Any, **named: Any) -> Any:
+        """As :meth:`reuse`, reading all keys, and choose those that the steps to come for these rows read (with the
+        options ``cache_keep`` and ``cache_evict=False``, under which all keys are kept).
+
+        Args, raises: as :meth:`reuse`; :class:`StateError` without those options, too.
+        """
+        with self._taken() as store:
+            if not store.chooses:
+                raise StateError(
+                    "keys are chosen among all that are kept with the options cache_keep and cache_evict=False, and "
+                    "behind a full() step"
+                )
+            return self._reuse(store, self._rows_of(rows, ids), (ids, *more), named, "choose")
+
+    def _rows_of(self, rows: Any, ids: Tensor) -> Tensor:
+        """int64 [B, R], of ids that there is state for."""
+        if self._shape is None:
+            raise StateError("there is no state yet: call full() first")
+        if (shape := _shape_of(ids)) != self._shape:
+            known, now = list(self._shape), list(shape)
+            raise StateError(f"state was kept for ids {known}, these are {now}: call full() first")
+        return rows_of(rows, *shape, ids.device)
 
     def exact(self, ids: Tensor, rows: Any, *more: Any, **named: Any) -> Any:
         """Call the function for some rows, exactly: what is computed besides them are rows that they see whose state
@@ -128,7 +147,7 @@ class Session:
         Args, raises: as :meth:`reuse` and :meth:`full`.
         """
         with self._taken() as store:
-            if store.selects or store.keep is not None:
+            if store.selects or store.chooses or store.keep is not None:
                 raise StateError("with cache_keep, keys are chosen for some rows, and nothing is exact: call reuse()")
             shape = _shape_of(ids)
             wanted = rows_of(rows, *shape, ids.device)
@@ -163,11 +182,13 @@ class Session:
         self._written = _copied((args, named))
         return result
 
-    def _reuse(self, store: Store, rows: Tensor, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    def _reuse(
+        self, store: Store, rows: Tensor, args: Sequence[Any], named: Mapping[str, Any], kind: str = "reuse"
+    ) -> Any:
         if self._written is not None and self._differs is not True:
             differs = _differs(self._written, (args, named)) | store.has_invalid
             self._differs = self._differs | differs  # on a GPU, nobody waits for it
-        return self._run(store, "reuse", rows, args, named)
+        return self._run(store, kind, rows, args, named)
 
     def _run(self, store: Store, kind: str, rows: Tensor | None, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
         try:

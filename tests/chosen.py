@@ -86,24 +86,29 @@ class Chosen:
         self.kept = []
 
         def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Any:
-            share, places = key.shape[1] // self.groups, []
-            for entry, own in enumerate(rows.tolist()):
-                own = sorted(set(own))
-                seen = torch.ones(len(own), key.shape[2], dtype=torch.bool)
-                if attn_mask is not None:
-                    seen = attn_mask.expand(key.shape[0], 1, -1, -1)[entry, 0][own]
-                most = self.count - rows.shape[1]
-                scores = scores_of(query[entry][:, own], key[entry, ::share], seen, own, self.score, self.sets, most)
-                places.append(chosen_of(scores, own, self.count).expand(self.groups, -1).repeat_interleave(share, 0))
             rounded_pair = (rounded(each, self.precision) for each in (key, value))
-            self.kept.append((*rounded_pair, torch.stack(places)))
+            self.kept.append((*rounded_pair, self._places(query, key, attn_mask, rows)))
             return _sdpa(query, key, value, attn_mask=attn_mask, **options)
 
         with _attention(attend):
             return self.function(*args)
 
-    def reuse(self, rows: Tensor, *args: Any) -> Any:
-        """The same, where only rows [B, R] get new keys and values, and only chosen ones are seen."""
+    def _places(self, query: Tensor, key: Tensor, attn_mask: Tensor | None, rows: Tensor) -> Tensor:
+        """bool [B, H, N]: what is chosen."""
+        share, places = key.shape[1] // self.groups, []
+        for entry, own in enumerate(rows.tolist()):
+            own = sorted(set(own))
+            seen = torch.ones(len(own), key.shape[2], dtype=torch.bool)
+            if attn_mask is not None:
+                seen = attn_mask.expand(key.shape[0], 1, -1, -1)[entry, 0][own]
+            most = self.count - rows.shape[1]
+            scores = scores_of(query[entry][:, own], key[entry, ::share], seen, own, self.score, self.sets, most)
+            places.append(chosen_of(scores, own, self.count).expand(self.groups, -1).repeat_interleave(share, 0))
+        return torch.stack(places)
+
+    def reuse(self, rows: Tensor, *args: Any, chooses: bool = False) -> Any:
+        """The same, where only rows [B, R] get new keys and values, and only chosen ones are seen; ``chooses``: all are
+        seen, and some are chosen of them."""
         numbers = iter(range(len(self.kept)))
 
         def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Any:
@@ -114,6 +119,9 @@ class Chosen:
             kept = (
                 torch.where(new, rounded(now, self.precision), old) for now, old in zip((key, value), seen, strict=True)
             )
+            if chooses:
+                self.kept[number] = (*kept, self._places(query, seen[0], attn_mask, rows))
+                return _sdpa(query, *seen, attn_mask=attn_mask, **options)
             self.kept[number] = (*kept, places)
             mask = places.unsqueeze(2) if attn_mask is None else places.unsqueeze(2) & attn_mask
             return _sdpa(query, *seen, attn_mask=mask, **options)

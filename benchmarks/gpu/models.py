@@ -204,7 +204,7 @@ def timed_generation(
         times.append(time.perf_counter())
         look()
 
-    result = mosaic_compiler.generate(model, ids, mask_token_id=MASK, on_step=note, **given)
+    result = mosaic_compiler.generate(model, ids, on_step=note, **{"mask_token_id": MASK, **given})
     return result, [1e3 * (after - before) for before, after in itertools.pairwise(times)]
 
 

@@ -108,19 +108,24 @@ def stateful(captured: CompiledStep) -> Stateful:
         raise ConfigError(f"this model has nothing to keep from step to step: {kinds.why}")
     steps = {"full": kinds.full, "reuse": kinds.reuse}
     outlines = {name: step.outline.data() for name, step in steps.items()}
+    is_chosen = kinds.selects or kinds.choose is not None
     work = {
-        name: _work(next(iter(step.graphs.values())), kinds.selects and name == "reuse") for name, step in steps.items()
+        name: _work(next(iter(step.graphs.values())), is_chosen and name == "reuse") for name, step in steps.items()
     }
-    return Stateful(outlines["full"], outlines["reuse"], work, _chosen(kinds) if kinds.selects else ((), ()))
+    return Stateful(outlines["full"], outlines["reuse"], work, _chosen(kinds) if is_chosen else ((), ()))
 
 
 def _chosen(kinds: Any) -> tuple[tuple[sympy.Symbol, ...], tuple[sympy.Symbol, ...]]:
-    """Symbols of both kinds of steps: how many rows keys are chosen for, and how many keys."""
+    """Symbols of the steps that read chosen keys, or choose them first: how many rows they are chosen for, and how many
+    keys."""
+    steps, position = [(kinds.full, kinds.notes[0]), (kinds.reuse, kinds.notes[1])], 0
+    if kinds.choose is not None:  # positions lie behind all that is kept
+        steps, position = steps[1:], len(kinds.notes[0].places)
     rows, keys = [], []
-    for step, note in zip((kinds.full, kinds.reuse), kinds.notes, strict=True):
+    for step, note in steps:
         inputs = step.main_graph.inputs
         rows.append(inputs[note.rows].tensor.shape[1])
-        keys.append(inputs[note.places[0].input].tensor.shape[2])
+        keys.append(inputs[note.places[position].input].tensor.shape[2])
     return tuple(rows), tuple(keys)
 
 
@@ -171,7 +176,10 @@ def answer_cached(
         rates: of the card; ``None``: not known.
     """
     sizes = model.sizes(tokens, rows, row_share, keep)
-    state = sum(align(sizes["full"](b.nbytes)) for b in model.full.planner.lives.buffers if b.space == "state")
+    state = max(
+        sum(align(sizes[kind](buffer.nbytes)) for buffer in outline.planner.lives.buffers if buffer.space == "state")
+        for kind, outline in (("full", model.full), ("reuse", model.reuse))
+    )
     seconds: dict[str, float | None] = dict.fromkeys(sizes)
     if rates is not None:
         seconds["full"] = model.work["full"].seconds_of_all_rows(sizes["full"], rates)

@@ -6,6 +6,7 @@ watched is gone (other objects are kept alive), so what has the same address is 
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Sequence
 from itertools import chain
@@ -20,6 +21,11 @@ _Look: TypeAlias = "tuple[list[type], list[int], list[int]]"
 
 _OF_EVERY_MODULE = tuple(nn.Module().__dict__)
 """Dicts and sets that are looked at with their module, or that no forward pass looks at."""
+
+
+_values, _keys = operator.methodcaller("values"), operator.methodcaller("keys")
+# Views of dicts are made one at a time, each gone before the next: thousands that are there together are what Python
+# collects garbage for, which takes far longer than the look.
 
 
 class Watch:
@@ -77,7 +83,7 @@ def _layout(tensor: Tensor | None) -> Any:
 def _look(modules: Sequence[nn.Module]) -> _Look:
     owns = [module.__dict__ for module in modules]
     dicts = [*owns, *[own[name] for own in owns for name in MODULE_PARTS]]
-    held = chain(chain.from_iterable(owns), chain.from_iterable([each.values() for each in dicts]))
+    held = chain(chain.from_iterable(owns), chain.from_iterable(map(_values, dicts)))
     return [*map(type, modules)], [*map(len, dicts)], [*map(id, held)]
 
 
@@ -95,8 +101,8 @@ class _Holders:
     def look(self) -> _Look:
         dicts = [*self._dicts, *[holder.__dict__ for holder in self._others]]
         held = chain(
-            chain.from_iterable([each.values() for each in dicts]),
-            chain.from_iterable([each.keys() for each in dicts]),
+            chain.from_iterable(map(_values, dicts)),
+            chain.from_iterable(map(_keys, dicts)),
             chain.from_iterable(map(list, self._lists)),
         )
         return [*map(type, self.all)], [*map(len, dicts), *map(len, self._lists)], [*map(id, held)]

@@ -129,7 +129,7 @@ class KeptKinds:
 
     full: GraphFacts | None
     reuse: GraphFacts | None
-    notes: tuple[Note, Note]
+    notes: tuple[Note, ...]
     space: tuple[Any, ...]
     origins: tuple[str, ...]
     problem: str
@@ -140,6 +140,7 @@ class KeptKinds:
     parts: tuple[Any, ...]
     is_rounded: bool
     selects: bool
+    choose: GraphFacts | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,7 @@ class StateShown:
     Attributes:
         rungs: of the ladder: what is kept, the share of the keys (``None``: all), bytes of them (or of each).
         length: of the sequence.
+        evicts: keys that are not chosen are not kept.
     """
 
     is_heavy: bool
@@ -187,6 +189,7 @@ class StateShown:
     key_nbytes: sympy.Expr = field(default_factory=lambda: sympy.Integer(0))
     rungs: tuple[tuple[str, float | None, sympy.Expr], ...] = ()
     length: sympy.Expr = field(default_factory=lambda: sympy.Integer(0))
+    evicts: bool = True
 
 
 @dataclass(frozen=True)

@@ -46,30 +46,35 @@ DEFAULT_KEEP = 0.05
 
 @dataclass(frozen=True)
 class Selection:
-    """What a step for all rows keeps.
+    """Which keys steps read.
 
     Attributes:
         score: its name.
         sets: ``head`` or ``layer``.
+        evicts: the others are not kept (they are chosen in a step for all rows); else all are, and they are chosen in
+            the first step for some rows.
     """
 
     score: str = "probability"
     sets: str = "head"
+    evicts: bool = True
 
     def __str__(self) -> str:
-        return f"{self.score}, per {self.sets}"
+        return f"{self.score}, per {self.sets}{'' if self.evicts else ', all kept'}"
 
     @property
     def options(self) -> dict[str, Any]:
         """Of the backend: keys are chosen so, however many (which is a number of whoever steps)."""
-        return {"cache_keep": 1.0, "cache_score": self.score, "cache_sets": self.sets}
+        found = {"cache_keep": 1.0, "cache_score": self.score, "cache_sets": self.sets}
+        return found if self.evicts else {**found, "cache_evict": False}
 
 
-def selection_of(score: str, sets: str | None) -> Selection:
+def selection_of(score: str, sets: str | None, evicts: bool = True) -> Selection:
     """The selection of this name.
 
     Args:
         sets: ``None``: as the score was published.
+        evicts: see :class:`Selection`.
 
     Raises:
         ValueError: if there is none.
@@ -82,7 +87,7 @@ def selection_of(score: str, sets: str | None) -> Selection:
         raise ValueError(f"cache_sets must be one of {', '.join(SETS)}, got {sets!r}")
     if SCORES[score].is_of_layers and sets != "layer":
         raise ValueError(f"cache_score={score!r} is a mean over heads: it has one set per layer (cache_sets='layer')")
-    return Selection(score, sets)
+    return Selection(score, sets, evicts)
 
 
 def check_keep(keep: float | int | None) -> None:

@@ -24,13 +24,14 @@ class Method:
     """What is kept, and how.
 
     Attributes:
-        cache_dtype, cache_keep, cache_score, cache_sets: as :func:`~mosaic_compiler.generate` takes them.
+        cache_dtype, cache_keep, cache_score, cache_sets, cache_evict: as :func:`~mosaic_compiler.generate` takes them.
     """
 
     cache_dtype: str | None = None
     cache_keep: float | int | None = None
     cache_score: str = "probability"
     cache_sets: str | None = None
+    cache_evict: bool = True
 
     @property
     def name(self) -> str:
@@ -39,7 +40,10 @@ class Method:
             return self.cache_dtype or "as computed"
         score = "" if self.cache_score == "probability" else f" by {self.cache_score}"
         sets = " per layer" if self.cache_sets == "layer" and not score else ""
-        return f"{keep_text(self.cache_keep)}{score}{sets}" + (f", {self.cache_dtype}" if self.cache_dtype else "")
+        read = "" if self.cache_evict else " read"
+        return f"{keep_text(self.cache_keep)}{read}{score}{sets}" + (
+            f", {self.cache_dtype}" if self.cache_dtype else ""
+        )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -145,6 +149,8 @@ def _answered(
     with Session(answers, options=options) as session:
         last = range(max(ids.shape[1] - BLOCK, 0), ids.shape[1])
         whole = session.full(ids, rows, rows=last if method.cache_keep is not None else None)[0].cpu()
+        if method.cache_keep is not None and not method.cache_evict:
+            session.choose(ids, last, rows)
         return whole, session.reuse(ids, last, rows)[0].cpu(), session.nbytes / ids.shape[1]
 
 

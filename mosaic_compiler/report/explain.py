@@ -252,6 +252,7 @@ def _shown(step: CompiledStep) -> Shown:
         kept.is_heavy, kept.cut.problem, len(kept.cut.values), kept.nbytes, kept.reach, selection, kept.key_nbytes,
         tuple((rung.short, rung.keep, nbytes) for rung, nbytes in rungs),
         kept.cut.space[-1] if kept.cut.space else sympy.Integer(0),
+        kept.selection is None or kept.selection.evicts,
     )  # fmt: skip
     projections = tuple(GATHER_CHOICES.of(module).items())
     return Shown(step.passes, ROW_DECISIONS.of(module), projections, UNRULED.of(module), ORDERS.of(module), state)
@@ -272,10 +273,15 @@ def _state_line(state: StateShown, plan: MemoryPlan | None) -> str:
     def at(expr: sympy.Expr) -> sympy.Expr:
         return expr.xreplace({s: sympy.Integer(numbers[str(s)]) for s in expr.free_symbols if str(s) in numbers})
 
-    nbytes = at(state.key_nbytes if state.selection else state.nbytes)
-    size = format_bytes(int(nbytes)) if nbytes.is_Integer else f"{nbytes} bytes"
+    def said_bytes(expr: sympy.Expr) -> str:
+        nbytes = at(expr)
+        return format_bytes(int(nbytes)) if nbytes.is_Integer else f"{nbytes} bytes"
+
+    size = said_bytes(state.nbytes)
     if state.selection:
-        return f"state: keys can be chosen ({state.selection}), {size} for each that is kept; an approximation"
+        each = said_bytes(state.key_nbytes)
+        kept = f"{each} for each that is kept" if state.evicts else f"{size}, and {each} for each that is read"
+        return f"state: keys can be chosen ({state.selection}), {kept}; an approximation"
     proof = "only where no row that they see has changed since"
     if state.reach is not None:
         proof += f", and rows do not see all others: {state.reach.says}"

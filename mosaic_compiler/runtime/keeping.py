@@ -95,27 +95,31 @@ def _uses(
 
 def kinds_facts(kinds: Kinds) -> KeptKinds:
     """Kinds of steps as data."""
-    full, reuse = (None if step is None else facts_of(_named(step)) for step in (kinds.full, kinds.reuse))
+    full, reuse, choose = (
+        None if step is None else facts_of(_named(step)) for step in (kinds.full, kinds.reuse, kinds.choose)
+    )
     notes = tuple(
         Note(tuple(Place(place.input, place.output) for place in note.places), note.rows) for note in kinds.notes
     )
     return KeptKinds(
-        full, reuse, (notes[0], notes[1]), tuple(kinds.space), kinds.origins, kinds.problem, kinds.is_heavy, kinds.ids,
-        kinds.weights, kinds.reach, kinds.parts, kinds.is_rounded, kinds.selects,
+        full, reuse, notes, tuple(kinds.space), kinds.origins, kinds.problem, kinds.is_heavy, kinds.ids,
+        kinds.weights, kinds.reach, kinds.parts, kinds.is_rounded, kinds.selects, choose,
     )  # fmt: skip
 
 
 def kinds_from(facts: KeptKinds, options: MosaicOptions) -> Kinds:
     """Kinds of steps that run."""
     given = replace(options, needed_rows="all", cache="none", dump=None)
-    full, reuse = (None if known is None else step_from(known, given) for known in (facts.full, facts.reuse))
+    full, reuse, choose = (
+        None if known is None else step_from(known, given) for known in (facts.full, facts.reuse, facts.choose)
+    )
     notes = tuple(
         StateNote(tuple(StatePlace(place.input, place.output) for place in note.places), note.rows)
         for note in facts.notes
     )
     return Kinds(
-        full, reuse, (notes[0], notes[1]), facts.space, facts.origins, facts.problem, facts.is_heavy, facts.ids,
-        facts.weights, facts.reach, facts.parts, facts.is_rounded, facts.selects,
+        full, reuse, notes, facts.space, facts.origins, facts.problem, facts.is_heavy, facts.ids,
+        facts.weights, facts.reach, facts.parts, facts.is_rounded, facts.selects, choose,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ class Kinds:
     Attributes:
         full: for all rows, keeping state; ``None`` if that cannot be.
         reuse: for some rows, with state; there with ``full``, or not at all.
-        notes: where state and row numbers come in, of both.
+        notes: where state and row numbers come in, of both (and of ``choose``).
         space: sizes of the rows: (N,), or (E, N) for E batch entries.
         origins: where in the model each kept value is computed.
         problem: why nothing can be kept.
@@ -33,11 +33,12 @@ class Kinds:
         is_rounded: values are kept in fewer bits than they are computed in.
         selects: keys are chosen for some rows in a step for all of them, and the others are not kept.
         parts: for each of them (dim, size), if it is only read up to that size; a table that may be made again longer.
+        choose: for some rows, choosing the keys that ``reuse`` reads of all that are kept; ``None``: it reads all.
     """
 
     full: Step | None = None
     reuse: Step | None = None
-    notes: tuple[StateNote, StateNote] = (StateNote(), StateNote())
+    notes: tuple[StateNote, ...] = (StateNote(), StateNote())
     space: tuple[Any, ...] = ()
     origins: tuple[str, ...] = ()
     problem: str = ""
@@ -48,6 +49,12 @@ class Kinds:
     parts: tuple[tuple[int, Any] | None, ...] = ()
     is_rounded: bool = False
     selects: bool = False
+    choose: Step | None = None
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """All that there are, in the order of ``notes``."""
+        return tuple(step for step in (self.full, self.reuse, self.choose) if step is not None)
 
     @property
     def keeps(self) -> bool:

@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import sympy
 import torch
 from torch import Tensor
 
 from mosaic_compiler.errors import MissingStateError, StateError
-from mosaic_compiler.planning.buffers import stacked
 from mosaic_compiler.planning.lives import Sizes
 from mosaic_compiler.planning.room import most_for
 from mosaic_compiler.planning.selection import kept_keys
 from mosaic_compiler.planning.words import in_words
 from mosaic_compiler.runtime.engine import Step, holding
 from mosaic_compiler.runtime.instructions import DEAD
+from mosaic_compiler.runtime.kept_memory import KeptMemory
 from mosaic_compiler.runtime.kinds import Kinds
-from mosaic_compiler.runtime.link import object_of
-from mosaic_compiler.runtime.pools import new_arena
 from mosaic_compiler.runtime.validity import Validity
 
 if TYPE_CHECKING:
+    from mosaic_compiler.ir.notes import StatePlace
     from mosaic_compiler.planning.lowered import TensorFacts
-    from mosaic_compiler.runtime.arena import Arena
 
 
 class Block:
     """The state of one graph: memory for one length.
 
     Attributes:
-        tensors: one for each kept value, over memory that nobody else writes.
-        nbytes: of all.
         is_rounded: values are kept in fewer bits than they are computed in.
-        is_partial: some keys are not kept.
+        is_partial: some keys are not kept, or not read.
         is_read: a step has used them since that was asked for.
         is_valid: a full step has filled it, and no step has failed since.
         validity: of its rows; ``None``: nobody asked, or rows depend on all others.
@@ -46,22 +42,20 @@ class Block:
         assert kinds.reuse is not None
         self.full, self.reuse = kinds.full, kinds.reuse
         self._kinds, self.is_rounded, self.is_read = kinds, kinds.is_rounded, False
-        self.is_partial = False
-        graph = kinds.full.main_graph
-        self._facts: list[TensorFacts] = []
-        for place in kinds.notes[0].places:
-            facts = graph.inputs[place.input].tensor
-            assert facts is not None
-            self._facts.append(facts)
-        numbers = [number for facts in self._facts for number in (*facts.shape, *facts.strides)]
-        self._symbols = sorted({symbol for number in numbers for symbol in number.free_symbols}, key=str)
-        self._chosen = self._facts[0].shape[2] if kinds.selects else None
+        self.is_partial = self._has_chosen = False
+        self.device = kinds.full.device
+        kept = len(kinds.notes[0].places)
+        self._values = KeptMemory(_facts_of(kinds.full, kinds.notes[0].places), self.device)
+        self._positions: KeptMemory | None = None  # of keys that are chosen among all of these
+        self._chosen: sympy.Symbol | None = None
+        if kinds.choose is not None:
+            facts = _facts_of(kinds.choose, kinds.notes[2].places[kept:])
+            self._positions, self._chosen = KeptMemory(facts, self.device), facts[0].shape[2]
+        elif kinds.selects:
+            self._chosen = _facts_of(kinds.full, kinds.notes[0].places)[0].shape[2]
         self._keys = 0
         self._for_rows: Tensor | None = None
-        self.device = kinds.full.device
-        self._own(new_arena(self.device))
-        self.tensors: list[Tensor] = []
-        self.nbytes, self.is_valid, self.computed = 0, False, 0
+        self.is_valid, self.computed = False, 0
         self.validity: Validity | None = None
         self._sizes: tuple[tuple[str, int], ...] | None = None
         self._meanings = dict(kinds.full.outline.meanings)
@@ -69,43 +63,40 @@ class Block:
         self._served: set[int] = set()
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """One for each kept value, and for the positions of chosen keys, over memory that nobody else writes."""
+        return self._values.tensors + ([] if self._positions is None else self._positions.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all."""
+        return self._values.nbytes + (0 if self._positions is None else self._positions.nbytes)
+
+    @property
     def selects(self) -> bool:
-        """Keys are chosen for some rows."""
+        """Keys are chosen in full steps."""
         return self._kinds.selects
 
-    def _own(self, arena: Arena) -> None:
-        """Take an arena, to be given back with this block."""
-        self.arena = arena
-        self._finalizer = weakref.finalize(self, arena.release)
-        self._finalizer.atexit = False
+    @property
+    def chooses(self) -> bool:
+        """Keys are chosen among all that are kept, by :meth:`choose`."""
+        return self._positions is not None
 
     def adopt(self, other: Block, inputs: Sequence[Any]) -> bool:
         """Take over the state of another graph of the same model, if it holds the same values: a model may be compiled
         again in its second call (because it has made tables in its first one)."""
         self._keys, self._for_rows, self.is_partial = other._keys, other._for_rows, other.is_partial
-        layouts = zip(self._facts, *self._shapes(inputs), strict=True)
-        values = [(facts.dtype, shape, step) for facts, shape, step in layouts]
-        known = [(str(t.dtype), tuple(t.shape), t.stride()) for t in other.tensors]
-        if not other.is_valid or self._kinds.origins != other._kinds.origins or values != known:
+        layouts = self._values.layouts(self._numbers(inputs))
+        if not other.is_valid or self._kinds.origins != other._kinds.origins or not other._values.holds(layouts):
             return False
         weights = self._weights_in(inputs)
         if other._weights is None or not weights.is_same_where_both_are(other._weights):
             return False
-        self._finalizer.detach()
-        other._finalizer.detach()
-        self._own(other.arena)
-        self.tensors, self.nbytes = other.tensors, other.nbytes
-        for step in (other.full, other.reuse):
-            step.forget(other.tensors)
-        other.tensors, other.is_valid = [], False
+        other._forget_programs()
+        self._values, other._values = other._values, self._values
+        other.is_valid = False
         self._sizes, self._weights, self.is_valid = self._sizes_of(inputs), weights, True
         return True
-
-    def _shapes(self, inputs: Sequence[Any]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-        """Sizes and strides of all values."""
-        sizes = self._numbers(inputs)
-        shapes = [tuple(map(sizes, facts.shape)) for facts in self._facts]
-        return shapes, [tuple(map(sizes, facts.strides)) for facts in self._facts]
 
     def problem(self, inputs: Sequence[Any]) -> str:
         """Why state cannot be used with such inputs; nothing if it can."""
@@ -125,33 +116,63 @@ class Block:
             rows: int64 [B, R], those of the steps to come: where keys are chosen for them.
             keep: how many of the others are kept; ``None``: as the options say.
         """
-        self.is_valid, self.validity = False, None
+        self.is_valid, self.validity, self._has_chosen = False, None, False
         given = list(inputs)
         if self._kinds.selects:
             if rows is None:
                 raise StateError(
                     "keys are chosen for rows (cache_keep): say which ones the next steps compute, full(ids, rows=...)"
                 )
-            self._for_rows = torch.sort(rows, 1).values
-            entries = self._kinds.rows_for_entries(self._for_rows, inputs)
-            given.append(entries)
-            keep = self.full.options.cache_keep if keep is None else keep
-            assert keep is not None
-            length = self.full.numbers(inputs)(self._kinds.space[-1])
-            self._keys = kept_keys(keep, length, rows.shape[1])
-            self.is_partial = self._keys < length
+            self._choose_for(rows, keep, inputs)
+            given.append(self._kinds.rows_for_entries(self._for_rows, inputs))  # type: ignore[arg-type]
+        if self._positions is not None:
+            self._forget_programs()
+            self._positions.release()  # of other keys now, and no part of this step's plan
         if self._sizes_of(inputs) != self._sizes:
             self._map(inputs)
         if self.full.kept.outline.guard:
-            self.arena.fill(0, self.nbytes, DEAD)
+            self._values.fill(DEAD)
         try:
             with holding(self.nbytes):
-                results = Step.__call__(self.full, [*given, *self.tensors])
+                results = Step.__call__(self.full, [*given, *self._values.tensors])
         except BaseException:
             self.release()  # a step that did not fit leaves nothing behind
             raise
         self._weights, self.is_valid = self._weights_in(inputs), True
-        return results[: len(results) - len(self.tensors)]
+        return results[: len(results) - len(self._values.tensors)]
+
+    def _choose_for(self, rows: Tensor, keep: float | int | None, inputs: Sequence[Any]) -> None:
+        """Keys are chosen for these rows [B, R] now, so many of them."""
+        self._for_rows = torch.sort(rows, 1).values
+        keep = self.full.options.cache_keep if keep is None else keep
+        assert keep is not None
+        length = self.full.numbers(inputs)(self._kinds.space[-1])
+        self._keys = kept_keys(keep, length, rows.shape[1])
+        self.is_partial = self._keys < length
+
+    def choose(self, inputs: Sequence[Any], rows: Tensor, keep: float | int | None = None) -> list[Any]:
+        """A step for some rows that reads all keys, and chooses those that the next ones read.
+
+        Args:
+            rows: int64 [B, R], also those of the steps to come.
+            keep: how many of the others are chosen; ``None``: as the options say.
+
+        Raises:
+            MissingStateError: if state is not there, or not for this.
+        """
+        assert self._kinds.choose is not None
+        assert self._positions is not None
+        if problem := self.problem(inputs):
+            raise MissingStateError(problem)
+        self._choose_for(rows, keep, inputs)
+        sizes = self._numbers(inputs)
+        if not self._positions.holds(self._positions.layouts(sizes)):
+            self.reuse.forget(self._positions.tensors)
+            self._kinds.choose.forget(self._positions.tensors)
+            self._positions.map(sizes)
+        results = self._run_for_rows(self._kinds.choose, inputs, self._for_rows)  # type: ignore[arg-type]
+        self._has_chosen = True
+        return results[: len(results) - len(self._positions.tensors)]
 
     def track(self, inputs: Sequence[Any], shape: tuple[int, int]) -> None:
         """All rows were computed just now: from here on, know which of them are valid, where rows do not depend on all
@@ -194,14 +215,20 @@ class Block:
             raise MissingStateError(problem)
         if self._for_rows is not None and not bool(_are_among(rows, self._for_rows)):
             raise MissingStateError(
-                "keys were chosen for other rows than these (cache_keep): call full() for them first"
+                "keys were chosen for other rows than these (cache_keep): call "
+                f"{'choose' if self.chooses else 'full'}() for them first"
             )
+        if self.chooses and not self._has_chosen:
+            raise MissingStateError("no keys are chosen yet among those that are kept: call choose() first")
         if self.is_rounded:
             rows = torch.sort(rows, 1).values  # attention of codes looks for rows that come twice side by side
+        return self._run_for_rows(self.reuse, inputs, rows)
+
+    def _run_for_rows(self, step: Step, inputs: Sequence[Any], rows: Tensor) -> list[Any]:
         entries = self._kinds.rows_for_entries(self._with_room(rows), inputs)
         self.is_valid, self.is_read = False, True
         with holding(self.nbytes):
-            results = Step.__call__(self.reuse, [*inputs, entries, *self.tensors])
+            results = Step.__call__(step, [*inputs, entries, *self.tensors])
         self.is_valid = True
         return results
 
@@ -213,32 +240,20 @@ class Block:
         return rows if wanted == count else torch.cat([rows, rows[:, -1:].expand(-1, wanted - count)], 1)
 
     def _sizes_of(self, inputs: Sequence[Any]) -> tuple[tuple[str, int], ...]:
-        """The sizes that state depends on."""
+        """The sizes that kept values depend on."""
         numbers = self._numbers(inputs)
-        return tuple((str(symbol), numbers(symbol)) for symbol in self._symbols)
+        return tuple((str(symbol), numbers(symbol)) for symbol in self._values.symbols)
 
     def _numbers(self, inputs: Sequence[Any]) -> Sizes:
-        """The inputs' symbols, and the number of keys that are kept."""
+        """The inputs' symbols, and the number of keys that are chosen."""
         found = self.full.numbers(inputs)
         return found if self._chosen is None else Sizes({**found.symbols, self._chosen: self._keys})
 
-    @torch.inference_mode(False)
     def _map(self, inputs: Sequence[Any]) -> None:
         """Memory and tensors for these sizes."""
         self._forget()
-        dtypes = [object_of(facts.dtype) for facts in self._facts]
-        shapes, strides = self._shapes(inputs)
-        nbytes = [
-            dtype.itemsize * (1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)))
-            for dtype, shape, stride in zip(dtypes, shapes, strides, strict=True)
-        ]
-        offsets, total = stacked(nbytes)
-        self.arena.ensure(total)
-        self.tensors = [
-            self.arena.tensor(at, dtype, shape, stride, at + size)
-            for at, size, dtype, shape, stride in zip(offsets, nbytes, dtypes, shapes, strides, strict=True)
-        ]
-        self.nbytes, self._sizes = total, self._sizes_of(inputs)
+        self._values.map(self._numbers(inputs))
+        self._sizes = self._sizes_of(inputs)
 
     def _weights_in(self, inputs: Sequence[Any]) -> _Weights:
         """Those that state is computed with."""
@@ -248,15 +263,29 @@ class Block:
 
     def _forget(self) -> None:
         """No program may be bound to memory that is given back."""
-        for step in (self.full, self.reuse):
+        self._forget_programs()
+        self._sizes, self._has_chosen = None, False
+        for memory in (self._values, self._positions):
+            if memory is not None:
+                memory.forget()
+
+    def _forget_programs(self) -> None:
+        for step in self._kinds.steps:
             step.forget(self.tensors)
-        self.tensors, self._sizes, self.nbytes = [], None, 0
 
     def release(self) -> None:
         """Give the memory back."""
         self.is_valid = False
         self._forget()
-        self.arena.release()
+        for memory in (self._values, self._positions):
+            if memory is not None:
+                memory.release()
+
+
+def _facts_of(step: Step, places: Sequence[StatePlace]) -> list[TensorFacts]:
+    """Layouts of the inputs that are state."""
+    found = [step.main_graph.inputs[place.input].tensor for place in places]
+    return [facts for facts in found if facts is not None]
 
 
 def _are_among(rows: Tensor, known: Tensor) -> Tensor:

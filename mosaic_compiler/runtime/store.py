@@ -52,8 +52,9 @@ class Store:
     """The state of one session: a block for each graph that it runs.
 
     Attributes:
-        kind: what the next steps are: ``full``; ``reuse``; or ``exact``: for all rows or for some, whatever is right
-            (where rows depend on all others, nothing is kept for that).
+        kind: what the next steps are: ``full``; ``reuse``; ``choose``: as that, and where keys are chosen among all
+            that are kept, they are chosen; or ``exact``: for all rows or for some, whatever is right (where rows depend
+            on all others, nothing is kept for that).
         keep: other keys that are kept, where keys are chosen; ``None``: as many as the options say.
         shape: of the token ids.
         rows: int64 [B, R], which rows they compute; of ``exact`` steps those that somebody reads (or bool [B, N]); of
@@ -88,6 +89,11 @@ class Store:
     def selects(self) -> bool:
         """Keys are chosen for some rows."""
         return any(block.selects for block in self._blocks.values())
+
+    @property
+    def chooses(self) -> bool:
+        """Keys are chosen among all that are kept."""
+        return any(block.chooses for block in self._blocks.values())
 
     @property
     def is_proven(self) -> bool:
@@ -125,10 +131,11 @@ class Store:
         if not is_for_rows:
             raise StateError("rows of this step are not those of its token ids, so it cannot be told which to compute")
         block = self._blocks.get(step)
-        if block is None and self.kind == "reuse":
+        is_for_some = self.kind in ("reuse", "choose")
+        if block is None and is_for_some:
             block = self._adopted(step, kinds, inputs)
         if block is None:
-            if self.kind == "reuse":
+            if is_for_some:
                 raise MissingStateError(
                     "there is no state of this graph, which was compiled for these inputs just now: call full() first"
                 )
@@ -149,6 +156,8 @@ class Store:
             return results
         self.computed = max(self.computed, self.rows.shape[1])
         block.validity = None  # what is used need not be valid
+        if self.kind == "choose" and block.chooses:
+            return block.choose(inputs, self.rows, self.keep)
         return block.run_rows(inputs, self.rows)
 
     def _may_be_exact(self, step: Stateful, inputs: Sequence[Any]) -> bool:
@@ -193,7 +202,8 @@ class Store:
 
     def end(self) -> None:
         """The step is done: state of graphs that had no part in a full one is of other ids."""
-        for step in [step for step in self._blocks if self.kind != "reuse" and step not in self._used]:
+        is_for_some = self.kind in ("reuse", "choose")
+        for step in [step for step in self._blocks if not is_for_some and step not in self._used]:
             self._blocks.pop(step).release()
         self._used, self._before = set(), self._now
 

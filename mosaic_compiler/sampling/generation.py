@@ -75,6 +75,7 @@ def generate(
     cache_keep: float | int | None = None,
     cache_score: str = "probability",
     cache_sets: str | None = None,
+    cache_evict: bool = True,
     memory_budget: int | str | None = None,
     options: dict[str, Any] | None = None,
     compile: bool = True,
@@ -157,6 +158,9 @@ def generate(
             late, without a softmax).
         cache_sets: ``head``: each head of keys has its own; ``layer``: one set for all heads; ``None``: as the score
             was published.
+        cache_evict: ``True``: the other keys are not kept, and others can be chosen in a step for all rows only;
+            ``False``: all are kept, so many are read, and the first step of each block chooses them (with
+            ``cache_refresh="never"``, no step for all rows follows the first one).
         memory_budget, options: of the backend, see :class:`~mosaic_compiler.MosaicOptions`; the budget is for what is
             kept as well.
         compile: ``False``: run the same in eager PyTorch.
@@ -179,6 +183,7 @@ def generate(
             "edit_threshold": edit_threshold, "attention_mask": has_padding(attention_mask) or None, "cache": cache,
             "sampler": sampler, "eos_rule": eos_rule, "cache_refresh": cache_refresh, "eps": eps,
             "cache_dtype": cache_dtype, "cache_keep": cache_keep, "cache_score": cache_score, "cache_sets": cache_sets,
+            "cache_evict": cache_evict,
             "mask_token_id": mask_token_id, "mask_id": mask_id, "eot_token_id": eot_token_id,
             "max_post_steps": max_post_steps, "sub_block_length": sub_block_length, "bidirectional": bidirectional,
             "progress": progress,
@@ -197,7 +202,7 @@ def generate(
     policy, refresh = policy_of(cache), refresh_of(cache_refresh)
     if policy.is_kept and not compile:
         raise ValueError(f"cache={cache!r} needs a compiled model: leave out compile=False, or take cache='none'")
-    for name in ("cache_dtype", "cache_keep", "cache_score", "cache_sets"):
+    for name in ("cache_dtype", "cache_keep", "cache_score", "cache_sets", "cache_evict"):
         if name in (options or {}):
             raise ValueError(f"options: {name} is an argument of generate by itself: say it there")
     if cache_dtype is not None and (not compile or not (policy.is_kept or policy.is_exact)):
@@ -208,7 +213,8 @@ def generate(
     if cache_keep is None and policy.chooses:
         cache_keep = DEFAULT_KEEP
     check_keep(cache_keep)
-    selection, rungs = selection_of(cache_score, cache_sets), rungs_of(cache, cache_dtype, cache_keep)
+    selection = selection_of(cache_score, cache_sets, cache_evict)
+    rungs = rungs_of(cache, cache_dtype, cache_keep)
     if cache_keep is not None and not policy.is_kept:
         raise ValueError(
             f"cache_keep={cache_keep!r} is for keys that are kept approximately, and cache={cache!r} keeps none so: "

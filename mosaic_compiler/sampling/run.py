@@ -90,7 +90,7 @@ class Run:
         self.schedule.choose(None)
         if self.rung.keep is not None:
             more |= self._selection.options
-            self.schedule.choose(SCORES[self._selection.score].delay)
+            self.schedule.choose(SCORES[self._selection.score].delay, evicts=self._selection.evicts)
         if self._store is not None:
             self._store.keep = self.rung.keep
         if not self.rung.is_kept:
@@ -190,8 +190,8 @@ class Run:
                 self._go_down()
                 logger.warning("mosaic: kept from step to step: %s, and not %s: %s", self.rung, before, error)
             store.release()
-            if kind == "reuse":
-                kind = self.schedule.all_rows()
+            if kind in ("reuse", "choose"):
+                kind = self.schedule.all_rows(kind)
             if not self.rung.is_kept:
                 return self._proposer(*arguments)
             if kind != "exact":

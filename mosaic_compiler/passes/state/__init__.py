@@ -1,8 +1,8 @@
 """State: steps that keep values for other steps, and steps for some rows that use them.
 
 ``cut.py`` finds what has to be kept, ``keep.py`` and ``reuse.py`` make the two kinds of steps of one captured graph;
-``select.py`` those of which only chosen keys are kept; ``attended.py`` looks at attentions, ``coding.py`` writes fewer
-bits.
+``select.py`` those of which only chosen keys are kept, ``read.py`` those that read chosen keys of all that are kept;
+``attended.py`` looks at attentions, ``coding.py`` writes fewer bits.
 They change what a graph takes and returns, so they are no part of a pipeline: what they make goes through one.
 """
 
@@ -13,15 +13,18 @@ from mosaic_compiler.passes.state.coding import Coding, codings_of
 from mosaic_compiler.passes.state.cut import Cut, find_cut, inputs_of, leading_parts
 from mosaic_compiler.passes.state.keep import KeepStatePass
 from mosaic_compiler.passes.state.reach import find_reach
+from mosaic_compiler.passes.state.read import ChooseKeysPass, ReadChosenPass
 from mosaic_compiler.passes.state.reuse import ReuseStatePass
 from mosaic_compiler.passes.state.select import KeepSelectedPass, ReuseSelectedPass
 
 __all__ = [
     "Attended",
+    "ChooseKeysPass",
     "Coding",
     "Cut",
     "KeepSelectedPass",
     "KeepStatePass",
+    "ReadChosenPass",
     "ReuseSelectedPass",
     "ReuseStatePass",
     "attended_in",

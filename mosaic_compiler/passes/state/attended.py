@@ -17,6 +17,7 @@ from mosaic_compiler.passes.split_attention import CPU, CUDNN, EFFICIENT, FLASH
 from mosaic_compiler.passes.state.coding import Coding, coding_of
 from mosaic_compiler.passes.state.cut import Cut, find_cut, layers_of
 from mosaic_compiler.planning.precisions import precision_at
+from mosaic_compiler.planning.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,13 @@ class Attended:
     parts: tuple[fx.Node, fx.Node]
     codings: tuple[Coding, ...] = ()
 
-    def key_nbytes(self, sets: str) -> sympy.Expr:
-        """Bytes of one chosen key: of its position, for each head or for the layer, and of its parts."""
+    def key_nbytes(self, selection: Selection) -> sympy.Expr:
+        """Bytes of one chosen key: of its position, for each head or for the layer, and of its parts, unless all keys
+        are kept."""
         entries, heads, length, _ = map(ir.expr_of, rows.shape_of(self.parts[0]))
-        parts = [coding.dense_nbytes(part) for part, coding in zip(self.parts, self.codings, strict=True)]
-        return 8 * entries * (heads if sets == "head" else 1) + sympy.cancel(sympy.Add(*parts) / length)
+        parts = [coding.nbytes(part) for part, coding in zip(self.parts, self.codings, strict=True)]
+        positions = 8 * entries * (heads if selection.sets == "head" else 1)
+        return positions + (sympy.cancel(sympy.Add(*parts) / length) if selection.evicts else 0)
 
     @property
     def scale(self) -> Any:

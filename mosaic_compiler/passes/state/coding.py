@@ -51,11 +51,7 @@ class Coding:
         return self.precision is not None and PRECISIONS[self.precision].most is not None
 
     def nbytes(self, value: fx.Node) -> sympy.Expr:
-        """Bytes of the parts of a value, laid out as it is."""
-        return ir.storage_extent(ir.only_tensor(value)) if self.precision is None else self.dense_nbytes(value)
-
-    def dense_nbytes(self, value: fx.Node) -> sympy.Expr:
-        """Bytes of the parts of a value, without gaps."""
+        """Bytes of the parts of a value, which are kept without gaps."""
         tensor = ir.only_tensor(value)
         numbers = sympy.prod([ir.expr_of(size) for size in tensor.shape])
         if self.precision is None:

@@ -65,7 +65,8 @@ class _Keeper(SizeEmitter):
         self.module, self.cut, self.codings = module, cut, codings
 
     def rewrite(self) -> None:
-        keep_results(self, self.module, [part for value in self.cut.values for part in self._parts(value)])
+        parts = [part for value in self.cut.values for part in self._parts(value)]
+        note_state(self.module, keep_results(self, self.module, parts))
 
     def _parts(self, value: fx.Node) -> list[fx.Node]:
         """What is kept of a value."""
@@ -76,9 +77,9 @@ class _Keeper(SizeEmitter):
 
 def keep_results(
     emitter: Emitter, module: fx.GraphModule, parts: Sequence[fx.Node], memory: Sequence[int] = ()
-) -> None:
+) -> list[StatePlace]:
     """Return these behind the outputs, to be written into inputs that are there (their positions), or that are made
-    here."""
+    here; which belong together."""
     storage = ir.StorageMap(emitter.graph)
     taken = ir.escaping_roots(emitter.graph, storage) | ir.written_roots(emitter.graph, storage)
     output = emitter.graph.output_node()
@@ -96,7 +97,7 @@ def keep_results(
         kept.append(value)
     output.args = ((*results, *kept),)
     output.meta["val"] = tuple(ir.argument_value(result) for result in output.args[0])
-    note_state(module, places)
+    return places
 
 
 def _copied(emitter: Emitter, value: fx.Node) -> fx.Node:
@@ -137,7 +138,7 @@ def _dense_strides(tensor: torch.Tensor) -> list[Any]:
     return strides
 
 
-def note_state(module: fx.GraphModule, places: list[StatePlace]) -> None:
+def note_state(module: fx.GraphModule, places: Sequence[StatePlace]) -> None:
     """Where state comes in and goes out; its memory stays where it is, as that of weights."""
     STATE.write(module, replace(STATE.of(module), places=tuple(places)))
     STATIC_INPUTS.write(module, (*STATIC_INPUTS.of(module), *(place.input for place in places)))

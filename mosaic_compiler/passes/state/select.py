@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -24,9 +25,9 @@ from mosaic_compiler.ir.notes import StatePlace
 from mosaic_compiler.passes.base import Pass
 from mosaic_compiler.passes.chunk_loops.labels import Edge
 from mosaic_compiler.passes.state.attended import Attended, attended_in, cut_for
-from mosaic_compiler.passes.state.coding import Coder
+from mosaic_compiler.passes.state.coding import Coder, Coding
 from mosaic_compiler.passes.state.cut import Cut
-from mosaic_compiler.passes.state.keep import add_state, keep_results
+from mosaic_compiler.passes.state.keep import add_state, keep_results, note_state
 from mosaic_compiler.passes.state.reuse import Rewriter
 from mosaic_compiler.planning.selection import Selection
 
@@ -83,14 +84,14 @@ class ReuseSelectedPass(Pass):
     selection: Selection = field(default_factory=Selection)
 
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
-        return _rewritten(module, self.precision, self.selection, _SelectedRewriter)
+        return _rewritten(module, self.precision, self.selection, SelectedRewriter)
 
 
 def _rewritten(
     module: fx.GraphModule,
     precision: str | None,
     selection: Selection,
-    rewriter: type[_Chooser] | type[_SelectedRewriter],
+    rewriter: type[_Chooser] | type[SelectedRewriter],
 ) -> fx.GraphModule:
     module = ir.copy_graph(module)
     cut = cut_for(module.graph, precision)
@@ -103,21 +104,32 @@ def _rewritten(
     return module
 
 
-class _States:
-    """Inputs for the memory of what is chosen."""
+class States:
+    """Inputs for the memory of what is chosen: positions, and (unless all is kept elsewhere) keys and values.
 
-    def __init__(self, emitter: SizeEmitter, attended: Sequence[Attended], selection: Selection) -> None:
+    Args:
+        before: inputs of that kind that are there.
+
+    Attributes:
+        indices: for each attention, which inputs these are.
+    """
+
+    def __init__(
+        self, emitter: SizeEmitter, attended: Sequence[Attended], selection: Selection, before: int = 0
+    ) -> None:
         self._emitter, self._selection = emitter, selection
         self._count: fx.Node | None = None
         self.indices: dict[fx.Node, list[int]] = {}
         _, self._number = new_number(emitter.mode.shape_env, "chosen_keys", _HINT)
-        coder, self._made = Coder(emitter), 0
+        coder, self._made = Coder(emitter), before
         for each in attended:
             emitter.origin = each.node
             with emitter.graph.inserting_before(each.node):
                 places = self._positions(each.parts[0])
             self.indices[each.node] = [self._add(places)]
             self._read_count(self.indices[each.node][0])
+            if not selection.evicts:
+                continue
             with emitter.graph.inserting_before(each.node):
                 for part, coding in zip(each.parts, each.codings, strict=True):
                     self.indices[each.node] += [self._add(piece) for piece in coder.encode(self._picked(part), coding)]
@@ -159,12 +171,12 @@ class _States:
         return node
 
 
-def _whole(emitter: SizeEmitter, operand: fx.Node, dim: int) -> Any:
+def whole_size(emitter: SizeEmitter, operand: fx.Node, dim: int) -> Any:
     """A size of an operand, as an argument."""
     return emitter.size(ir.expr_of(rows.shape_of(operand)[dim]))
 
 
-def _taken(emitter: SizeEmitter, source: fx.Node, positions: fx.Node, sizes: Sequence[Any]) -> fx.Node:
+def taken(emitter: SizeEmitter, source: fx.Node, positions: fx.Node, sizes: Sequence[Any]) -> fx.Node:
     """source[b, h, positions[b, h or 0, s], d]: [B, H, S, d] of a value [B, H, N, d]."""
     wide = emitter.emit(aten.expand.default, emitter.emit(aten.unsqueeze.default, positions, 3), list(sizes))
     return emitter.emit(aten.gather.default, source, 2, wide)
@@ -185,13 +197,18 @@ class _Chooser(Rewriter):
                 chosen = self._chosen(each)
                 parts.append(chosen)
                 for part, coding in zip(each.parts, each.codings, strict=True):
-                    sizes = [_whole(self, part, 0), _whole(self, part, 1), self._states_of.count, _whole(self, part, 3)]
-                    parts += coder.encode(_taken(self, part, chosen, sizes), coding)
+                    sizes = [
+                        whole_size(self, part, 0),
+                        whole_size(self, part, 1),
+                        self._states_of.count,
+                        whole_size(self, part, 3),
+                    ]
+                    parts += coder.encode(taken(self, part, chosen, sizes), coding)
         places = [index for each in self._attended for index in self._states_of.indices[each.node]]
-        keep_results(self, self.module, parts, places)
+        note_state(self.module, keep_results(self, self.module, parts, places))
 
     def _add_states(self) -> None:
-        self._states_of = _States(self, self._attended, self._selection)
+        self._states_of = States(self, self._attended, self._selection)
 
     def _in_full(self, operand: fx.Node) -> fx.Node:
         return operand  # all rows are there
@@ -229,18 +246,31 @@ def _computed_again(node: fx.Node, order: Sequence[fx.Node], cut: Cut) -> list[f
     return [value for value in order if value in found]
 
 
-class _SelectedRewriter(Rewriter):
-    def __init__(self, module: fx.GraphModule, cut: Cut, attended: Sequence[Attended], selection: Selection) -> None:
-        super().__init__(module, cut, {}, {each.node: each for each in attended if each.reads_codes})
+class SelectedRewriter(Rewriter):
+    """Attentions read what was chosen."""
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        cut: Cut,
+        attended: Sequence[Attended],
+        selection: Selection,
+        codings: Mapping[fx.Node, Coding] = MappingProxyType({}),
+    ) -> None:
+        super().__init__(module, cut, codings, {each.node: each for each in attended if each.reads_codes})
         self._attended: Mapping[fx.Node, Attended] = {each.node: each for each in attended}
         self._selection = selection
         self._of_selected: dict[fx.Node, list[fx.Node]] = {}
         self._indexes: dict[tuple[Any, Any], list[fx.Node]] = {}
 
     def _add_states(self) -> None:
-        self._chosen = _States(self, list(self._attended.values()), self._selection)
+        self._use(States(self, list(self._attended.values()), self._selection))
+
+    def _use(self, states: States) -> None:
+        """As memory of what was chosen."""
+        self._chosen = states
         placeholders = self.graph.find_nodes(op="placeholder")
-        for node, indices in self._chosen.indices.items():
+        for node, indices in states.indices.items():
             self._of_selected[node] = [placeholders[index] for index in indices]
             self._places += [StatePlace(index, None) for index in indices]
 
@@ -249,10 +279,30 @@ class _SelectedRewriter(Rewriter):
             return super()._compute(node)
         each = self._attended[node]
         positions, *memory = self._of_selected[node]
-        entries, heads = _whole(self, each.parts[0], 0), _whole(self, each.parts[0], 1)
+        entries, heads = whole_size(self, each.parts[0], 0), whole_size(self, each.parts[0], 1)
         places = self._places_of(positions, self.emit(aten.unsqueeze.default, self._given, 1))
-        seen: list[fx.Node] = []
-        codes: list[fx.Node] = []
+        read = self._read(each, positions, memory, places, entries, heads)
+        if node.target is ops.interval_attention:
+            own = [self._computed[part] for part in each.parts]
+            return self._attend_runs(
+                each, positions, [*read, *own, places] if each.reads_codes else read, entries, heads
+            )
+        if each.reads_codes:
+            return self._attend_codes(each, read, places)
+        args, kwargs = self._operands_with(each, read)
+        return self.emit(node.target, *args, **kwargs)
+
+    def _read(
+        self,
+        each: Attended,
+        positions: fx.Node,
+        memory: Sequence[fx.Node],
+        places: fx.Node,
+        entries: Any,
+        heads: Any,
+    ) -> list[fx.Node]:
+        """Codes and scales of chosen keys and values, or both as they are, with the computed rows in their places."""
+        found: list[fx.Node] = []
         for part, coding in zip(each.parts, each.codings, strict=True):
             number = 2 if coding.has_scales else 1
             states, memory = memory[:number], memory[number:]
@@ -261,26 +311,16 @@ class _SelectedRewriter(Rewriter):
                 self._put_chosen(state, places, piece, entries, heads)
                 for state, piece in zip(states, self.coder.encode(new, coding), strict=True)
             ]
-            if each.reads_codes:
-                codes += written
-                continue
-            if coding.is_exact:
-                seen += written
+            if each.reads_codes or coding.is_exact:
+                found += written
                 continue
             known = self.coder.decode(written, coding, ir.only_tensor(part).dtype, range(4))
-            seen.append(self._put_chosen(known, places, new, entries, heads))  # its own rows as they are
-        if node.target is ops.interval_attention:
-            own = [self._computed[part] for part in each.parts]
-            read = [*codes, *own, places] if codes else seen
-            return self._attend_runs(each, positions, read, entries, heads)
-        if codes:
-            return self._attend_codes(each, codes, places)
-        args, kwargs = self._operands_with(each, seen)
-        return self.emit(node.target, *args, **kwargs)
+            found.append(self._put_chosen(known, places, new, entries, heads))  # its own rows as they are
+        return found
 
     def _places_of(self, positions: fx.Node, wanted: fx.Node) -> fx.Node:
         """Where positions [E, 1, C] stand among the chosen ones [E, G or 1, S]: [E, G or 1, C]."""
-        sizes = [_whole(self, positions, 0), _whole(self, positions, 1), _whole(self, wanted, 2)]
+        sizes = [whole_size(self, positions, 0), whole_size(self, positions, 1), whole_size(self, wanted, 2)]
         wide = self.emit(aten.clone.default, self.emit(aten.expand.default, wanted, sizes),
                          memory_format=torch.contiguous_format)  # fmt: skip
         return self.emit(aten.searchsorted.Tensor, positions, wide)
@@ -308,9 +348,9 @@ class _SelectedRewriter(Rewriter):
         node = each.node
         parts = read[:4:2] if each.reads_codes else read
         (query, _, _, first, last, only, scale, order), _ = self._operands_with(each, parts)
-        count, rows_now = self._chosen.count, _whole(self, query, 2)
+        count, rows_now = self._chosen.count, whole_size(self, query, 2)
         share = int(ir.expr_of(rows.shape_of(node.args[0])[1]) / ir.expr_of(rows.shape_of(each.parts[0])[1]))
-        depth, value_depth = _whole(self, query, 3), _whole(self, each.parts[1], 3)
+        depth, value_depth = whole_size(self, query, 3), whole_size(self, each.parts[1], 3)
         both = self.arithmetic(operator.mul, entries, heads)
         wide = self.emit(aten.clone.default, self.emit(aten.expand.default, positions, [entries, heads, count]),
                          memory_format=torch.contiguous_format)  # fmt: skip
@@ -324,14 +364,14 @@ class _SelectedRewriter(Rewriter):
             found = self.emit(aten.searchsorted.Tensor, wide, flat)
             bounds.append(self.emit(aten.view.default, found, [both, 1, rows_now, 1]))
         if only is not None:
-            every = self.emit(aten.expand.default, only, [entries, heads, 1, _whole(self, only, 3)])
+            every = self.emit(aten.expand.default, only, [entries, heads, 1, whole_size(self, only, 3)])
             taken = self.emit(aten.gather.default, every, 3, self.emit(aten.unsqueeze.default, wide, 2))
             bounds.append(self.emit(aten.view.default, taken, [both, 1, 1, count]))
         else:
             bounds.append(None)
         folded = [self.emit(aten.reshape.default, query, [both, share, rows_now, depth])]
         for part in read:
-            sizes = [_whole(self, part, dim) for dim in range(2, len(rows.shape_of(part)))]
+            sizes = [whole_size(self, part, dim) for dim in range(2, len(rows.shape_of(part)))]
             wide = self.emit(aten.expand.default, part, [entries, heads, *sizes])
             folded.append(self.emit(aten.reshape.default, wide, [both, 1, *sizes]))
         inner = [0, 1, 2, 3]
@@ -339,5 +379,5 @@ class _SelectedRewriter(Rewriter):
             out = self.emit(ops.coded_attention, *folded, *bounds, scale, each.codings[0].precision, inner)
         else:
             out = self.emit(ops.interval_attention, *folded, *bounds, scale, inner)
-        whole = self.emit(aten.view.default, out, [entries, _whole(self, query, 1), rows_now, value_depth])
+        whole = self.emit(aten.view.default, out, [entries, whole_size(self, query, 1), rows_now, value_depth])
         return self.laid_out(whole, order)
