@@ -230,4 +230,4 @@ def test_the_word_of_steps(refresh, delay):
 def test_explain_says_what_is_kept_and_what_a_key_takes():
     given = TidyLike(0), torch.full((1, 40), 11)
     said = " ".join(str(mosaic_compiler.explain(*given, cache_keep=0.5, **READ)).split())
-    assert "keys can be chosen (probability, per head, all kept), 20 KiB, and 64 B for each that is read" in said
+    assert "keys can be chosen (probability, per head, all kept), 20.0 KiB, and 64 B for each that is read" in said
