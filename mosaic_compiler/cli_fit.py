@@ -98,6 +98,8 @@ def fit(
     )
     if cache_dtype == "auto" and not is_auto:
         raise ConfigError("--cache-dtype auto is for --cache auto, which shows what each precision takes")
+    if not cache_evict and (keep is None or is_auto):
+        raise ConfigError("--no-cache-evict keeps all keys and reads chosen ones: say how many with --cache-keep")
     if is_auto:
         _fit_rungs(request, rungs_of("auto", cache_dtype, keep), output, as_json)
     elif policy.is_kept:

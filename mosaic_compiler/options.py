@@ -142,6 +142,8 @@ class MosaicOptions:
         except (ValueError, TypeError) as error:
             raise OptionsError(str(error)) from None
         _expect(isinstance(self.cache_evict, bool), "cache_evict", "True or False", self.cache_evict)
+        if not self.cache_evict and self.cache_keep is None:
+            raise OptionsError("cache_evict=False keeps all keys and reads chosen ones: say how many with cache_keep")
         if self.cache_keep is not None and self.cache != "none":
             raise OptionsError(
                 f"cache_keep={self.cache_keep!r} needs to know the rows of the steps to come: it is for "

@@ -123,7 +123,7 @@ def test_steps_read_codes_and_nothing_of_all_keys_in_full_width(kv_heads, window
         )
         targets = [node.target for node in next(iter(kinds.reuse.graphs.values())).graph.nodes]
         assert targets.count(ops.coded_attention) == 2
-        assert torch.ops.aten.bitwise_and.Scalar not in targets  # nothing is decoded
+        assert not any("bitwise_right_shift" in str(target) for target in targets)  # nothing is decoded
 
 
 def test_fewer_rows_take_no_more_than_is_planned():

@@ -171,7 +171,7 @@ def test_the_plan_has_state_and_the_peak_is_measured():
         if kind == "full":
             assert plan.peak <= 1.02 * measured + MiB
     mapped = session._store._blocks
-    arenas = [block.arena for block in mapped.values()]
+    arenas = [block._values.arena for block in mapped.values()]
     assert sum(arena.mapped for arena in arenas) >= session.nbytes
     session.close()
     assert sum(arena.mapped for arena in arenas) == 0
@@ -293,6 +293,36 @@ def test_keys_are_chosen_as_elsewhere(groups, share, queries, keys, depth):
         seen = key_selection._Seen(bound, None, None, share)
         packed = (query.float() * 0.3).reshape(2, groups, share, queries, depth)
         torch.testing.assert_close(scores, key_selection._probabilities(packed, key, seen, groups), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", [None, "int4"])
+def test_chosen_keys_are_read_where_all_are_kept(dtype, precision):
+    """As without choosing in the step that chooses, and where all are chosen; few of them as where others are evicted.
+    Steps that read are replayed."""
+    model, ids, rows = step_of(dtype, kv_heads=1).model, ids_of(500), range(300, 332)
+    close = {"atol": 2e-3, "rtol": 1e-3} if dtype == torch.float32 else {"atol": 6e-2, "rtol": 6e-2}
+    kept = {} if precision is None else {"cache_dtype": precision}
+    read = {**kept, "cache_keep": 0.1, "cache_evict": False}
+    with Session(model, options=read) as session, Session(model, options=kept) as every:
+        for one in (session, every):
+            one.full(ids)
+        expected = every.reuse(ids, rows).logits
+        torch.testing.assert_close(session.choose(ids, rows).logits[:, rows], expected[:, rows], **close)
+        for _ in range(4):
+            got = session.reuse(ids, rows).logits
+        assert not torch.equal(got[:, rows], expected[:, rows])
+        found, fallbacks = recorded(session)
+        assert found
+        assert {fallback.name for fallback in fallbacks} <= {"tiled-attention"}
+    with Session(model, options={**read, "cache_keep": 1.0}) as session:
+        session.full(ids)
+        session.choose(ids, rows)
+        torch.testing.assert_close(session.reuse(ids, rows).logits[:, rows], expected[:, rows], **close)
+    if precision is None and dtype == torch.float32:
+        with Session(model, options={"cache_keep": 0.1}) as evicting:
+            evicting.full(ids, rows=rows)
+            torch.testing.assert_close(evicting.reuse(ids, rows).logits[:, rows], got[:, rows], **close)
 
 
 def test_canvases():

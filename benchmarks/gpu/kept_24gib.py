@@ -26,6 +26,10 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {  # the last one on the whole ca
     "5 %, chosen again in each block": (60_000, {"cache": "select", "cache_keep": 0.05}),
     "int4, never refreshed": (40_000, {"cache": "dual", "cache_dtype": "int4", "cache_refresh": "never"}),
     "5 % in int4, chosen again in each block": (60_000, {"cache": "select", "cache_keep": 0.05, "cache_dtype": "int4"}),
+    "int4, 5 % read, never refreshed": (
+        40_000,
+        {"cache": "select", "cache_keep": 0.05, "cache_dtype": "int4", "cache_refresh": "never", "cache_evict": False},
+    ),
     "int4 on the whole card": (60_000, {"cache": "dual", "cache_dtype": "int4", "cache_refresh": "never"}),
 }
 

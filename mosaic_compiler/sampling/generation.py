@@ -220,6 +220,11 @@ def generate(
             f"cache_keep={cache_keep!r} is for keys that are kept approximately, and cache={cache!r} keeps none so: "
             "choose a cache, 'select' for example"
         )
+    if not cache_evict and (cache_keep is None or cache == "auto"):
+        raise ValueError(
+            "cache_evict=False keeps all keys and reads chosen ones: say how many with cache_keep, under another cache "
+            "than 'auto' (which evicts to save memory)"
+        )
     config = getattr(model, "config", None)
     if sampler not in CHECKS:
         raise ValueError(f"sampler must be one of {', '.join(CHECKS)}, got {sampler!r}")
