@@ -48,6 +48,8 @@ from mosaic_compiler.passes.state import (
     find_reach,
     inputs_of,
     leading_parts,
+    residual_in,
+    residual_nbytes,
 )
 from mosaic_compiler.passes.visible_keys import VisibleKeysPass, hides_keys
 from mosaic_compiler.planning.ladder import Rung, rungs_of
@@ -165,6 +167,7 @@ class Kept:
         reach: which rows depend on which, where that is known.
         codings: how each value is written.
         chosen, selection: the attentions whose keys are chosen, if some are, and how.
+        residual: bytes of the last rows that are kept as they are computed as well.
     """
 
     module: fx.GraphModule
@@ -174,11 +177,12 @@ class Kept:
     codings: Mapping[fx.Node, Coding] = field(default_factory=dict)
     chosen: tuple[Attended, ...] = ()
     selection: Selection | None = None
+    residual: sympy.Expr = field(default_factory=lambda: sympy.Integer(0))
 
     @property
     def nbytes(self) -> sympy.Expr:
         """Bytes of all values, as they are kept, in the graph's symbols."""
-        return sum((coding.nbytes(value) for value, coding in self.codings.items()), sympy.Integer(0))
+        return sum((coding.nbytes(value) for value, coding in self.codings.items()), self.residual)
 
     def rungs(self) -> tuple[tuple[Rung, sympy.Expr], ...]:
         """Bytes of state on each rung of the ladder; where keys are chosen, of each of them.  None of those that this
@@ -209,15 +213,20 @@ def kept_of(module: fx.GraphModule, options: MosaicOptions) -> Kept:
         canonical, _ = run_passes(module, passes=passes_until("mixtures", options), disable=shown)
         is_heavy = any(book.entry(node).is_heavy for node in canonical.graph.nodes)
         selection = options.selection
-        cut, codings, chosen = _written(canonical.graph, options.cache_dtype, selection)
+        has_residual = bool(options.cache_residual)
+        cut, codings, chosen = _written(canonical.graph, options.cache_dtype, selection, has_residual)
         reach = None
         if not cut.problem and selection is None:  # what was chosen is right for some rows only
             reach = find_reach(canonical.graph, cut, STATIC_INPUTS.of(canonical))
-        return Kept(canonical, cut, is_heavy, reach, codings, chosen, selection)
+        residual = sympy.Integer(0)
+        if has_residual and not cut.problem:
+            last = residual_in(cut, options.cache_dtype, codings)
+            residual = residual_nbytes(last, options.cache_residual)
+        return Kept(canonical, cut, is_heavy, reach, codings, chosen, selection, residual)
 
 
 def _written(
-    graph: fx.Graph, precision: str | None, selection: Selection | None
+    graph: fx.Graph, precision: str | None, selection: Selection | None, has_residual: bool = False
 ) -> tuple[Cut, Mapping[fx.Node, Coding], tuple[Attended, ...]]:
     """The cut of a canonical graph (why it cannot be kept so, if it cannot), how its values are written, and the
     attentions whose keys are chosen."""
@@ -226,6 +235,8 @@ def _written(
     chosen: list[Attended] = []
     if selection is not None and not cut.problem:
         chosen, problem = attended_in(cut, precision)
+    if has_residual and not cut.problem and not problem and not residual_in(cut, precision, codings):
+        problem = "no attention reads codes, beside which rows could be kept as they are computed (cache_residual)"
     cut = replace(cut, problem=problem) if problem and not cut.problem else cut
     return cut, codings, tuple(chosen)
 
@@ -240,7 +251,8 @@ def _kinds_of(module: fx.GraphModule, options: MosaicOptions, kept: Kept | None 
         made = []
         selection = options.selection
         precision = options.cache_dtype
-        passes: list[Pass] = [KeepStatePass(precision), ReuseStatePass(precision)]
+        has_residual = bool(options.cache_residual)
+        passes: list[Pass] = [KeepStatePass(precision, has_residual), ReuseStatePass(precision, has_residual)]
         if selection is not None and selection.evicts:
             passes = [KeepSelectedPass(precision, selection), ReuseSelectedPass(precision, selection)]
         elif selection is not None:
@@ -272,6 +284,7 @@ def _kinds_of(module: fx.GraphModule, options: MosaicOptions, kept: Kept | None 
         is_rounded=not all(coding.is_exact for coding in kept.codings.values()),
         selects=selection is not None and selection.evicts,
         choose=more[0][0] if more else None,
+        has_residual=bool(options.cache_residual),
     )
 
 

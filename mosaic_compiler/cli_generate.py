@@ -24,6 +24,7 @@ from mosaic_compiler.cli_values import (
 )
 from mosaic_compiler.errors import ConfigError, MosaicError
 from mosaic_compiler.planning.budget import format_bytes
+from mosaic_compiler.planning.precisions import check_residual
 from mosaic_compiler.planning.selection import SCORES, selection_of
 from mosaic_compiler.waiting import doing
 
@@ -60,6 +61,9 @@ def generate(
     ] = None,
     cache_score: Annotated[str, typer.Option(help=f"how they are chosen: {', '.join(SCORES)}")] = "probability",
     cache_sets: Annotated[str | None, typer.Option(help="chosen for each head, or each layer")] = None,
+    cache_residual: Annotated[
+        int, typer.Option(help="with --cache-dtype: so many last rows are kept as computed as well", min=0)
+    ] = 0,
     cache_evict: Annotated[
         bool, typer.Option(help="the other keys are not kept; else all are, and each block chooses which it reads")
     ] = True,
@@ -130,6 +134,7 @@ def generate(
         refresh_of(refresh)
         rungs_of(cache, cache_dtype, keep)
         selection_of(cache_score, cache_sets, cache_evict)
+        check_residual(cache_residual, cache_dtype, keep)
         check_factor(factor)
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -167,6 +172,7 @@ def generate(
                 mask_token_id=None if mask < 0 else mask, eos_token_id=eos,
                 stop_at_eos=eos is not None, cache=cache, cache_refresh=refresh, cache_dtype=cache_dtype,
                 cache_keep=keep, cache_score=cache_score, cache_sets=cache_sets, cache_evict=cache_evict,
+                cache_residual=cache_residual,
                 streamer=LiveText(tokenizer, mask, shown, out) if live else None,
                 progress=sys.stderr.isatty() and not live and not as_json and mask >= 0,
                 generator=torch.Generator().manual_seed(seed),

@@ -46,6 +46,9 @@ def quality(
     evict: Annotated[
         bool, typer.Option("--cache-evict/--no-cache-evict", help="other keys are not kept; else they are not read")
     ] = True,
+    residual: Annotated[
+        int, typer.Option("--cache-residual", help="so many last rows are kept as computed, beside codes", min=0)
+    ] = 0,
     generated: Annotated[int, typer.Option(help="of so many sequences count the steps to finish", min=0)] = 0,
     block_causal: Annotated[int | None, typer.Option(help="tokens of a block, of block-causal models")] = None,
     mask_id: MaskId = None,
@@ -70,7 +73,7 @@ def quality(
                 f"--cache-dtype {name!r} is none of as-computed, {', '.join(PRECISIONS)}, nor a choice by layers "
                 "(2*exact+int4)"
             ) from None
-    methods = _methods(names, [parse_keep(part) for part in keeps.split(",")], scores.split(","), sets, evict)
+    methods = _methods(names, [parse_keep(part) for part in keeps.split(",")], scores.split(","), sets, evict, residual)
     if model is None and not SHIPPED.is_dir():
         raise ConfigError("which model? give a folder (the shipped ones are in the repository's examples)")
     folders = [model] if model is not None else [SHIPPED / name for name in BLOCKS_OF_SHIPPED]
@@ -120,7 +123,12 @@ def _measured(
 
 
 def _methods(
-    names: list[str], keeps: list[float | int | None], scores: list[str], sets: str | None, evict: bool
+    names: list[str],
+    keeps: list[float | int | None],
+    scores: list[str],
+    sets: str | None,
+    evict: bool,
+    residual: int,
 ) -> list[dict[str, Any]]:
     """What is measured: each precision with each number of keys, chosen in each way."""
     found = []
@@ -134,6 +142,8 @@ def _methods(
                 more: dict[str, Any] = {}
                 if keep is not None:
                     more = {"cache_keep": keep, "cache_score": score, "cache_sets": sets, "cache_evict": evict}
+                elif residual and name != "as-computed":
+                    more = {"cache_residual": residual}
                 found.append({"cache_dtype": None if name == "as-computed" else name, **more})
     return found
 

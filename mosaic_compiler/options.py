@@ -12,7 +12,7 @@ from mosaic_compiler.errors import OptionsError
 from mosaic_compiler.planning.budget import parse_budget
 from mosaic_compiler.planning.caches import POLICIES, Refresh, refresh_of
 from mosaic_compiler.planning.placement import DEADLINE
-from mosaic_compiler.planning.precisions import precision_of
+from mosaic_compiler.planning.precisions import check_residual, precision_of
 from mosaic_compiler.planning.selection import Selection, check_keep, selection_of
 from mosaic_compiler.recipes import PASS_NAMES
 from mosaic_compiler.settings import Settings, read_settings
@@ -63,6 +63,8 @@ class MosaicOptions:
             or a number (``2048``) for each head, chosen in each step for all rows; an approximation.  ``None``: all.
         cache_score, cache_sets: how keys are scored for that (``planning/selection.py``), and whether each head of
             keys has a set of its own (``head``), or each ``layer``.
+        cache_residual: with ``cache_dtype``, so many rows at the end of the sequence are kept as they are computed,
+            beside codes of all.
         cache_evict: ``False``: all keys are kept, and so many are read; they are chosen by ``Session.choose``.
         chunk_rows: force every loop to this many rows per chunk, whatever the budget (for experiments).
         program_cache: how many bound programs (one per length and set of weights) a graph keeps.
@@ -85,6 +87,7 @@ class MosaicOptions:
     cache_score: str = "probability"
     cache_sets: str | None = None
     cache_evict: bool = True
+    cache_residual: int = 0
     chunk_rows: int | None = None
     program_cache: int = 64
 
@@ -142,6 +145,10 @@ class MosaicOptions:
         except (ValueError, TypeError) as error:
             raise OptionsError(str(error)) from None
         _expect(isinstance(self.cache_evict, bool), "cache_evict", "True or False", self.cache_evict)
+        try:
+            check_residual(self.cache_residual, self.cache_dtype, self.cache_keep)
+        except ValueError as error:
+            raise OptionsError(str(error)) from None
         if not self.cache_evict and self.cache_keep is None:
             raise OptionsError("cache_evict=False keeps all keys and reads chosen ones: say how many with cache_keep")
         if self.cache_keep is not None and self.cache != "none":
@@ -171,8 +178,9 @@ class MosaicOptions:
     @property
     def for_passes(self) -> tuple[Any, ...]:
         """Those that decide what is compiled; the others are for running it."""
-        selects = () if self.selection is None else (str(self.selection),)
-        return (*(getattr(self, name) for name in _FOR_PASSES), *selects)
+        more = [] if self.selection is None else [str(self.selection)]
+        more += ["residual"] if self.cache_residual else []
+        return (*(getattr(self, name) for name in _FOR_PASSES), *more)
 
     @classmethod
     def parse(

@@ -65,15 +65,18 @@ class Session:
         options: Mapping[str, Any] | None = None,
     ) -> None:
         given = dict(options or {})
-        keep = MosaicOptions.parse(given).cache_keep
+        parsed = MosaicOptions.parse(given)
+        keep, residual = parsed.cache_keep, parsed.cache_residual
         if keep is not None:
             given["cache_keep"] = 1.0  # how many are kept is the session's number: nothing is compiled for it
+        if residual:
+            given["cache_residual"] = 1  # so is this
         self._function = compiled_once(function, given)
         if isinstance(self._function, Owned):
             self._function.refresh()
         self._budget = parse_budget(memory_budget)
         self._store: Store | None = Store()
-        self._store.keep = keep
+        self._store.keep, self._store.residual = keep, residual or None
         self._lock = threading.Lock()
         self._shape: tuple[int, int] | None = None
         self._written: tuple[Sequence[Any], Mapping[str, Any]] | None = None

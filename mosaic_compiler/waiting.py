@@ -103,5 +103,29 @@ def without_collections() -> Iterator[None]:
     try:
         yield
     finally:
+        if _setting_aside:
+            gc.freeze()  # what was compiled stays
         if enabled:
             gc.enable()
+
+
+_setting_aside: list[None] = []
+"""One for each :func:`old_objects_set_aside` that is entered."""
+
+
+@contextmanager
+def old_objects_set_aside() -> Iterator[None]:
+    """Inside, the garbage collector looks at new objects only.  A process with compiled models has a million others,
+    and to look at all of them takes it most of a second, in the middle of some step.  Whoever has set objects aside
+    himself (``gc.freeze``) has it his way."""
+    if not _setting_aside and gc.get_freeze_count():
+        yield
+        return
+    _setting_aside.append(None)
+    gc.freeze()
+    try:
+        yield
+    finally:
+        _setting_aside.pop()
+        if not _setting_aside:
+            gc.unfreeze()

@@ -39,15 +39,25 @@ def closeness(precision: str | None) -> dict[str, float]:
 
 
 class Kept:
-    """Keys and values of each attention of a function, in the order of its calls; ``precision``: of all, or of each."""
+    """Keys and values of each attention of a function, in the order of its calls; ``precision``: of all, or of each;
+    ``residual``: so many rows at the end are as they are."""
 
-    def __init__(self, function: Callable[..., Any], precision: str | list[str | None] | None = None) -> None:
-        self.function, self.precision = function, precision
+    def __init__(
+        self, function: Callable[..., Any], precision: str | list[str | None] | None = None, residual: int = 0
+    ) -> None:
+        self.function, self.precision, self.residual = function, precision, residual
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
     def _at(self, number: int) -> str | None:
         return self.precision[number] if isinstance(self.precision, list) else self.precision
+
+    def _rounded(self, x: Tensor, precision: str | None) -> Tensor:
+        found = rounded(x, precision)
+        begin = max(x.shape[2] - self.residual, 1)
+        if self.residual:
+            found[:, :, begin:] = x[:, :, begin:]
+        return found
 
     def full(self, *args: Any, **named: Any) -> Any:
         """Call the function; remember keys and values."""
@@ -55,8 +65,8 @@ class Kept:
 
         def attend(query: Tensor, key: Tensor, value: Tensor, *more: Any, **options: Any) -> Tensor:
             precision = self._at(len(self.keys))
-            self.keys.append(rounded(key, precision))
-            self.values.append(rounded(value, precision))
+            self.keys.append(self._rounded(key, precision))
+            self.values.append(self._rounded(value, precision))
             return _sdpa(query, key, value, *more, **options)
 
         with _attention(attend):
@@ -75,7 +85,7 @@ class Kept:
             chosen = is_new[:, None, :, None]
             seen = [torch.where(chosen, key, self.keys[number]), torch.where(chosen, value, self.values[number])]
             self.keys[number], self.values[number] = (
-                torch.where(chosen, rounded(new, self._at(number)), old)
+                torch.where(chosen, self._rounded(new, self._at(number)), old)
                 for new, old in zip((key, value), seen, strict=True)
             )
             return _sdpa(query, *seen, *more, **options)

@@ -17,6 +17,7 @@ from torch import nn
 
 import mosaic_compiler
 from mosaic_compiler.errors import BudgetError
+from mosaic_compiler.owned.watch import Watch
 from mosaic_compiler.sampling import noise
 
 pytestmark = pytest.mark.usefixtures("warm")
@@ -527,3 +528,47 @@ def test_a_callback_may_change_the_model(cache):
     model.shift = 0
     still = mosaic_compiler.generate(model, prompt, **{**given, "on_step": None}).sequences
     assert not torch.equal(found[1], still)
+
+
+@pytest.fixture
+def _nothing_set_aside():
+    were_set_aside = gc.get_freeze_count() > 0  # by conftest.py
+    gc.unfreeze()
+    yield
+    gc.unfreeze()
+    if were_set_aside:
+        gc.freeze()
+
+
+@pytest.mark.usefixtures("_nothing_set_aside")
+def test_old_objects_are_set_aside_during_a_generation():
+    """The collector looks at new ones only; behind it, all is as it was, also if somebody has set some aside."""
+    model, prompt = TidyLike(0), torch.full((1, 9), 11)
+    given = {"gen_length": 4, "steps": 4, "mask_token_id": MASK}
+    counts = []
+    mosaic_compiler.generate(model, prompt, **given, on_step=lambda step, ids: counts.append(gc.get_freeze_count()))
+    assert min(counts) > 10_000
+    assert gc.get_freeze_count() == 0
+    with pytest.raises(ZeroDivisionError):
+        mosaic_compiler.generate(model, prompt, **given, on_step=lambda step, ids: 1 // 0)
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    mosaic_compiler.generate(model, prompt, **given)
+    assert gc.get_freeze_count() > 10_000
+
+
+def test_no_collection_is_caused_by_looking_at_a_model():
+    """Thousands of dicts are looked at between two steps, without a view of each that is there with the others."""
+    model = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(3000))
+    watch = Watch(list(model.modules()), [])
+    seen, thresholds = [], gc.get_threshold()
+    gc.collect()
+    gc.set_threshold(700, 10, 10)  # Python's own
+    gc.callbacks.append(lambda phase, info: seen.append(info["generation"]))
+    try:
+        for _ in range(10):
+            assert watch.is_as_it_was(closely=True)
+    finally:
+        gc.callbacks.pop()
+        gc.set_threshold(*thresholds)
+    assert len(seen) <= 2

@@ -141,6 +141,7 @@ class KeptKinds:
     is_rounded: bool
     selects: bool
     choose: GraphFacts | None = None
+    has_residual: bool = False
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,17 @@ def precision_of(name: str | None) -> None:
         ) from None
 
 
+def check_residual(rows: int, precision: str | None, keep: float | int | None) -> None:
+    """Raises :class:`ValueError` for a number of rows at a sequence's end that cannot be kept as they are computed."""
+    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 0:
+        raise ValueError(f"cache_residual must be a number of rows from 0, got {rows!r}")
+    if rows and (precision is None or keep is not None):
+        raise ValueError(
+            f"cache_residual={rows} keeps the last rows as they are computed beside all rows in fewer bits: give "
+            "cache_dtype ('int4', for example), and no cache_keep"
+        )
+
+
 def precision_at(name: str | None, layer: int) -> str | None:
     """The precision of one layer (attentions count, from 0 on).
 

@@ -24,7 +24,8 @@ class Method:
     """What is kept, and how.
 
     Attributes:
-        cache_dtype, cache_keep, cache_score, cache_sets, cache_evict: as :func:`~mosaic_compiler.generate` takes them.
+        cache_dtype, cache_keep, cache_score, cache_sets, cache_evict, cache_residual: as
+            :func:`~mosaic_compiler.generate` takes them.
     """
 
     cache_dtype: str | None = None
@@ -32,12 +33,14 @@ class Method:
     cache_score: str = "probability"
     cache_sets: str | None = None
     cache_evict: bool = True
+    cache_residual: int = 0
 
     @property
     def name(self) -> str:
         """For people."""
         if self.cache_keep is None:
-            return self.cache_dtype or "as computed"
+            last = f", last {self.cache_residual} as computed" if self.cache_residual else ""
+            return (self.cache_dtype or "as computed") + last
         score = "" if self.cache_score == "probability" else f" by {self.cache_score}"
         sets = " per layer" if self.cache_sets == "layer" and not score else ""
         read = "" if self.cache_evict else " read"

@@ -104,6 +104,7 @@ def kinds_facts(kinds: Kinds) -> KeptKinds:
     return KeptKinds(
         full, reuse, notes, tuple(kinds.space), kinds.origins, kinds.problem, kinds.is_heavy, kinds.ids,
         kinds.weights, kinds.reach, kinds.parts, kinds.is_rounded, kinds.selects, choose,
+        kinds.has_residual,
     )  # fmt: skip
 
 
@@ -120,6 +121,7 @@ def kinds_from(facts: KeptKinds, options: MosaicOptions) -> Kinds:
     return Kinds(
         full, reuse, notes, facts.space, facts.origins, facts.problem, facts.is_heavy, facts.ids,
         facts.weights, facts.reach, facts.parts, facts.is_rounded, facts.selects, choose,
+        facts.has_residual,
     )  # fmt: skip
 
 

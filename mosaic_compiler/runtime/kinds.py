@@ -34,6 +34,7 @@ class Kinds:
         selects: keys are chosen for some rows in a step for all of them, and the others are not kept.
         parts: for each of them (dim, size), if it is only read up to that size; a table that may be made again longer.
         choose: for some rows, choosing the keys that ``reuse`` reads of all that are kept; ``None``: it reads all.
+        has_residual: the last rows are also kept as they are computed; how many is a size of the last kept values.
     """
 
     full: Step | None = None
@@ -50,6 +51,7 @@ class Kinds:
     is_rounded: bool = False
     selects: bool = False
     choose: Step | None = None
+    has_residual: bool = False
 
     @property
     def steps(self) -> tuple[Step, ...]:

@@ -53,7 +53,8 @@ class Block:
             self._positions, self._chosen = KeptMemory(facts, self.device), facts[0].shape[2]
         elif kinds.selects:
             self._chosen = _facts_of(kinds.full, kinds.notes[0].places)[0].shape[2]
-        self._keys = 0
+        self._last = _facts_of(kinds.full, kinds.notes[0].places)[-1].shape[2] if kinds.has_residual else None
+        self._keys = self._residual = 0
         self._for_rows: Tensor | None = None
         self.is_valid, self.computed = False, 0
         self.validity: Validity | None = None
@@ -109,13 +110,25 @@ class Block:
             return "the model's weights have changed since state was kept: it is stale; call full() first"
         return ""
 
-    def keep(self, inputs: Sequence[Any], rows: Tensor | None = None, keep: float | int | None = None) -> list[Any]:
+    def keep(
+        self,
+        inputs: Sequence[Any],
+        rows: Tensor | None = None,
+        keep: float | int | None = None,
+        residual: int | None = None,
+    ) -> list[Any]:
         """A step for all rows.
 
         Args:
             rows: int64 [B, R], those of the steps to come: where keys are chosen for them.
             keep: how many of the others are kept; ``None``: as the options say.
+            residual: how many rows at the end are kept as they are computed as well, if some are; ``None``: as the
+                options say.
         """
+        if self._last is not None:
+            length = self.full.numbers(inputs)(self._kinds.space[-1])
+            wanted = self.full.options.cache_residual if residual is None else residual
+            self._residual = min(max(wanted, 1) + 1, length)  # one more than is read
         self.is_valid, self.validity, self._has_chosen = False, None, False
         given = list(inputs)
         if self._kinds.selects:
@@ -180,18 +193,19 @@ class Block:
         if self._kinds.reach is not None:
             self.validity = Validity(self._kinds.reach, self.full.numbers(inputs), inputs, shape)
 
-    def exact(self, inputs: Sequence[Any], wanted: Tensor) -> list[Any]:
+    def exact(self, inputs: Sequence[Any], wanted: Tensor, residual: int | None = None) -> list[Any]:
         """A step that computes what is invalid and needed, and nothing else; for all rows, if that is all.
 
         Args:
             wanted: bool [B, N], rows that somebody reads.
+            residual: as of :meth:`keep`.
         """
         shape = (wanted.shape[0], wanted.shape[1])
         rows = None
         if self.validity is not None and not self.problem(inputs):
             rows = self.validity.rows_to_compute(inputs, wanted)
         if rows is None:
-            results = self.keep(inputs)
+            results = self.keep(inputs, residual=residual)
             self.track(inputs, shape)
             self.computed = shape[1]
             return results
@@ -246,8 +260,12 @@ class Block:
 
     def _numbers(self, inputs: Sequence[Any]) -> Sizes:
         """The inputs' symbols, and the number of keys that are chosen."""
-        found = self.full.numbers(inputs)
-        return found if self._chosen is None else Sizes({**found.symbols, self._chosen: self._keys})
+        found = dict(self.full.numbers(inputs).symbols)
+        if self._chosen is not None:
+            found[self._chosen] = self._keys
+        if self._last is not None:
+            found[self._last] = self._residual
+        return Sizes(found)
 
     def _map(self, inputs: Sequence[Any]) -> None:
         """Memory and tensors for these sizes."""

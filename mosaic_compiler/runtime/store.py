@@ -56,6 +56,7 @@ class Store:
             that are kept, they are chosen; or ``exact``: for all rows or for some, whatever is right (where rows depend
             on all others, nothing is kept for that).
         keep: other keys that are kept, where keys are chosen; ``None``: as many as the options say.
+        residual: rows at the end that are kept as they are computed, where some are; ``None``: as the options say.
         shape: of the token ids.
         rows: int64 [B, R], which rows they compute; of ``exact`` steps those that somebody reads (or bool [B, N]); of
             ``full`` ones, where keys are chosen, those of the steps to come.
@@ -66,6 +67,7 @@ class Store:
     def __init__(self) -> None:
         self.kind = "full"
         self.keep: float | int | None = None
+        self.residual: int | None = None
         self.shape = (1, 1)
         self.rows: Tensor | None = None
         self.ran: list[Kinds] = []
@@ -143,7 +145,7 @@ class Store:
         self._used.add(step)
         if self.kind == "full":
             self.computed = self.shape[1]
-            results = block.keep(inputs, self.rows, self.keep)
+            results = block.keep(inputs, self.rows, self.keep, self.residual)
             block.track(inputs, self.shape)
             return results
         assert self.rows is not None
@@ -151,7 +153,7 @@ class Store:
             wanted = self.rows
             if wanted.dtype != torch.bool:
                 wanted = torch.zeros(self.shape, dtype=torch.bool, device=self.rows.device).scatter_(1, self.rows, True)
-            results = block.exact(inputs, wanted)
+            results = block.exact(inputs, wanted, self.residual)
             self.computed = max(self.computed, block.computed)
             return results
         self.computed = max(self.computed, self.rows.shape[1])

@@ -19,7 +19,7 @@ from mosaic_compiler.sampling.rotary import scaled_rotary
 _OF_MASKS: Mapping[str, Any] = {
     "cfg_scale": 0.0, "remasking": "low_confidence", "logits_eos_inf": False, "confidence_eos_eot_inf": False,
     "temperature": 0.0, "cache": "exact", "cache_score": "probability", "sampler": "auto", "eos_rule": "code",
-    "cache_refresh": "block", "cache_evict": True, "eps": 1e-3,
+    "cache_refresh": "block", "cache_evict": True, "cache_residual": 0, "eps": 1e-3,
     "max_post_steps": 16, "sub_block_length": 8, "bidirectional": False, "progress": False,
 }  # fmt: skip
 """Options of samplers for masked tokens where they say nothing; those of the others are ``None``."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mosaic_compiler.planning.caches import policy_of, refresh_of
 from mosaic_compiler.planning.ladder import rungs_of
+from mosaic_compiler.planning.precisions import check_residual
 from mosaic_compiler.planning.selection import DEFAULT_KEEP, check_keep, selection_of
 from mosaic_compiler.sampling.bidirectional import (
     check_bidirectional,
@@ -76,6 +77,7 @@ def generate(
     cache_score: str = "probability",
     cache_sets: str | None = None,
     cache_evict: bool = True,
+    cache_residual: int = 0,
     memory_budget: int | str | None = None,
     options: dict[str, Any] | None = None,
     compile: bool = True,
@@ -161,6 +163,8 @@ def generate(
         cache_evict: ``True``: the other keys are not kept, and others can be chosen in a step for all rows only;
             ``False``: all are kept, so many are read, and the first step of each block chooses them (with
             ``cache_refresh="never"``, no step for all rows follows the first one).
+        cache_residual: with ``cache_dtype``, so many rows at the end of the sequence are kept as they are computed,
+            beside all rows in fewer bits.
         memory_budget, options: of the backend, see :class:`~mosaic_compiler.MosaicOptions`; the budget is for what is
             kept as well.
         compile: ``False``: run the same in eager PyTorch.
@@ -183,7 +187,7 @@ def generate(
             "edit_threshold": edit_threshold, "attention_mask": has_padding(attention_mask) or None, "cache": cache,
             "sampler": sampler, "eos_rule": eos_rule, "cache_refresh": cache_refresh, "eps": eps,
             "cache_dtype": cache_dtype, "cache_keep": cache_keep, "cache_score": cache_score, "cache_sets": cache_sets,
-            "cache_evict": cache_evict,
+            "cache_evict": cache_evict, "cache_residual": cache_residual,
             "mask_token_id": mask_token_id, "mask_id": mask_id, "eot_token_id": eot_token_id,
             "max_post_steps": max_post_steps, "sub_block_length": sub_block_length, "bidirectional": bidirectional,
             "progress": progress,
@@ -202,7 +206,7 @@ def generate(
     policy, refresh = policy_of(cache), refresh_of(cache_refresh)
     if policy.is_kept and not compile:
         raise ValueError(f"cache={cache!r} needs a compiled model: leave out compile=False, or take cache='none'")
-    for name in ("cache_dtype", "cache_keep", "cache_score", "cache_sets", "cache_evict"):
+    for name in ("cache_dtype", "cache_keep", "cache_score", "cache_sets", "cache_evict", "cache_residual"):
         if name in (options or {}):
             raise ValueError(f"options: {name} is an argument of generate by itself: say it there")
     if cache_dtype is not None and (not compile or not (policy.is_kept or policy.is_exact)):
@@ -220,6 +224,9 @@ def generate(
             f"cache_keep={cache_keep!r} is for keys that are kept approximately, and cache={cache!r} keeps none so: "
             "choose a cache, 'select' for example"
         )
+    check_residual(cache_residual, cache_dtype, cache_keep)
+    if cache_residual and cache == "auto":
+        raise ValueError("cache_residual is for all keys in fewer bits, and cache='auto' may choose some: take 'dual'")
     if not cache_evict and (cache_keep is None or cache == "auto"):
         raise ValueError(
             "cache_evict=False keeps all keys and reads chosen ones: say how many with cache_keep, under another cache "
@@ -288,6 +295,7 @@ def generate(
         sampling = replace(sampling, seed=int(drawn))
         run = Run(
             model, call, input_ids, attention_mask, sampling, given, compile, policy, refresh, rungs, selection,
+            cache_residual,
         )  # fmt: skip
         try:
             with torch.no_grad(), dynamo_as_needed(), _bar(progress, run) as advance:
@@ -303,7 +311,7 @@ def generate(
         run.fallbacks,
         counts,
         run.state_bytes,
-        counts["reuse"] > 0 and (run.is_rounded or not policy.is_exact),
+        counts["reuse"] + counts.get("choose", 0) > 0 and (run.is_rounded or not policy.is_exact),
         run.rung.precision,
         run.rung.keep,
     )

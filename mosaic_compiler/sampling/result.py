@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from mosaic_compiler.planning.plan import Fallback, MemoryPlan
+from mosaic_compiler.waiting import old_objects_set_aside
 
 
 class Streamer(Protocol):
@@ -70,16 +71,17 @@ def watched(
     """Run to the end, and tell those who watch; the ids after each step, if they are to be kept."""
     history: list[Tensor] = []
     try:
-        for ids in run.ids_by_step():
-            if keep:
-                history.append(ids.clone())
-            if on_step is not None:
-                on_step(run.forwards, ids)
-            if streamer is not None:
-                streamer.put(ids.cpu())
-            if on_step is not None or streamer is not None:
-                run.look_again()
-            advance(ids)
+        with old_objects_set_aside():
+            for ids in run.ids_by_step():
+                if keep:
+                    history.append(ids.clone())
+                if on_step is not None:
+                    on_step(run.forwards, ids)
+                if streamer is not None:
+                    streamer.put(ids.cpu())
+                if on_step is not None or streamer is not None:
+                    run.look_again()
+                advance(ids)
     finally:
         if streamer is not None:
             streamer.end()

@@ -42,6 +42,7 @@ class Run:
         policy, refresh: which rows steps compute, see ``planning/caches.py``.
         rungs: what is kept, the first of them that fits, see ``planning/ladder.py``.
         selection: how keys are chosen, where some are, see ``planning/selection.py``.
+        residual: rows at the end that are kept as they are computed, where the others are not.
 
     Attributes:
         schedule: which kinds of steps there were.
@@ -63,6 +64,7 @@ class Run:
         refresh: Refresh,
         rungs: Sequence[Rung] = (Rung(),),
         selection: Selection | None = None,
+        residual: int = 0,
     ) -> None:
         self.sampling = sampling
         batch, self.start = prompt.shape
@@ -78,7 +80,7 @@ class Run:
         self._store = Store() if policy.is_kept or (policy.is_exact and is_compiled) else None
         self.state_bytes, self.is_rounded = 0, False
         self._has_said = False
-        self._rungs, self._selection = list(rungs), selection or Selection()
+        self._rungs, self._selection, self._residual = list(rungs), selection or Selection(), residual
         self._proposes = model, call, self._kind.rule(sampling)
         self._options, self._is_compiled = dict(options), is_compiled
         self._go_down()
@@ -91,8 +93,10 @@ class Run:
         if self.rung.keep is not None:
             more |= self._selection.options
             self.schedule.choose(SCORES[self._selection.score].delay, evicts=self._selection.evicts)
+        if self._residual and self.rung.precision is not None and self.rung.keep is None:
+            more["cache_residual"] = 1  # how many is no matter of what is compiled
         if self._store is not None:
-            self._store.keep = self.rung.keep
+            self._store.keep, self._store.residual = self.rung.keep, self._residual or None
         if not self.rung.is_kept:
             self._store = None
             self.schedule.keep_nothing()

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
 from torch import fx
 
 from mosaic_compiler import ir
-from mosaic_compiler.ir.emitter import Emitter, SizeEmitter
-from mosaic_compiler.ir.notes import STATE, STATIC_INPUTS, StatePlace
-from mosaic_compiler.lowering.forms import form_of
+from mosaic_compiler.ir.emitter import SizeEmitter
 from mosaic_compiler.passes.base import Pass
 from mosaic_compiler.passes.state.attended import cut_for
 from mosaic_compiler.passes.state.coding import Coder, Coding, codings_of
 from mosaic_compiler.passes.state.cut import Cut
-from mosaic_compiler.planning.lowered import Kind
-
-aten = torch.ops.aten
+from mosaic_compiler.passes.state.places import keep_results, note_state
+from mosaic_compiler.passes.state.residual import Residual, residual_in
 
 
 @dataclass(frozen=True)
 class KeepStatePass(Pass):
     """Return the values of the cut (``cut.py``) behind the outputs, to be written where given memory says.
 
-    With a ``precision`` it is codes and scales of them (``coding.py``) that are kept.
+    With a ``precision`` it is codes and scales of them (``coding.py``) that are kept; with ``has_residual`` also the
+    last rows of what attentions read codes of, as they are (``residual.py``).
 
     The memory is an input for each of them that the graph itself does not touch: planning and binding put the result
     there (``STATE`` says which belongs to which), so the loops that compute keys and values write them into state.
@@ -46,6 +43,7 @@ class KeepStatePass(Pass):
 
     name: ClassVar[str] = "keep-state"
     precision: str | None = None
+    has_residual: bool = False
 
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
         module = ir.copy_graph(module)
@@ -53,92 +51,33 @@ class KeepStatePass(Pass):
         assert not cut.problem, cut.problem
         codings, problem = codings_of(cut, self.precision)
         assert not problem, problem
-        _Keeper(module, cut, codings).rewrite()
+        _Keeper(module, cut, codings, residual_in(cut, self.precision, codings) if self.has_residual else []).rewrite()
         module.graph.lint()
         module.recompile()
         return module
 
 
 class _Keeper(SizeEmitter):
-    def __init__(self, module: fx.GraphModule, cut: Cut, codings: Mapping[fx.Node, Coding]) -> None:
+    def __init__(
+        self, module: fx.GraphModule, cut: Cut, codings: Mapping[fx.Node, Coding], residual: Sequence[fx.Node]
+    ) -> None:
         super().__init__(module)
-        self.module, self.cut, self.codings = module, cut, codings
+        self.module, self.cut, self.codings, self.residual = module, cut, codings, residual
 
     def rewrite(self) -> None:
         parts = [part for value in self.cut.values for part in self._parts(value)]
-        note_state(self.module, keep_results(self, self.module, parts))
+        places = keep_results(self, self.module, parts)
+        if self.residual:
+            memory, last = Residual(self, self.residual, len(places)), []
+            for value in self.residual:
+                self.origin = value
+                with self.graph.inserting_before(self.graph.output_node()):
+                    last.append(memory.rows_of(value))
+            places += keep_results(self, self.module, last, memory.indices)
+        note_state(self.module, places)
 
     def _parts(self, value: fx.Node) -> list[fx.Node]:
         """What is kept of a value."""
         self.origin = value
         with self.graph.inserting_before(value.next):
             return Coder(self).encode(value, self.codings[value])
-
-
-def keep_results(
-    emitter: Emitter, module: fx.GraphModule, parts: Sequence[fx.Node], memory: Sequence[int] = ()
-) -> list[StatePlace]:
-    """Return these behind the outputs, to be written into inputs that are there (their positions), or that are made
-    here; which belong together."""
-    storage = ir.StorageMap(emitter.graph)
-    taken = ir.escaping_roots(emitter.graph, storage) | ir.written_roots(emitter.graph, storage)
-    output = emitter.graph.output_node()
-    places: list[StatePlace] = []
-    kept: list[fx.Node] = []
-    given: Any = output.args[0]
-    results = [given] if isinstance(given, fx.Node) else list(given)
-    for value in parts:
-        root = storage.root(value)
-        is_own = root is not None and root[0] is value and root not in taken
-        if not is_own or form_of(value, ir.main_device_of(module)).kind is not Kind.DESTINATION:
-            value = _copied(emitter, value)
-        index = memory[len(places)] if memory else add_state(emitter, value, len(places))
-        places.append(StatePlace(index, len(results) + len(kept)))
-        kept.append(value)
-    output.args = ((*results, *kept),)
-    output.meta["val"] = tuple(ir.argument_value(result) for result in output.args[0])
-    return places
-
-
-def _copied(emitter: Emitter, value: fx.Node) -> fx.Node:
-    """In memory of its own, which all of its readers read from now on."""
-    users = list(value.users)
-    emitter.origin = value
-    with emitter.graph.inserting_before(value.next):
-        copy = emitter.emit(aten.clone.default, value, memory_format=torch.preserve_format)
-    for user in users:
-        if user.op != "output":
-            user.replace_input_with(value, copy)
-    if ir.layout_of(ir.value_of(copy)) != ir.layout_of(ir.value_of(value)):
-        emitter.propagate({copy})
-    return copy
-
-
-def add_state(emitter: Emitter, value: fx.Node, number: int) -> int:
-    """An input for the memory that a value is kept in, behind all others; returns its position."""
-    placeholders = emitter.graph.find_nodes(op="placeholder")
-    tensor = ir.only_tensor(value)
-    with emitter.mode, emitter.graph.inserting_after(placeholders[-1]):
-        node = emitter.graph.placeholder(f"state_{number}")
-        node.meta = {k: v for k, v in value.meta.items() if k in ("stack_trace", "nn_module_stack")}
-        node.meta[ir.STATE_MEMORY] = True
-        node.meta["val"] = torch.empty_strided(
-            list(tensor.shape), _dense_strides(tensor), dtype=tensor.dtype, device=tensor.device
-        )
-    return len(placeholders)
-
-
-def _dense_strides(tensor: torch.Tensor) -> list[Any]:
-    """Of a copy: dims in the same order in memory, without gaps."""
-    strides: list[Any] = [1] * tensor.dim()
-    step: Any = 1
-    for dim in reversed(ir.memory_order(tensor)):
-        strides[dim] = step
-        step = step * tensor.shape[dim]
-    return strides
-
-
-def note_state(module: fx.GraphModule, places: Sequence[StatePlace]) -> None:
-    """Where state comes in and goes out; its memory stays where it is, as that of weights."""
-    STATE.write(module, replace(STATE.of(module), places=tuple(places)))
-    STATIC_INPUTS.write(module, (*STATIC_INPUTS.of(module), *(place.input for place in places)))

@@ -20,7 +20,7 @@ from mosaic_compiler.passes.base import Pass
 from mosaic_compiler.passes.state.attended import Attended, attended_in, cut_for, reading_codes
 from mosaic_compiler.passes.state.coding import Coding, codings_of
 from mosaic_compiler.passes.state.cut import Cut
-from mosaic_compiler.passes.state.keep import keep_results, note_state
+from mosaic_compiler.passes.state.places import keep_results, note_state
 from mosaic_compiler.passes.state.reuse import Rewriter
 from mosaic_compiler.passes.state.select import SelectedRewriter, States, taken, whole_size
 from mosaic_compiler.planning.selection import Selection

@@ -23,7 +23,8 @@ from mosaic_compiler.passes.chunk_loops.labels import Edge, reads_values
 from mosaic_compiler.passes.state.attended import Attended, cut_for, reading_codes
 from mosaic_compiler.passes.state.coding import Coder, Coding, codings_of
 from mosaic_compiler.passes.state.cut import Cut
-from mosaic_compiler.passes.state.keep import add_state, note_state
+from mosaic_compiler.passes.state.places import add_state, note_state
+from mosaic_compiler.passes.state.residual import Residual, residual_in
 
 aten = torch.ops.aten
 
@@ -63,6 +64,7 @@ class ReuseStatePass(Pass):
 
     name: ClassVar[str] = "reuse-state"
     precision: str | None = None
+    has_residual: bool = False
 
     def __call__(self, module: fx.GraphModule) -> fx.GraphModule:
         module = ir.copy_graph(module)
@@ -70,7 +72,8 @@ class ReuseStatePass(Pass):
         assert not cut.problem, cut.problem
         codings, problem = codings_of(cut, self.precision)
         assert not problem, problem
-        Rewriter(module, cut, codings, reading_codes(cut, self.precision, codings)).rewrite()
+        residual = residual_in(cut, self.precision, codings) if self.has_residual else []
+        Rewriter(module, cut, codings, reading_codes(cut, self.precision, codings), residual).rewrite()
         ir.remove_dead_code(module.graph)
         module.graph.lint()
         module.recompile()
@@ -87,8 +90,12 @@ class Rewriter(SizeEmitter):
         cut: Cut,
         codings: Mapping[fx.Node, Coding],
         reading_codes: Mapping[fx.Node, Attended] = MappingProxyType({}),
+        residual: Sequence[fx.Node] = (),
     ) -> None:
         super().__init__(module)
+        self._residual_of = residual
+        self._residual: Residual | None = None
+        self._indexes: dict[tuple[Any, Any], list[fx.Node]] = {}
         self._reading_codes = reading_codes
         self.codings, self.coder = codings, Coder(self)
         self.module, self.cut, self.labels, self.space = module, cut, cut.labels, cut.space
@@ -156,6 +163,9 @@ class Rewriter(SizeEmitter):
             with self.graph.inserting_before(value.next):
                 parts = self.coder.encode(value, self.codings[value])  # of all rows: for their layouts only
             self._states[value] = [self._state(part) for part in parts]
+        if self._residual_of:
+            self._residual = Residual(self, self._residual_of, len(self._places))
+            self._places += [StatePlace(index, None) for index in self._residual.indices]
 
     def _state(self, like: fx.Node) -> fx.Node:
         """Memory for a value."""
@@ -175,17 +185,21 @@ class Rewriter(SizeEmitter):
         if node in self._reading_codes:
             each = self._reading_codes[node]
             codes = [piece for part in each.parts for piece in self._written[part]]
-            return self._attend_codes(each, codes, self.emit(aten.unsqueeze.default, self._given, 1))
+            own, places = [self._computed[part] for part in each.parts], self._given
+            if self._residual is not None:
+                own, places = self._residual.read(each.parts, own, self._given)
+            return self._attend_codes(each, codes, self.emit(aten.unsqueeze.default, places, 1), own)
         args, kwargs = self._operands(node)
         target: Any = aten.reshape.default if node.target is aten.view.default else node.target
         return self.emit(target, *args, **kwargs)
 
-    def _attend_codes(self, each: Attended, codes: Sequence[fx.Node], places: fx.Node) -> fx.Node:
-        """Attention of codes and scales of keys, then of values; ``places``: [E, 1 or G, C], where the computed rows
-        are among them."""
+    def _attend_codes(
+        self, each: Attended, codes: Sequence[fx.Node], places: fx.Node, own: Sequence[fx.Node]
+    ) -> fx.Node:
+        """Attention of codes and scales of keys, then of values; ``places``: [E, 1 or G, C], where the keys that are
+        there as they are, ``own`` [E, G, C, d] and values, are among them."""
         (query, _, _, *more), _ = self._operands_with(each, codes[::2])
         bounds = more[:3] if each.node.target is ops.interval_attention else (None, None, None)
-        own = [self._computed[part] for part in each.parts]
         return self.emit(
             ops.coded_attention, query, *codes, *own, places, *bounds, each.scale, each.codings[0].precision,
             list(each.order),
@@ -287,6 +301,8 @@ class Rewriter(SizeEmitter):
         self._written[value] = [
             self._put(state, part, layout) for state, part in zip(self._states[value], parts, strict=True)
         ]
+        if self._residual is not None:
+            self._residual.write(value, self._computed[value], self._given, self._put_chosen)
 
     def _as_it_is_read(self, value: fx.Node) -> fx.Node:
         """State as numbers of the value's dtype."""
@@ -307,6 +323,19 @@ class Rewriter(SizeEmitter):
         target, new = self.permuted(state, order), self.permuted(computed, order)
         written = self.emit(aten.index_put_.default, target, [self._entry_numbers, self._given], new)
         return self.permuted(written, back)
+
+    def _put_chosen(self, target: fx.Node, places: fx.Node, new: fx.Node, entries: Any, heads: Any) -> fx.Node:
+        """target[e, h, places[e, h]] = new[e, h], in place."""
+        indexes = self._indexes.setdefault((entries, heads), [])
+        if not indexes:
+            device = ir.main_device_of(self.module)
+            with self.graph.inserting_before(self.front):
+                for size, dims in ((entries, (1, 2)), (heads, (0, 2))):
+                    index = self.emit(aten.arange.default, size, device=device, pin_memory=False)
+                    for dim in dims:
+                        index = self.emit(aten.unsqueeze.default, index, dim)
+                    indexes.append(index)
+        return self.emit(aten.index_put_.default, target, [*indexes, places], new)
 
     def _rows_first(self, layout: Layout) -> tuple[list[int], list[int]]:
         """The order of dims with those of rows in front, and the one that leads back."""

@@ -27,7 +27,7 @@ from mosaic_compiler.passes.chunk_loops.labels import Edge
 from mosaic_compiler.passes.state.attended import Attended, attended_in, cut_for
 from mosaic_compiler.passes.state.coding import Coder, Coding
 from mosaic_compiler.passes.state.cut import Cut
-from mosaic_compiler.passes.state.keep import add_state, keep_results, note_state
+from mosaic_compiler.passes.state.places import add_state, keep_results, note_state
 from mosaic_compiler.passes.state.reuse import Rewriter
 from mosaic_compiler.planning.selection import Selection
 
@@ -261,7 +261,6 @@ class SelectedRewriter(Rewriter):
         self._attended: Mapping[fx.Node, Attended] = {each.node: each for each in attended}
         self._selection = selection
         self._of_selected: dict[fx.Node, list[fx.Node]] = {}
-        self._indexes: dict[tuple[Any, Any], list[fx.Node]] = {}
 
     def _add_states(self) -> None:
         self._use(States(self, list(self._attended.values()), self._selection))
@@ -288,7 +287,7 @@ class SelectedRewriter(Rewriter):
                 each, positions, [*read, *own, places] if each.reads_codes else read, entries, heads
             )
         if each.reads_codes:
-            return self._attend_codes(each, read, places)
+            return self._attend_codes(each, read, places, [self._computed[part] for part in each.parts])
         args, kwargs = self._operands_with(each, read)
         return self.emit(node.target, *args, **kwargs)
 
@@ -324,19 +323,6 @@ class SelectedRewriter(Rewriter):
         wide = self.emit(aten.clone.default, self.emit(aten.expand.default, wanted, sizes),
                          memory_format=torch.contiguous_format)  # fmt: skip
         return self.emit(aten.searchsorted.Tensor, positions, wide)
-
-    def _put_chosen(self, target: fx.Node, places: fx.Node, new: fx.Node, entries: Any, heads: Any) -> fx.Node:
-        """target[e, h, places[e, h]] = new[e, h], in place."""
-        indexes = self._indexes.setdefault((entries, heads), [])
-        if not indexes:
-            device = ir.main_device_of(self.module)
-            with self.graph.inserting_before(self.front):
-                for size, dims in ((entries, (1, 2)), (heads, (0, 2))):
-                    index = self.emit(aten.arange.default, size, device=device, pin_memory=False)
-                    for dim in dims:
-                        index = self.emit(aten.unsqueeze.default, index, dim)
-                    indexes.append(index)
-        return self.emit(aten.index_put_.default, target, [*indexes, places], new)
 
     def _attend_runs(
         self, each: Attended, positions: fx.Node, read: Sequence[fx.Node], entries: Any, heads: Any
