@@ -162,8 +162,13 @@ def test_a_session_chooses_again_and_again():
         assert kept < session.nbytes <= kept + layers * heads * keys * 8 + 1024
         with pytest.raises(MissingStateError, match=r"call choose\(\) for them first"):
             session.reuse(tokens, range(8))
+        (block,) = session._store._blocks.values()
+        bound = [*block.reuse._programs.values()]
         session.full(tokens)
         assert session.nbytes == kept  # positions are of other keys now
+        session.choose(tokens, range(16, 24))
+        session.reuse(tokens, range(16, 24))
+        assert [*block.reuse._programs.values()] == bound  # nothing is bound again
     with Session(model, options={"cache_keep": 8}) as session:
         session.full(tokens, rows=range(8))
         with pytest.raises(StateError, match="cache_evict=False"):

@@ -32,7 +32,7 @@ class KeptMemory:
         numbers = [number for each in facts for number in (*each.shape, *each.strides)]
         self.symbols = sorted({symbol for number in numbers for symbol in number.free_symbols}, key=str)
         self.tensors: list[Tensor] = []
-        self.nbytes = 0
+        self.nbytes = self._total = 0
         self.arena = new_arena(device)
         self._finalizer = weakref.finalize(self, self.arena.release)
         self._finalizer.atexit = False
@@ -47,7 +47,11 @@ class KeptMemory:
 
     @torch.inference_mode(False)
     def map(self, sizes: Sizes) -> None:
-        """Memory and tensors for these sizes; what was there is gone."""
+        """Memory and tensors for these sizes: those that there are, if they have them, else others."""
+        if self.holds(self.layouts(sizes)):
+            self.arena.ensure(self._total)
+            self.nbytes = self._total
+            return
         layouts = [(object_of(dtype), shape, strides) for dtype, shape, strides in self.layouts(sizes)]
         nbytes = [
             dtype.itemsize * (1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True)))
@@ -59,7 +63,15 @@ class KeptMemory:
             self.arena.tensor(at, dtype, shape, strides, at + size)
             for at, size, (dtype, shape, strides) in zip(offsets, nbytes, layouts, strict=True)
         ]
-        self.nbytes = total
+        self.nbytes = self._total = total
+
+    def lend(self) -> bool:
+        """Give the memory back until :meth:`map`, with what is in it.  Whether the tensors stay, at their addresses."""
+        self.arena.release()
+        self.nbytes = 0
+        if self.arena.moves:
+            self.tensors = []
+        return not self.arena.moves
 
     def fill(self, byte: int) -> None:
         """Every byte of it."""

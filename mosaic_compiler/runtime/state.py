@@ -87,13 +87,14 @@ class Block:
         """Take over the state of another graph of the same model, if it holds the same values: a model may be compiled
         again in its second call (because it has made tables in its first one)."""
         self._keys, self._for_rows, self.is_partial = other._keys, other._for_rows, other.is_partial
+        self._residual = other._residual
         layouts = self._values.layouts(self._numbers(inputs))
         if not other.is_valid or self._kinds.origins != other._kinds.origins or not other._values.holds(layouts):
             return False
         weights = self._weights_in(inputs)
         if other._weights is None or not weights.is_same_where_both_are(other._weights):
             return False
-        other._forget_programs()
+        other._forget_programs(other.tensors)
         self._values, other._values = other._values, self._values
         other.is_valid = False
         self._sizes, self._weights, self.is_valid = self._sizes_of(inputs), weights, True
@@ -138,9 +139,10 @@ class Block:
                 )
             self._choose_for(rows, keep, inputs)
             given.append(self._kinds.rows_for_entries(self._for_rows, inputs))  # type: ignore[arg-type]
-        if self._positions is not None:
-            self._forget_programs()
-            self._positions.release()  # of other keys now, and no part of this step's plan
+        if self._positions is not None:  # they are of other keys now, and no part of this step's plan
+            bound = list(self._positions.tensors)
+            if not self._positions.lend():
+                self._forget_programs(bound)
         if self._sizes_of(inputs) != self._sizes:
             self._map(inputs)
         if self.full.kept.outline.guard:
@@ -180,9 +182,8 @@ class Block:
         self._choose_for(rows, keep, inputs)
         sizes = self._numbers(inputs)
         if not self._positions.holds(self._positions.layouts(sizes)):
-            self.reuse.forget(self._positions.tensors)
-            self._kinds.choose.forget(self._positions.tensors)
-            self._positions.map(sizes)
+            self._forget_programs(self._positions.tensors)
+        self._positions.map(sizes)
         results = self._run_for_rows(self._kinds.choose, inputs, self._for_rows)  # type: ignore[arg-type]
         self._has_chosen = True
         return results[: len(results) - len(self._positions.tensors)]
@@ -281,15 +282,16 @@ class Block:
 
     def _forget(self) -> None:
         """No program may be bound to memory that is given back."""
-        self._forget_programs()
+        self._forget_programs(self.tensors)
         self._sizes, self._has_chosen = None, False
         for memory in (self._values, self._positions):
             if memory is not None:
                 memory.forget()
 
-    def _forget_programs(self) -> None:
+    def _forget_programs(self, tensors: Sequence[Tensor]) -> None:
+        """Those that are bound to these."""
         for step in self._kinds.steps:
-            step.forget(self.tensors)
+            step.forget(tensors)
 
     def release(self) -> None:
         """Give the memory back."""
