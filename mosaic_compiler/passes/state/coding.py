@@ -157,11 +157,17 @@ class Coder:
         emit = self._emitter.emit
         if len(parts) == 1:
             return self._emitter.laid_out(emit(aten._to_copy.default, parts[0], dtype=dtype), order)
-        codes = self._split(parts[0], coding.dim, coding.group // (2 if coding.precision == "int4" else 1))
+        halves = 2 if coding.precision == "int4" else 1
+        codes = self._split(parts[0], coding.dim, coding.group // halves)
         scale = self._split(parts[1], coding.dim, 1)
-        numbers = emit(aten.mul.Tensor, self._numbers(codes, coding), scale)
-        merged = self._merged(emit(aten._to_copy.default, numbers, dtype=dtype), coding.dim)
-        return self._emitter.laid_out(merged, order)
+        if halves > 1:
+            scale = emit(aten.unsqueeze.default, scale, coding.dim + 1)
+        numbers = emit(aten._to_copy.default, emit(aten.mul.Tensor, self._numbers(codes, coding), scale), dtype=dtype)
+        if halves > 1:  # last, so that all of it is one kernel
+            sizes = self._sizes(numbers)
+            before, behind = sizes[: coding.dim + 1], sizes[coding.dim + 3 :]
+            numbers = self._viewed(numbers, [*before, coding.group, *behind])
+        return self._emitter.laid_out(self._merged(numbers, coding.dim), order)
 
     def _numbers(self, codes: fx.Node, coding: Coding) -> fx.Node:
         emit = self._emitter.emit
@@ -175,8 +181,7 @@ class Coder:
         shifts = emit(aten.arange.start_step, 0, 8, 4, dtype=torch.uint8, device=device, pin_memory=False)
         shifts = self._viewed(shifts, [2, *[1] * (len(sizes) - dim)])
         halves = emit(aten.bitwise_right_shift.Tensor, emit(aten.unsqueeze.default, codes, dim), shifts)
-        numbers = emit(aten.sub.Tensor, self._wide(emit(aten.bitwise_and.Scalar, halves, 15)), 8)
-        return self._viewed(numbers, [*sizes[:dim], 2 * int(sizes[dim]), *sizes[dim + 1 :]])
+        return emit(aten.sub.Tensor, self._wide(emit(aten.bitwise_and.Scalar, halves, 15)), 8)
 
     def _wide(self, value: fx.Node) -> fx.Node:
         if ir.only_tensor(value).dtype == torch.float32:
