@@ -12,6 +12,7 @@ import torch
 from mosaic_compiler.ahead import configs, fit
 from mosaic_compiler.backend import observing
 from mosaic_compiler.planning import Buffer, MemoryPlan, make_plan
+from mosaic_compiler.planning.selection import kept_keys
 from mosaic_compiler.sampling import DenoisingStep, block_window
 
 SMALL = {
@@ -69,6 +70,21 @@ def test_fit_answers_for_several_lengths_and_remembers_the_trace(run, config, tm
     assert answer["answers"][0]["fits"]
     assert answer["answers"][0]["tokens"] == 2048
     assert answer["longest"] > answer["longest_eager"] > 0
+
+
+@pytest.mark.slow
+def test_fit_counts_all_keys_where_chosen_ones_are_read(run, config):
+    """Beside them their positions: eight bytes for each chosen key, head and layer."""
+    states = []
+    for more in (("dual",), ("select", "--cache-keep", "0.25", "--no-cache-evict"), ("select", "--cache-keep", "0.25")):
+        code, out, _ = run("fit", "--config", config, "--tokens", "1k", "--gpu", "1GB", "--json", "--cache", *more)
+        assert code == 0
+        states.append(json.loads(out)["answers"][0]["state"])
+    every, read, kept = states
+    heads = SMALL.get("num_key_value_heads", SMALL["num_attention_heads"])
+    positions = 8 * heads * SMALL["num_hidden_layers"] * kept_keys(0.25, 1024, 32)
+    assert 0 <= read - every - positions < 512 * SMALL["num_hidden_layers"]
+    assert kept < every
 
 
 def test_fit_says_which_lengths_the_model_was_not_trained_for(run, config):
@@ -219,6 +235,7 @@ def test_doctor_says_what_is_there_and_what_is_missing(run):
         (("fit", "--config", "LLaDA-8B", "--gpu", "24 gigs"), "--gpu '24 gigs'"),
         (("fit", "--config", "LLaDA-8B", "--tokens", "many"), "--tokens 'many'"),
         (("fit", "--config", "LLaDA-8B", "--tokens", "0"), "--tokens '0'"),
+        (("fit", "--config", "LLaDA-8B", "--cache", "dual", "--no-cache-evict"), "say how many with --cache-keep"),
         (("fit", "--config", "LLaDA-8B", "--dtype", "int3"), "dtype 'int3'"),
         (("fit", "--config", "LLaDA-8B", "--device", "tpu"), "device 'tpu'"),
     ],

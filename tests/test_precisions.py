@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("warm")
 _SOME, _OTHERS = ("int4",), ("fp8", "bf16", "int8")
 
 
-@settings(max_examples=examples(3, 20))
+@settings(max_examples=examples(2, 20))
 @given(
     toy=toys,
     precision=st.sampled_from([*sorted(PRECISIONS), "exact+int4", "2*int8+fp8", "bf16+exact"]),

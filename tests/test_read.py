@@ -34,7 +34,7 @@ MASK = 5
 READ = {"cache_evict": False}
 
 
-@settings(max_examples=examples(3, 40), deadline=None)
+@settings(max_examples=examples(2, 40), deadline=None)
 @given(
     toy=toys, way=ways, batch=st.integers(1, 3), length=st.integers(3, 24), keep=st.sampled_from([1, 4, 0.3, 0.7]),
     precision=st.sampled_from([None, None, "bf16", "fp8", "int4", "exact+int8"]),

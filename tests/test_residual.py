@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("warm")
 MASK = 5
 
 
-@settings(max_examples=examples(3, 40), deadline=None)
+@settings(max_examples=examples(2, 40), deadline=None)
 @given(
     toy=toys, precision=st.sampled_from(["int4", "int8", "fp8", "int4+exact", "int8+int4"]), batch=st.integers(1, 3),
     length=st.integers(2, 24), residual=st.sampled_from([1, 2, 7, 30]), chunk=st.sampled_from([None, 1, 3, 8]),

@@ -121,7 +121,7 @@ def test_what_is_no_number_is_chosen_and_shows():
 
 
 # ------------------------------------------------------------------------------------------------------ steps
-@settings(max_examples=examples(3, 40), deadline=None)
+@settings(max_examples=examples(2, 40), deadline=None)
 @given(
     toy=toys, way=ways, batch=st.integers(1, 3), length=st.integers(3, 24), keep=st.sampled_from([1, 4, 0.3, 0.7]),
     precision=st.sampled_from([None, None, "fp8", "int4"]), chunk=st.sampled_from([None, 1, 3, 8]),
