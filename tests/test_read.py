@@ -107,6 +107,24 @@ def test_it_reads_what_would_have_been_kept(toy, batch, precision, keep, seed):
     assert reading.nbytes == 0
 
 
+def test_votes_do_not_depend_on_the_rows_of_earlier_steps():
+    """A step for fewer rows than one before computes one of them again, which is no query more."""
+    toy = Toy(layers=1, result="tokens")
+    weights, tokens = toy.weights(8), ids(1, 9, 8)
+    few = torch.tensor([[4, 7, 8]])
+    chosen = []
+    for first in (None, torch.tensor([[0, 2, 5, 7, 8]])):
+        block = block_of(toy, 1, weights, cache_keep=3, cache_score="mage", cache_sets="layer", **READ)
+        block.keep([tokens, *weights])
+        if first is not None:
+            block.choose([tokens, *weights], first)
+            block.run_rows([tokens, *weights], first)
+        block.choose([tokens, *weights], few)
+        chosen.append(block._positions.tensors[0].clone())
+        block.release()
+    assert torch.equal(*chosen)
+
+
 def test_graphs_run_in_plain_pytorch_and_are_verified():
     toy = Toy(kv_heads=2, window=3, result="logits")
     weights, tokens, rows = toy.weights(0), ids(2, 13, 1), torch.tensor([[2, 3], [2, 3]])

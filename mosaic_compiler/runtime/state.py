@@ -184,6 +184,7 @@ class Block:
         if not self._positions.holds(self._positions.layouts(sizes)):
             self._forget_programs(self._positions.tensors)
         self._positions.map(sizes)
+        # just these rows, none of them again: how many queries there are counts for some scores
         results = self._run_for_rows(self._kinds.choose, inputs, self._for_rows)  # type: ignore[arg-type]
         self._has_chosen = True
         return results[: len(results) - len(self._positions.tensors)]
@@ -237,10 +238,10 @@ class Block:
             raise MissingStateError("no keys are chosen yet among those that are kept: call choose() first")
         if self.is_rounded:
             rows = torch.sort(rows, 1).values  # attention of codes looks for rows that come twice side by side
-        return self._run_for_rows(self.reuse, inputs, rows)
+        return self._run_for_rows(self.reuse, inputs, self._with_room(rows))
 
     def _run_for_rows(self, step: Step, inputs: Sequence[Any], rows: Tensor) -> list[Any]:
-        entries = self._kinds.rows_for_entries(self._with_room(rows), inputs)
+        entries = self._kinds.rows_for_entries(rows, inputs)
         self.is_valid, self.is_read = False, True
         with holding(self.nbytes):
             results = Step.__call__(step, [*inputs, entries, *self.tensors])
