@@ -108,22 +108,24 @@ def test_scratch_covers_what_is_allocated(precision, queries):
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "window"),
+    ("kv_heads", "window", "keep"),
     [
-        (2, None),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, None), (4, None), (1, 3), (2, 3), (4, 3))),
+        (2, None, None),
+        pytest.param(2, None, 0.5, marks=pytest.mark.slow),
+        *(
+            pytest.param(*case, keep, marks=pytest.mark.slow)
+            for case in ((1, None), (4, None), (1, 3), (2, 3), (4, 3))
+            for keep in (None, 0.5)
+        ),
     ],
 )
-def test_steps_read_codes_and_nothing_of_all_keys_in_full_width(kv_heads, window):
+def test_steps_read_codes_and_nothing_of_all_keys_in_full_width(kv_heads, window, keep):
     toy = Toy(layers=2, kv_heads=kv_heads, window=window)
     weights = toy.weights(0)
-    for keep in (None, 0.5):
-        kinds = _kinds_of(
-            traced(toy, 2, weights), MosaicOptions(cache_dtype="int4", cache_keep=keep, disable=("fuse",))
-        )
-        targets = [node.target for node in next(iter(kinds.reuse.graphs.values())).graph.nodes]
-        assert targets.count(ops.coded_attention) == 2
-        assert not any("bitwise_right_shift" in str(target) for target in targets)  # nothing is decoded
+    kinds = _kinds_of(traced(toy, 2, weights), MosaicOptions(cache_dtype="int4", cache_keep=keep, disable=("fuse",)))
+    targets = [node.target for node in next(iter(kinds.reuse.graphs.values())).graph.nodes]
+    assert targets.count(ops.coded_attention) == 2
+    assert not any("bitwise_right_shift" in str(target) for target in targets)  # nothing is decoded
 
 
 def test_fewer_rows_take_no_more_than_is_planned():

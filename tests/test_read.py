@@ -208,7 +208,7 @@ def test_another_number_of_keys_compiles_nothing():
     assert not steps
 
 
-@pytest.mark.parametrize("keep", [1.0, pytest.param(0.3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("keep", [0.3, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_generation_computes_all_rows_once(keep):
     model = TidyLike(0)
     prompt = torch.randint(10, VOCABULARY, (2, 21), generator=torch.Generator().manual_seed(3))
@@ -219,10 +219,12 @@ def test_generation_computes_all_rows_once(keep):
     got = mosaic_compiler.generate(model, prompt, **options, cache_keep=keep)
     assert got.is_approximate
     assert got.steps_by_kind == {"full": 1, "choose": 2, "reuse": 5}
-    dual = mosaic_compiler.generate(model, prompt, **{**options, "cache": "dual", "cache_evict": True})
-    assert keep < 1 or torch.equal(got.sequences, dual.sequences)
     positions = 2 * 2 * 4 * 8 * kept_keys(keep, 33, 6)  # of two sequences, layers, four heads
-    assert 0 <= got.state_bytes - dual.state_bytes - positions < 2 * 512
+    every = 2 * 2 * 2 * 4 * 33 * 32
+    assert 0 <= got.state_bytes - every - positions < 6 * 512
+    if keep == 1:
+        dual = mosaic_compiler.generate(model, prompt, **{**options, "cache": "dual", "cache_evict": True})
+        assert torch.equal(got.sequences, dual.sequences)
 
 
 @pytest.mark.parametrize("given", [{"cache": "dual"}, {"cache": "auto"}, {"cache": "auto", "cache_keep": 0.5}])
