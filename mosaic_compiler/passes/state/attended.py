@@ -47,6 +47,11 @@ class Attended:
         """Of its scores."""
         return self.node.args[6] if self.node.target is ops.interval_attention else self.node.kwargs.get("scale")
 
+    def bounds(self, more: Sequence[Any]) -> Sequence[Any]:
+        """First and last keys that queries see, and which of those count: of what the attention takes behind keys and
+        values; ``None`` each where it sees all."""
+        return more[:3] if self.node.target is ops.interval_attention else (None, None, None)
+
     @property
     def order(self) -> Sequence[int]:
         """Of its result's dims in memory."""

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import fx
 
 from mosaic_compiler import ir
-from mosaic_compiler.ir import ops
 from mosaic_compiler.passes.base import Pass
 from mosaic_compiler.passes.state.attended import Attended, attended_in, cut_for, reading_codes
 from mosaic_compiler.passes.state.coding import Coding, codings_of
@@ -131,11 +130,7 @@ class _Chooser(Rewriter):
         """Positions of keys; those that are kept in codes are decoded, one attention at a time."""
         key = self._in_full(each.parts[0])
         (query, _, _, *more), _ = self._operands_with(each, [key, key])
-        first, last, only = more[:3] if each.node.target is ops.interval_attention else (None, None, None)
-        return self.emit(
-            ops.select_keys, query, key, self._given, first, last, only, each.scale, self._positions.count,
-            self._selection.score, self._selection.sets,
-        )  # fmt: skip
+        return self._positions.choose(each, query, key, more, self._given)
 
 
 class _Reader(SelectedRewriter):
@@ -144,18 +139,10 @@ class _Reader(SelectedRewriter):
         positions = States(self, list(self._attended.values()), self._selection, len(self._places))
         self._use(positions)
 
-    def _read(
-        self,
-        each: Attended,
-        positions: fx.Node,
-        memory: Sequence[fx.Node],
-        places: fx.Node,
-        entries: Any,
-        heads: Any,
-    ) -> list[fx.Node]:
+    def _read(self, each: Attended, positions: fx.Node, memory: Sequence[fx.Node], places: fx.Node) -> list[fx.Node]:
         if each.reads_codes:
             pieces = [piece for part in each.parts for piece in self._written[part]]
         else:
             pieces = [self._in_full(part) for part in each.parts]
-        count = self._chosen.count
-        return [taken(self, piece, positions, [entries, heads, count, whole_size(self, piece, 3)]) for piece in pieces]
+        lead = [whole_size(self, each.parts[0], 0), whole_size(self, each.parts[0], 1), self._chosen.count]
+        return [taken(self, piece, positions, [*lead, whole_size(self, piece, 3)]) for piece in pieces]

@@ -199,9 +199,8 @@ class Rewriter(SizeEmitter):
         """Attention of codes and scales of keys, then of values; ``places``: [E, 1 or G, C], where the keys that are
         there as they are, ``own`` [E, G, C, d] and values, are among them."""
         (query, _, _, *more), _ = self._operands_with(each, codes[::2])
-        bounds = more[:3] if each.node.target is ops.interval_attention else (None, None, None)
         return self.emit(
-            ops.coded_attention, query, *codes, *own, places, *bounds, each.scale, each.codings[0].precision,
+            ops.coded_attention, query, *codes, *own, places, *each.bounds(more), each.scale, each.codings[0].precision,
             list(each.order),
         )  # fmt: skip
 

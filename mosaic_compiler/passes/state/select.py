@@ -147,6 +147,14 @@ class States:
         assert self._count is not None
         return self._count
 
+    def choose(self, each: Attended, query: fx.Node, key: fx.Node, more: Sequence[Any], given: fx.Node) -> fx.Node:
+        """Positions of keys for some rows' queries; ``more``: what their attention takes behind keys and values."""
+        selection = self._selection
+        return self._emitter.emit(
+            ops.select_keys, query, key, given, *each.bounds(more), each.scale, self.count, selection.score,
+            selection.sets,
+        )  # fmt: skip
+
     def _add(self, like: fx.Node) -> int:
         index = add_state(self._emitter, like, self._made)
         self._made += 1
@@ -219,12 +227,8 @@ class _Chooser(Rewriter):
             self.origin = node
             self._computed[node] = self._compute(node)
         self.origin = each.node
-        (query, _, _, *bounds), _ = self._operands(each.node)
-        first, last, only = bounds[:3] if each.node.target is ops.interval_attention else (None, None, None)
-        return self.emit(
-            ops.select_keys, query, each.parts[0], self._given, first, last, only, each.scale,
-            self._states_of.count, self._selection.score, self._selection.sets,
-        )  # fmt: skip
+        (query, _, _, *more), _ = self._operands(each.node)
+        return self._states_of.choose(each, query, each.parts[0], more, self._given)
 
 
 def _computed_again(node: fx.Node, order: Sequence[fx.Node], cut: Cut) -> list[fx.Node]:
@@ -280,7 +284,7 @@ class SelectedRewriter(Rewriter):
         positions, *memory = self._of_selected[node]
         entries, heads = whole_size(self, each.parts[0], 0), whole_size(self, each.parts[0], 1)
         places = self._places_of(positions, self.emit(aten.unsqueeze.default, self._given, 1))
-        read = self._read(each, positions, memory, places, entries, heads)
+        read = self._read(each, positions, memory, places)
         if node.target is ops.interval_attention:
             own = [self._computed[part] for part in each.parts]
             return self._attend_runs(
@@ -291,17 +295,10 @@ class SelectedRewriter(Rewriter):
         args, kwargs = self._operands_with(each, read)
         return self.emit(node.target, *args, **kwargs)
 
-    def _read(
-        self,
-        each: Attended,
-        positions: fx.Node,
-        memory: Sequence[fx.Node],
-        places: fx.Node,
-        entries: Any,
-        heads: Any,
-    ) -> list[fx.Node]:
+    def _read(self, each: Attended, positions: fx.Node, memory: Sequence[fx.Node], places: fx.Node) -> list[fx.Node]:
         """Codes and scales of chosen keys and values, or both as they are, with the computed rows in their places."""
         found: list[fx.Node] = []
+        entries, heads = whole_size(self, each.parts[0], 0), whole_size(self, each.parts[0], 1)
         for part, coding in zip(each.parts, each.codings, strict=True):
             number = 2 if coding.has_scales else 1
             states, memory = memory[:number], memory[number:]
